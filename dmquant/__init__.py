@@ -1,0 +1,32 @@
+"""dmquant: extremely low-bit quantization of diffusion models.
+
+The public names are resolved at first use, so that `import dmquant` takes no time and no torch.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+PUBLIC = {
+    "quantize": "dmquant.quantization:quantize",
+    "load": "dmquant.checkpoint:load",
+    "save": "dmquant.checkpoint:save",
+    "evaluate": "dmquant.evaluation:evaluate",
+    "compare": "dmquant.comparison:compare",
+    "methods": "dmquant.methods",
+}
+
+__all__ = ["__version__", *PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in PUBLIC:
+        raise AttributeError(f"module 'dmquant' has no attribute {name!r}; it offers {', '.join(__all__)}")
+    module, _, attribute = PUBLIC[name].partition(":")
+    found = import_module(module)
+    return getattr(found, attribute) if attribute else found
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

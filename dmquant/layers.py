@@ -1,0 +1,73 @@
+"""Quantized layers: the float layer's subclass plus two quantizers and a two-line forward."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+Choice = tuple[nn.Module, nn.Module]  # weight quantizer, input quantizer; Identity stands for "not quantized"
+
+
+class QuantLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight_quantizer(self.weight)
+        return nn.functional.linear(self.input_quantizer(x), weight, self.bias)
+
+
+class QuantConv1d(nn.Conv1d):
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight_quantizer(self.weight)
+        return self._conv_forward(self.input_quantizer(x), weight, self.bias)
+
+
+class QuantConv2d(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight_quantizer(self.weight)
+        return self._conv_forward(self.input_quantizer(x), weight, self.bias)
+
+
+QUANTIZED = {nn.Linear: QuantLinear, nn.Conv1d: QuantConv1d, nn.Conv2d: QuantConv2d}
+FLOAT = {quantized: plain for plain, quantized in QUANTIZED.items()}
+
+
+def swap(model: nn.Module, choose: Callable[[str, nn.Module], Choice | None]) -> None:
+    """Replaces the layers for which `choose(name, layer)` names quantizers. Parameters are re-pointed, not copied."""
+    for name, layer in find_layers(model).items():
+        choice = choose(name, layer)
+        if choice is not None:
+            parent = model.get_submodule(name.rpartition(".")[0])
+            setattr(parent, name.rpartition(".")[2], quantized(layer, *choice))
+
+
+def quantized(layer: nn.Module, weight_quantizer: nn.Module, input_quantizer: nn.Module) -> nn.Module:
+    """The same layer with quantizers, sharing its parameters. It takes the layer's device and mode."""
+    new = QUANTIZED[type(layer)].__new__(QUANTIZED[type(layer)])
+    # one copy of the attributes instead of a constructor call: every option of the float layer comes along
+    new.__dict__ = {**layer.__dict__, "_parameters": dict(layer._parameters), "_modules": dict(layer._modules)}
+    new.weight_quantizer = weight_quantizer.to(layer.weight.device)
+    new.input_quantizer = input_quantizer.to(layer.weight.device)
+    return new.train(layer.training)
+
+
+def find_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Float layers that can be quantized, by name, in module order. Subclasses with their own forward are left alone."""
+    return {name: layer for name, layer in model.named_modules() if type(layer) in QUANTIZED}
+
+
+def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Quantized layers by name, in module order."""
+    return {name: layer for name, layer in model.named_modules() if type(layer) in FLOAT}
+
+
+@contextmanager
+def bypassed(model: nn.Module) -> Iterator[None]:
+    """The model in float while inside: every quantizer steps aside."""
+    layers = list(quantized_layers(model).values())
+    kept = [(layer.weight_quantizer, layer.input_quantizer) for layer in layers]
+    try:
+        for layer in layers:
+            layer.weight_quantizer, layer.input_quantizer = nn.Identity(), nn.Identity()
+        yield
+    finally:
+        for layer, (weight_quantizer, input_quantizer) in zip(layers, kept):
+            layer.weight_quantizer, layer.input_quantizer = weight_quantizer, input_quantizer

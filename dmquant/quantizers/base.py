@@ -1,0 +1,87 @@
+"""What a quantizer is: it rounds a tensor onto a grid, and can say which grid point each value took.
+
+The law:  q(x) == q.encode(x).decode(), bit for bit. It makes export one function for every method.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dmquant.packing import check_bits
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Integer codes and what they mean: value = (codes - zero) * scale."""
+
+    codes: Tensor  # uint8, shape of the tensor
+    scale: Tensor  # float32, broadcasts against codes
+    zero: Tensor  # float32, the code that means 0.0; 1/2 for {-1, +1}
+    bits: int
+
+    def decode(self) -> Tensor:
+        """The values, in the dtype of the scale."""
+        return (self.codes.to(self.scale.dtype) - self.zero) * self.scale
+
+
+class Quantizer(nn.Module):
+    """Rounds a tensor onto a grid.  Law: q(x) == q.encode(x).decode()"""
+
+    bits: int
+
+    def observe(self, x: Tensor) -> None:
+        """Calibration: sets the grid from example values."""
+        raise TypeError(f"{type(self).__name__} has no grid to calibrate")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Values on the grid, same shape and dtype, straight-through gradient."""
+        return self.encode(x).decode().to(x.dtype)
+
+    def encode(self, x: Tensor) -> Codes:
+        scale, zero = self.grid()
+        return Codes(quantize(widen(x), scale, zero, self.bits).to(torch.uint8), scale, zero, self.bits)
+
+    def grid(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero in use, float, broadcasting against the tensor. The zero is a whole number on uniform grids."""
+        raise TypeError(f"{type(self).__name__} has no uniform grid")
+
+    def freeze(self) -> "FixedGrid":
+        """The same per-tensor grid for inference: buffers only, no gradients."""
+        scale, zero = self.grid()
+        fixed = FixedGrid(self.bits, scale.device)
+        fixed.scale.copy_(scale.detach().reshape(()))
+        fixed.zero.copy_(zero.detach().reshape(()))
+        return fixed
+
+
+class FixedGrid(nn.Module):
+    """A per-tensor activation quantizer for inference: scale and zero are buffers that stay float32."""
+
+    def __init__(self, bits: int, device: torch.device | str | None = None):
+        super().__init__()
+        check_bits(bits)
+        self.bits = bits
+        self.register_buffer("scale", torch.ones((), device=device))
+        self.register_buffer("zero", torch.zeros((), device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes = quantize(widen(x), self.scale, self.zero, self.bits)
+        return codes.sub_(self.zero).mul_(self.scale).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}"
+
+
+def quantize(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """Codes as floats: clip(round(x * (1 / scale)) + zero, 0, 2^bits - 1), ties to even.
+
+    The one rounding expression of the project: kernels use the same, or ties would fall apart.
+    """
+    codes = x.mul(scale.reciprocal())
+    return codes.round_().add_(zero).clamp_(0, (1 << bits) - 1)
+
+
+def widen(x: Tensor) -> Tensor:
+    """Half precisions in float32: a grid of 256 codes is finer than their mantissa."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()

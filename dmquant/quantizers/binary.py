@@ -1,0 +1,49 @@
+"""One bit per weight: a sign and a learned scale per output channel."""
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+
+from dmquant.quantizers.base import Codes, Quantizer
+
+
+class Binary(Quantizer):
+    """w -> scale * sign(w), sign(0) = +1, one scale per slice of dimension 0, started at mean |w|.
+
+    XNOR-Net (Rastegari et al., 2016); the learnable-scale baseline of BinaryDM, section 3.1. The straight-through gradient
+    passes where |w| <= 1.
+    """
+
+    bits = 1
+
+    def __init__(self, *, num_channels: int, ndim: int = 4):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(num_channels, *(1,) * (ndim - 1)))
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        self.scale.copy_(x.abs().mean(tuple(range(1, x.ndim)), keepdim=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _ScaledSign.apply(x, self.scale)
+
+    def grid(self) -> tuple[Tensor, Tensor]:
+        """Codes {0, 1} mean {-scale, +scale}: a step of twice the scale around one half."""
+        return 2 * self.scale, torch.full_like(self.scale, 0.5)
+
+    def encode(self, x: Tensor) -> Codes:
+        scale, zero = self.grid()
+        return Codes((x >= 0).to(torch.uint8), scale, zero, 1)
+
+
+class _ScaledSign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        return torch.where(x >= 0, scale, -scale)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x, scale = ctx.saved_tensors
+        by_scale = torch.where(x >= 0, gradient, -gradient).sum_to_size(scale.shape)
+        return torch.where(x.abs() <= 1, gradient * scale, 0), by_scale

@@ -1,0 +1,213 @@
+"""Uniform grids: calibrated only (`Uniform`) or with a learned step and offset (`LearnedStep`: LSQ and LSQ+)."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+
+from dmquant.packing import check_bits
+from dmquant.quantizers.base import Quantizer, quantize, widen
+
+INITIALISATIONS = ("mse", "minmax", "lsq")
+SEARCH_STEPS = 48  # candidates per end of the range
+SMALLEST_SCALE = 1e-8
+
+
+class Uniform(Quantizer):
+    """A uniform grid set by calibration.
+
+    Symmetric: codes -2^(b-1) .. 2^(b-1)-1 around a fixed zero. Otherwise affine: the range [low, high] always holds 0.0,
+    and the zero point is rounded to a whole code, so that a convolution's zero padding is on the grid.
+    `num_channels` gives one grid per slice of dimension 0 (weights; 1 for one grid per weight); without it the quantizer
+    is one for activations, whose dimension 0 is the batch.
+    """
+
+    def __init__(self, bits: int, *, num_channels: int | None = None, symmetric: bool = True, init: str = "mse", ndim: int = 4):
+        super().__init__()
+        check_bits(bits)
+        if init not in INITIALISATIONS:
+            raise ValueError(f"init must be one of {', '.join(INITIALISATIONS)}, got {init!r}")
+        self.bits, self.symmetric, self.init = bits, symmetric, init
+        shape = () if num_channels is None else (num_channels, *(1,) * (ndim - 1))
+        self._hold("scale", torch.ones(shape))
+        if not symmetric:
+            self._hold("offset", torch.zeros(shape))
+
+    def _hold(self, name: str, value: Tensor) -> None:
+        self.register_buffer(name, value)
+
+    @property
+    def max_code(self) -> int:
+        return (1 << self.bits) - 1
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        rows = x.detach().float().reshape(self.scale.numel(), -1)  # (channels or 1, values)
+        if self.symmetric:
+            scale = INIT_SYMMETRIC[self.init](rows, self.bits)
+        else:
+            low, high = INIT_AFFINE[self.init](rows, self.bits)
+            scale = ((high - low) / self.max_code).clamp(min=SMALLEST_SCALE)
+            self.offset.copy_(low.view_as(self.offset))
+        self.scale.copy_(scale.clamp(min=SMALLEST_SCALE).view_as(self.scale))
+
+    def grid(self) -> tuple[Tensor, Tensor]:
+        scale = self.scale.clamp(min=SMALLEST_SCALE)
+        if self.symmetric:
+            return scale, torch.full_like(scale, 1 << (self.bits - 1))
+        return scale, (-self.offset / scale).round().clamp(0, self.max_code)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, zero = self.grid()
+        return quantize(widen(x), scale, zero, self.bits).sub_(zero).mul_(scale).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, shape={tuple(self.scale.shape)}, symmetric={self.symmetric}"
+
+
+class LearnedStep(Uniform):
+    """Learned step size, and with `symmetric=False` a learned offset. LSQ (Esser et al., 2020), LSQ+ (Bhalgat et al., 2020).
+
+    The gradient of the step is scaled by 1 / sqrt(n * max_level), n the values per grid and sample. We differ from LSQ+ in
+    one point: the zero point is rounded (straight-through), so that integer kernels and zero padding stay exact.
+    """
+
+    def _hold(self, name: str, value: Tensor) -> None:
+        self.register_parameter(name, nn.Parameter(value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        offset = None if self.symmetric else self.offset
+        return _FakeQuantize.apply(x, self.scale, offset, self, self._gradient_scale(x))
+
+    def _gradient_scale(self, x: Tensor) -> float:
+        """g = 1 / sqrt(n * max_level), LSQ eq. 5 ff.; a batch counts once, not once per sample."""
+        is_activation = self.scale.ndim == 0
+        count = x.numel() / (len(x) if is_activation else self.scale.numel())
+        max_level = self.max_code >> 1 if self.symmetric else self.max_code
+        return (count * max(1, max_level)) ** -0.5
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Quantize and dequantize in four in-place passes over one new buffer.
+
+    With y the output and g* the incoming gradient where x lies inside the range (zero elsewhere), the LSQ gradients are
+    d scale = sum(g y - g* x) / scale  and  d offset = sum(g - g*): two dot products instead of elementwise chains.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, scale: Tensor, offset: Tensor | None, grid: Uniform, gradient_scale: float) -> Tensor:
+        scale, zero = grid.grid()
+        y = quantize(widen(x), scale, zero, grid.bits).sub_(zero).mul_(scale).to(x.dtype)
+        ctx.save_for_backward(x, y, scale, zero)
+        ctx.max_code, ctx.gradient_scale, ctx.has_offset = grid.max_code, gradient_scale, offset is not None
+        return y
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, scale, zero = ctx.saved_tensors
+        inside = clip_gradient(gradient, x, -zero * scale, (ctx.max_code - zero) * scale)
+        wanted = ctx.needs_input_grad
+        by_scale = by_offset = None
+        if wanted[1]:
+            by_scale = (_inner(gradient, y, scale) - _inner(inside, x, scale)) / scale * ctx.gradient_scale
+        if ctx.has_offset and wanted[2]:
+            by_offset = (_total(gradient, scale) - _total(inside, scale)) * ctx.gradient_scale
+        return inside, by_scale, by_offset, None, None
+
+
+def clip_gradient(gradient: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """The gradient where low < x < high, zero elsewhere."""
+    if low.numel() == 1 and x.device.type == "cpu":
+        # one vectorised pass; torch.where with a mask is six times slower on CPU, item() would stall a GPU
+        return torch.ops.aten.hardtanh_backward(gradient, x, low.item(), high.item())
+    return torch.where((x > low) & (x < high), gradient, 0)
+
+
+def _inner(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    """Sum of a * b over the values that share a grid, in the shape of the scale."""
+    if scale.numel() > 1:
+        return (a * b).float().sum_to_size(scale.shape)
+    if a.stride() == b.stride() and a.dtype == b.dtype == torch.float32 and _is_dense(a):
+        line = (a.numel(),)
+        return torch.dot(a.as_strided(line, (1,)), b.as_strided(line, (1,))).view(scale.shape)
+    return (a.float() * b.float()).sum().view(scale.shape)
+
+
+def _total(a: Tensor, scale: Tensor) -> Tensor:
+    return a.float().sum_to_size(scale.shape) if scale.numel() > 1 else a.float().sum().view(scale.shape)
+
+
+def _is_dense(a: Tensor) -> bool:
+    return a.is_contiguous() or (a.ndim == 4 and a.is_contiguous(memory_format=torch.channels_last))
+
+
+# Initial grids. `rows` is (grids, values); what comes back has shape (grids,).
+
+
+def _symmetric_minmax(rows: Tensor, bits: int) -> Tensor:
+    return rows.abs().amax(1) / max(1, (1 << (bits - 1)) - 1)
+
+
+def _symmetric_lsq(rows: Tensor, bits: int) -> Tensor:
+    """s = 2 mean|v| / sqrt(max_level). LSQ, section 2.1."""
+    return 2 * rows.abs().mean(1) / max(1, (1 << (bits - 1)) - 1) ** 0.5
+
+
+def _symmetric_mse(rows: Tensor, bits: int) -> Tensor:
+    """The scale of least squared error among shrunken full ranges."""
+    full, zero = _symmetric_minmax(rows, bits), torch.tensor(float(1 << (bits - 1)), device=rows.device)
+    best, least = full.clone(), torch.full_like(full, torch.inf)
+    for factor in torch.linspace(1, 0.15, 2 * SEARCH_STEPS).tolist():
+        scale = (full * factor).clamp(min=SMALLEST_SCALE)
+        error = _squared_error(rows, scale, zero, bits)
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    return best
+
+
+def _affine_minmax(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    return rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0)
+
+
+def _affine_lsq(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """LSQ's step for the full unsigned range, laid from the minimum up."""
+    low = rows.amin(1).clamp(max=0)
+    step = 2 * rows.abs().mean(1) / ((1 << bits) - 1) ** 0.5
+    return low, low + step * ((1 << bits) - 1)
+
+
+def _affine_mse(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """The range of least squared error, found by shrinking one end after the other, twice."""
+    low, high = _affine_minmax(rows, bits)
+    for _ in range(2):
+        high = _best(((low, high * f) for f in _factors()), rows, bits)[1]
+        low = _best(((low * f, high) for f in _factors()), rows, bits)[0]
+    return low, high
+
+
+def _factors() -> list[float]:
+    return torch.linspace(1, 0.05, SEARCH_STEPS).tolist()
+
+
+def _best(ranges: Iterator[tuple[Tensor, Tensor]], rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    best = least = None
+    max_code = (1 << bits) - 1
+    for low, high in ranges:
+        scale = ((high - low) / max_code).clamp(min=SMALLEST_SCALE)
+        zero = (-low / scale).round().clamp(0, max_code)
+        error = _squared_error(rows, scale, zero.unsqueeze(1), bits)
+        if best is None:
+            best, least = (low, high), error
+        is_better = error < least
+        best = tuple(torch.where(is_better, new, old) for new, old in zip((low, high), best))
+        least = torch.minimum(error, least)
+    return best
+
+
+def _squared_error(rows: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    scale = scale.unsqueeze(1)
+    return quantize(rows, scale, zero, bits).sub_(zero).mul_(scale).sub_(rows).square_().sum(1)
+
+
+INIT_SYMMETRIC = {"mse": _symmetric_mse, "minmax": _symmetric_minmax, "lsq": _symmetric_lsq}
+INIT_AFFINE = {"mse": _affine_mse, "minmax": _affine_minmax, "lsq": _affine_lsq}
