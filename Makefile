@@ -1,0 +1,29 @@
+# make demo   the whole way on the embedded pipeline: quantize, evaluate, compare, look
+# make test   the tests
+# PYTHON picks the interpreter of a new .venv. Without a GPU, the smaller CPU build of torch:
+#   make demo PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+DEMO ?= runs/demo
+DEMO_IMAGES ?= 500
+
+.PHONY: demo test install clean
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q
+
+demo: $(STAMP)
+	DMQUANT=$(BIN)/dmquant OUT=$(DEMO) NUM_IMAGES=$(DEMO_IMAGES) bash benchmarks/demo.sh
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt setuptools
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[test]'
+	touch $(STAMP)
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,161 @@
+"""The only module that prints. Results go to stdout; talk, progress, warnings and errors go to stderr.
+
+A table that is piped keeps its full width: squeezed into 80 columns it would lose digits. Text from users and files is
+never read as markup, and its control characters are dropped, so that a file name cannot drive the terminal.
+"""
+
+import operator
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from dmquant.comparison import Comparison
+
+PIPED_WIDTH = 100_000  # columns; nothing is cut or wrapped
+QUIET_PERIOD_S = 10.0
+PLAIN_SIGNS = str.maketrans({"↓": "v", "↑": "^", "–": "-"})
+
+
+def show(text: str) -> None:
+    """A result, as it is, on stdout."""
+    _write(text.rstrip("\n") + "\n")
+
+
+def show_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, num_names: int = 1, notes: Iterable[str] = ()) -> None:
+    """A table on stdout: the first `num_names` columns are names (left), the others numbers (right)."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="")
+    for index, heading in enumerate(headings):
+        # fold, not ellipsis: a narrow terminal may break a number but never drop its digits
+        table.add_column(Text(clean(heading)), justify="left" if index < num_names else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(clean(cell)) for cell in row))
+    console = _console(sys.stdout)
+    with console.capture() as capture:
+        console.print(table)
+    # rich pads every line to the table's width
+    lines = [line.rstrip() for line in capture.get().splitlines()]
+    _write("\n".join([*lines, *map(clean, notes)]) + "\n")
+
+
+def show_comparison(comparison: Comparison) -> None:
+    """The comparison's table with its notes."""
+    show_table(comparison.headings(), comparison.cells(), num_names=2, notes=comparison.notes)
+
+
+def say(text: str) -> None:
+    """Talk: one line on stderr."""
+    _console(sys.stderr).print(Text(clean(text)), soft_wrap=True)
+
+
+def fail(text: str) -> None:
+    """An error: one line on stderr, whatever the message holds."""
+    say("error: " + " ".join(text.split()))
+
+
+def show_warnings() -> None:
+    """From now on Python warnings are one line of talk, without the source line that raised them."""
+    warnings.showwarning = lambda message, *_, **__: say("warning: " + " ".join(str(message).split()))
+
+
+def clean(text: str) -> str:
+    """Text without control characters: line feeds and tabs stay, escape sequences lose their lead-in."""
+    return "".join(char for char in text if char in "\n\t" or char.isprintable())
+
+
+class Tracker:
+    """The progress seam's printer: bars with an ETA on a terminal, else a line every `period_s` seconds.
+
+    Where the work's items have a `loss`, it is shown.
+    """
+
+    def __init__(self, *, period_s: float = QUIET_PERIOD_S):
+        self._period_s = period_s
+        self._console = _console(sys.stderr)
+        self._bars: Progress | None = None
+
+    def __call__(self, work: Iterable, label: str) -> Iterator:
+        total = operator.length_hint(work) or None
+        return self._draw(work, clean(label), total) if self._console.is_terminal else self._report(work, clean(label), total)
+
+    def _draw(self, work: Iterable, label: str, total: int | None) -> Iterator:
+        is_outermost = self._bars is None
+        if self._bars is None:
+            self._bars = _make_bars(self._console)
+            self._bars.start()
+        bars, task = self._bars, self._bars.add_task(label, total=total, loss="")
+        try:
+            for item in work:
+                yield item
+                bars.update(task, advance=1, loss=_describe_loss(item))
+        finally:
+            bars.stop_task(task)
+            if is_outermost:
+                bars.stop()
+                self._bars = None
+            else:
+                bars.remove_task(task)
+
+    def _report(self, work: Iterable, label: str, total: int | None) -> Iterator:
+        start = last = time.monotonic()
+        for done, item in zip(count(1), work):
+            yield item
+            now = time.monotonic()
+            if now - last >= self._period_s and done != total:
+                say(_describe_progress(label, done, total, now - start, item))
+                last = now
+        if time.monotonic() - start >= min(self._period_s, 1.0):
+            say(f"{label}: done in {_format_seconds(time.monotonic() - start)}")
+
+
+def _make_bars(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[loss]}", markup=False),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def _describe_progress(label: str, done: int, total: int | None, elapsed_s: float, item: object) -> str:
+    parts = [f"{label}: {done}/{total}" if total else f"{label}: {done}", _describe_loss(item)]
+    if total:
+        parts.append(f"{_format_seconds(elapsed_s / done * (total - done))} left")
+    return ", ".join(part for part in parts if part)
+
+
+def _describe_loss(item: object) -> str:
+    loss = getattr(item, "loss", None)
+    return f"loss {loss:.4g}" if isinstance(loss, float) else ""
+
+
+def _format_seconds(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _console(stream) -> Console:
+    console = Console(file=stream, markup=False, highlight=False, emoji=False)
+    return console if console.is_terminal else Console(file=stream, markup=False, highlight=False, emoji=False, width=PIPED_WIDTH)
+
+
+def _write(text: str) -> None:
+    """To stdout and out of the buffer, so that a closed pipe shows here and not at exit."""
+    encoding = sys.stdout.encoding or "ascii"
+    if not encoding.lower().startswith("utf"):
+        text = text.translate(PLAIN_SIGNS)
+    sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+    sys.stdout.flush()

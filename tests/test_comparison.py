@@ -1,0 +1,109 @@
+"""Rows of one protocol stand side by side, with their differences; rows of two are refused by name."""
+
+import csv
+import io
+import json
+from dataclasses import replace
+
+import pytest
+
+from dmquant.comparison import ABSENT, compare, find_differences
+from dmquant.errors import InputError
+from dmquant.report import Protocol, Report
+
+PROTOCOL = Protocol(
+    num_images=5000, seed=0, steps=20, sampler="ddim", batch=50, image_size=32,
+    extractor="resnet-cifar10", reference="cifar10-train", reference_images=50_000,
+)  # fmt: skip
+FLOAT = Report(
+    model="embedded", method="float", settings={}, weight_bits=32, act_bits=32, metrics={"fd-resnet-cifar10": 10.0},
+    protocol=PROTOCOL, size_bytes=8_000_000, float_size_bytes=8_000_000, bits_per_weight=32.0, ops=96e9,
+    seconds_per_image=0.1, versions={},
+)  # fmt: skip
+QUANTIZED = replace(
+    FLOAT, model="out", method="lsq", weight_bits=4, act_bits=8, metrics={"fd-resnet-cifar10": 11.0, "psnr": 30.0},
+    size_bytes=1_000_000, bits_per_weight=4.0, ops=12.3e9, base_model="embedded",
+)  # fmt: skip
+
+
+def test_the_float_model_comes_first_and_changes_are_relative_to_it():
+    comparison = compare([QUANTIZED, FLOAT])
+    assert [row["model"] for row in comparison.rows] == ["embedded", "out"]
+    first, second = comparison.rows
+    assert first["fd-resnet-cifar10_change"] is None
+    assert second["fd-resnet-cifar10_change"] == pytest.approx(10.0)
+    assert (second["size_mb"], second["size_ratio"], second["giga_ops"]) == (1.0, 8.0, 12.3)
+
+
+def test_headings_carry_unit_and_direction_and_cells_what_was_not_measured():
+    comparison = compare([FLOAT, QUANTIZED])
+    table = dict(zip(comparison.headings(), zip(*comparison.cells())))
+    assert table["FD resnet-cifar10 ↓"] == ("10.00", "11.00")
+    assert table["to float, % ↓"] == (ABSENT, "+10.0")
+    assert table["PSNR to float, dB ↑"] == (ABSENT, "30.00")
+    assert table["size, MB ↓"] == ("8.00", "1.00")
+    assert table["n"] == ("5000", "5000")
+
+
+def test_a_baseline_of_another_model_gives_no_difference():
+    stranger = replace(QUANTIZED, base_model="another")
+    assert compare([FLOAT, stranger]).rows[1]["fd-resnet-cifar10_change"] is None
+
+
+def test_different_protocols_are_refused_and_every_difference_is_named():
+    other = replace(QUANTIZED, protocol=replace(PROTOCOL, steps=50, sampler="euler"))
+    with pytest.raises(InputError, match=r"steps is 20 and 50; sampler is ddim and euler.*--mixed"):
+        compare([FLOAT, other])
+
+
+def test_mixed_protocols_become_columns_and_are_not_measured_against_each_other():
+    other = replace(QUANTIZED, protocol=replace(PROTOCOL, steps=50))
+    comparison = compare([FLOAT, other], mixed=True)
+    assert [row["steps"] for row in comparison.rows] == [20, 50]
+    assert comparison.rows[1]["fd-resnet-cifar10_change"] is None
+    assert not any("20 steps" in note for note in comparison.notes)
+
+
+def test_every_field_of_the_protocol_counts():
+    changed = {"num_images": 1, "seed": 1, "steps": 1, "sampler": "x", "batch": 1, "image_size": 1, "extractor": "x",
+               "extractor_sha256": "x", "reference": "x", "reference_sha256": "x", "reference_images": 1}  # fmt: skip
+    for name, value in changed.items():
+        other = replace(FLOAT, protocol=replace(PROTOCOL, **{name: value}))
+        assert find_differences([FLOAT, other]) == [name]
+
+
+def test_all_formats_tell_the_same_rows():
+    comparison = compare([FLOAT, QUANTIZED])
+    from_json = json.loads(comparison.to_json())["rows"]
+    from_csv = list(csv.DictReader(io.StringIO(comparison.to_csv())))
+    assert from_json == list(comparison.rows)
+    assert [{key: "" if value is None else str(value) for key, value in row.items()} for row in comparison.rows] == from_csv
+    markdown = comparison.to_markdown().splitlines()
+    assert markdown[0].count("|") == len(comparison.columns) + 1
+    assert [cell.strip() for cell in markdown[3].split("|")[1:-1]] == comparison.cells()[1]
+
+
+def test_a_name_with_table_signs_stays_in_its_cell():
+    line = compare([replace(FLOAT, model="a|b\nc")]).to_markdown().splitlines()[2]
+    assert line.startswith("| a\\|b c |")
+
+
+def test_a_metric_cannot_take_the_place_of_a_fact():
+    assert compare([replace(FLOAT, metrics={"model": 1.0})]).rows[0]["model"] == "embedded"
+
+
+def test_few_images_are_said_to_bias_a_frechet_distance():
+    few = replace(FLOAT, protocol=replace(PROTOCOL, num_images=100))
+    assert any("biased" in note for note in compare([few]).notes)
+    assert not any("biased" in note for note in compare([FLOAT]).notes)
+
+
+def test_reports_are_read_from_files_and_folders(tmp_path):
+    file = FLOAT.save(tmp_path / "float.json")
+    QUANTIZED.save(tmp_path / "out")
+    assert compare([file, tmp_path / "out"]) == compare([FLOAT, QUANTIZED])
+
+
+def test_nothing_to_compare_is_an_error():
+    with pytest.raises(InputError, match="nothing to compare"):
+        compare([])
