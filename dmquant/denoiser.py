@@ -1,0 +1,297 @@
+"""The denoiser of a diffusers pipeline: open the pipeline, find the network, name the roles of its layers and its blocks in order.
+
+Weights are read from safetensors only and a pipeline never brings its own code: both are refused by name before anything is loaded.
+"""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path, PurePath
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError
+from safetensors import SafetensorError
+from torch import nn
+
+from dmquant.errors import DamagedFile, DmquantError, InputError, MissingResource
+
+EMBEDDED = "embedded"
+ASSETS = Path(__file__).parent / "assets"
+DENOISERS = ("unet", "transformer", "prior", "decoder")  # component names, in the order they are looked for
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")
+HUB_TIMEOUT_S = 4.0
+
+
+class Role(StrEnum):
+    """What a layer does in the denoiser: methods choose bits by it."""
+
+    FIRST = "first"
+    LAST = "last"
+    TIME_EMBEDDING = "time embedding"  # of time, class, caption; adaptive-norm modulation
+    TIME_PROJECTION = "time projection"  # the embedding brought into one residual block
+    SKIP = "skip"  # 1x1 convolution on a residual branch
+    ATTENTION = "attention"
+    FEED_FORWARD = "feed forward"
+    RESAMPLE = "resample"
+    BODY = "body"
+
+
+# First match wins. Module names of UNet2D, UNet2DCondition, DiT, PixArt, Sana, SD3 and Flux in diffusers.
+ROLES = [(role, re.compile(pattern)) for role, pattern in (
+    (Role.FIRST, r"^(conv_in|(pos_embed|patch_embed)\.proj|x_embedder|proj_in)$"),
+    (Role.LAST, r"^(conv_out|proj_out|proj_out_2)$"),
+    (Role.TIME_EMBEDDING, r"^(time_\w+|class_embedding|add_embedding|encoder_hid_proj|adaln_single|caption_projection|context_embedder|proj_out_1)\b"),
+    (Role.TIME_EMBEDDING, r"\bnorm(\d|_out)?(_context)?\.(linear|emb\b.*)$"),
+    (Role.TIME_PROJECTION, r"\.time_emb_proj$"),
+    (Role.SKIP, r"\.conv_shortcut$"),
+    (Role.ATTENTION, r"\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)$|\battentions\.\d+\.proj_(in|out)$"),
+    (Role.FEED_FORWARD, r"\.(ff|ff_context|mlp)\.|\bsingle_transformer_blocks\.\d+\.proj_(mlp|out)$"),
+    (Role.RESAMPLE, r"\b(down|up)samplers\.\d+\.conv$"),
+    (Role.BODY, r""),
+)]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Modules of the denoiser that run one after the other and make one TimestepEmbed or transformer block."""
+
+    name: str
+    modules: tuple[str, ...]
+
+
+def open_pipeline(
+    model: str | Path | None = None, *, device: str | None = None, dtype: torch.dtype = torch.float32
+) -> DiffusionPipeline:
+    """A float pipeline from a local folder, a hub id "org/name", or the embedded one (None or "embedded")."""
+    folder = locate(model)
+    tool = _find_quantizer(folder)
+    if tool is not None:
+        way_out = "open it with dmquant.load" if tool == "dmquant" else "give the float pipeline that it was made from"
+        raise InputError(f"{folder}: this is a {tool} checkpoint; {way_out}")
+    files = _list_components(folder)
+    _refuse_foreign_code(folder, files)
+    _refuse_pickles(files)
+    pipeline = _place(_load(folder).to(dtype), device)
+    pipeline.register_to_config(_name_or_path=EMBEDDED if model is None else str(model))  # not the cache folder behind it
+    find_denoiser(pipeline)
+    return pipeline
+
+
+def locate(model: str | Path | None) -> Path:
+    """The local folder behind a model: None or "embedded" -> assets, a path -> itself, "org/name" -> its hub snapshot."""
+    if model is None or model == EMBEDDED:
+        return _check_folder(ASSETS / "pipeline")
+    path = Path(model).expanduser()
+    if path.exists():
+        return _check_folder(path)
+    if isinstance(model, Path) or not HUB_ID.fullmatch(model):
+        raise MissingResource(f"{str(model)!r} was tried as a local path and does not exist; a hub id has the form org/name")
+    return _check_folder(_download(model))
+
+
+def is_quantized(folder: str | Path) -> bool:
+    """Whether a local pipeline folder holds a denoiser packed by dmquant. Reads JSON only."""
+    return _find_quantizer(Path(folder)) == "dmquant"
+
+
+def find_denoiser(pipeline: DiffusionPipeline) -> tuple[str, nn.Module]:
+    """Component name and module of the network that the sampler calls."""
+    for name in DENOISERS:
+        module = pipeline.components.get(name)
+        if isinstance(module, nn.Module) and find_layers(module):
+            return name, module
+    found = ", ".join(f"{name} ({type(part).__name__})" for name, part in pipeline.components.items() if part is not None)
+    raise DmquantError(
+        f"{type(pipeline).__name__} has no denoiser with Conv1d, Conv2d or Linear layers: "
+        f"looked for {', '.join(DENOISERS)}; found {found or 'nothing'}"
+    )
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module is, or stands for, a Conv1d, Conv2d or Linear: float, fake-quantized or packed."""
+    if getattr(module, "weight", None) is None:
+        return False
+    kernel_size = getattr(module, "kernel_size", None)
+    is_conv = isinstance(kernel_size, tuple) and len(kernel_size) <= 2 and not getattr(module, "transposed", False)
+    return is_conv or (hasattr(module, "in_features") and hasattr(module, "out_features"))
+
+
+def find_layers(denoiser: nn.Module) -> dict[str, nn.Module]:
+    """Every Conv1d, Conv2d and Linear (or what stands for one) by module name, in module order."""
+    return {name: module for name, module in denoiser.named_modules() if is_layer(module)}
+
+
+def find_roles(denoiser: nn.Module) -> dict[str, Role]:
+    """Role of every layer by module name. Where no name says first or last, module order does."""
+    roles = {name: next(role for role, pattern in ROLES if pattern.search(name)) for name in find_layers(denoiser)}
+    names = list(roles)
+    if Role.FIRST not in roles.values():
+        roles[names[0]] = Role.FIRST
+    if Role.LAST not in roles.values():
+        roles[names[-1]] = Role.LAST
+    return roles
+
+
+def find_blocks(denoiser: nn.Module) -> list[Block]:
+    """Blocks in order of execution.
+
+    UNet: conv_in, each residual + attention pair, each downsampler, the middle, each up pair (the last with its upsampler);
+    LDM-4 has 12 + 1 + 12. These are the "TimestepEmbed blocks" of BinaryDM (sec. 3.2). Otherwise: the entries of the
+    module lists at the root, which are the transformer blocks.
+    """
+    if hasattr(denoiser, "down_blocks") and hasattr(denoiser, "up_blocks"):
+        return list(_unet_blocks(denoiser))
+    lists = ((name, child) for name, child in denoiser.named_children() if isinstance(child, nn.ModuleList))
+    names = (f"{name}.{index}" for name, child in lists for index, entry in enumerate(child) if find_layers(entry))
+    return [Block(name, (name,)) for name in names]
+
+
+def _unet_blocks(unet: nn.Module) -> Iterator[Block]:
+    yield Block("conv_in", ("conv_in",))
+    for index, level in enumerate(unet.down_blocks):
+        pairs, rest = _pair(f"down_blocks.{index}", level)
+        yield from (Block(pair[0], pair) for pair in pairs)
+        yield from (Block(name, (name,)) for name in rest)
+    if getattr(unet, "mid_block", None) is not None:
+        yield Block("mid_block", ("mid_block",))
+    for index, level in enumerate(unet.up_blocks):
+        pairs, rest = _pair(f"up_blocks.{index}", level)
+        pairs[-1] += tuple(rest)
+        yield from (Block(pair[0], pair) for pair in pairs)
+
+
+def _pair(prefix: str, level: nn.Module) -> tuple[list[tuple[str, ...]], list[str]]:
+    """(residual block, its attention) pairs of one resolution level, and the names of the resamplers."""
+    children = {name: list(child) for name, child in level.named_children() if isinstance(child, nn.ModuleList)}
+    count = len(children["resnets"])
+    kinds = [name for name in ("resnets", "attentions") if len(children.get(name, ())) == count]
+    pairs = [tuple(f"{prefix}.{kind}.{index}" for kind in kinds) for index in range(count)]
+    rest = [f"{prefix}.{name}.{index}" for name, entries in children.items() if name not in kinds for index in range(len(entries))]
+    return pairs, rest
+
+
+def _check_folder(folder: Path) -> Path:
+    """The folder, where it holds a pipeline."""
+    if not folder.exists():
+        raise MissingResource(f"{folder} is missing; give a diffusers pipeline folder")
+    if not folder.is_dir():
+        raise InputError(f"{folder} is a file; give a diffusers pipeline folder")
+    if not (folder / "model_index.json").is_file():
+        raise InputError(f"{folder} has no model_index.json; give the folder of a whole diffusers pipeline, not of one component")
+    return folder
+
+
+def _download(model: str) -> Path:
+    """Snapshot of a hub pipeline; from the cache where the hub is offline or out of reach."""
+    files = None if constants.HF_HUB_OFFLINE else _ask_hub(model)
+    if files is not None:
+        _refuse_pickles(files)
+    try:
+        return Path(DiffusionPipeline.download(model, use_safetensors=True, local_files_only=files is None))
+    except (OSError, HTTPError) as error:
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached" if files is None else str(error)
+        raise MissingResource(f"{model!r} is no local folder, was then tried as a hub id, and is not in the cache: {why}") from error
+
+
+def _ask_hub(model: str) -> list[PurePath] | None:
+    """File names of a hub repository; None where the hub does not answer in time."""
+    try:
+        return [PurePath(file.rfilename) for file in HfApi().model_info(model, timeout=HUB_TIMEOUT_S).siblings]
+    except GatedRepoError as error:
+        raise MissingResource(f"{model!r} is gated on the hub; accept its terms there and log in with `hf auth login`") from error
+    except RepositoryNotFoundError as error:
+        raise MissingResource(f"{model!r} is neither a local folder nor a model on the hub (or it is private)") from error
+    except (HTTPError, OSError):
+        return None
+
+
+def _find_quantizer(folder: Path) -> str | None:
+    """quant_method of the denoiser in a pipeline folder; None for a float one."""
+    index = _read_json(folder / "model_index.json")
+    configs = (folder / name / "config.json" for name in DENOISERS if name in index)
+    found = (_read_json(path).get("quantization_config") for path in configs if path.is_file())
+    return next((str(entry.get("quant_method", "unnamed")) for entry in found if isinstance(entry, dict)), None)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DamagedFile(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise DamagedFile(f"{path} should hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
+def _list_components(folder: Path) -> list[PurePath]:
+    """Files of the components that model_index.json names, relative to the folder."""
+    index = _read_json(folder / "model_index.json")
+    names = [name for name, entry in index.items() if isinstance(entry, list) and not name.startswith("_")]
+    strange = [name for name in names if not name.isidentifier()]
+    if strange:
+        raise DamagedFile(f"{folder}/model_index.json names impossible components: {', '.join(map(repr, strange))}")
+    return sorted(path.relative_to(folder) for name in names for path in (folder / name).glob("*"))
+
+
+def _refuse_foreign_code(folder: Path, files: Iterable[PurePath]) -> None:
+    """Only pipeline classes of diffusers, and no Python file beside a component, for which diffusers would want trust."""
+    name = _read_json(folder / "model_index.json").get("_class_name")
+    if not isinstance(name, str):
+        raise InputError(f"{folder} wants to run its own pipeline code ({name}), which dmquant never does")
+    if not hasattr(diffusers, name):
+        raise InputError(f"{folder}: diffusers {diffusers.__version__} knows no pipeline class {name!r}")
+    scripts = [file.as_posix() for file in files if file.suffix == ".py"]
+    if scripts:
+        raise InputError(f"{folder} wants to run its own code ({', '.join(scripts)}), which dmquant never does")
+
+
+def _refuse_pickles(files: Iterable[PurePath]) -> None:
+    """Refuses component folders whose weights exist as pickle only."""
+    suffixes = defaultdict(set)
+    for file in files:
+        suffixes[file.parent].add(file.suffix)
+    pickled = sorted(str(folder) for folder, kinds in suffixes.items() if ".bin" in kinds and ".safetensors" not in kinds)
+    if pickled:
+        raise InputError(
+            f"only pickle weights (.bin) in {', '.join(pickled)}: unpickling can run any code, so dmquant reads safetensors only; "
+            "convert them in a sandbox with torch.load(..., weights_only=True) and safetensors.torch.save_file"
+        )
+
+
+def _load(folder: Path) -> DiffusionPipeline:
+    try:
+        with _no_bars():
+            return DiffusionPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    except ImportError as error:  # diffusers stands in for pipelines whose libraries are missing
+        raise MissingResource(f"{folder} needs a library that is not installed: {str(error).strip()}") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise DamagedFile(f"{folder} cannot be loaded: {str(error).strip()}") from error
+
+
+def _place(pipeline: DiffusionPipeline, device: str | None) -> DiffusionPipeline:
+    if device is None:
+        return pipeline
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {device!r} is not available here; torch {torch.__version__} sees no CUDA device")
+    return pipeline.to(device)
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """diffusers draws a bar on stderr while it loads; the library prints nothing."""
+    logging = diffusers.utils.logging
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()

@@ -1,0 +1,193 @@
+"""Seeds -> images. Each seed has its own CPU generator, so an image depends neither on the batch around it nor on the device's noise."""
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from dmquant.errors import DmquantError, InputError, OutOfMemory
+from dmquant.progress import Track, plain
+
+SAMPLERS = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "deis": "DEISMultistepScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler-a": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "pndm": "PNDMScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+CAPTION_SIZE = 12  # pixels
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What is asked of a conditional pipeline: image i takes entry i modulo their number. None guidance = the pipeline's own."""
+
+    prompts: tuple[str, ...] = ()
+    class_labels: tuple[int, ...] = ()
+    guidance: float | None = None
+
+
+def generate(
+    pipeline: DiffusionPipeline, seeds: Sequence[int], *, steps: int = 20, batch: int = 50,
+    conditioning: Conditioning = Conditioning(), track: Track = plain,
+) -> Iterator[Tensor]:
+    """Images of the seeds in order, uint8 (b, 3, H, W) on the CPU, one batch at a time."""
+    if steps < 1 or batch < 1:
+        raise InputError(f"steps and batch must be at least 1, got {steps} and {batch}")
+    limit = pipeline.scheduler.config.get("num_train_timesteps", steps)
+    if steps > limit:
+        raise InputError(f"this pipeline was trained with {limit} timesteps; steps must be at most that, got {steps}")
+    if any(not 0 <= seed < 2**63 for seed in seeds):
+        raise InputError("seeds must lie between 0 and 2^63 - 1")
+    starts = range(0, len(seeds), batch)
+    for start in track(starts, "sampling"):
+        chunk = range(start, min(start + batch, len(seeds)))
+        arguments = _choose_conditioning(pipeline, conditioning, chunk)
+        yield _sample(pipeline, [seeds[index] for index in chunk], steps, arguments)
+
+
+def set_sampler(pipeline: DiffusionPipeline, name: str | None = None) -> str:
+    """Gives the pipeline the sampler of that name, on its own noise schedule (None: keeps its own); returns the name in use."""
+    if name is not None:
+        if name not in SAMPLERS:
+            raise InputError(f"no sampler {name!r}; choose from {', '.join(SAMPLERS)}")
+        pipeline.scheduler = _convert(pipeline.scheduler, getattr(diffusers, SAMPLERS[name]))
+    used = type(pipeline.scheduler).__name__
+    return next((short for short, full in SAMPLERS.items() if full == used), used)
+
+
+def make_grid(images: Tensor, columns: int, *, zoom: int | None = None) -> Image.Image:
+    """Images uint8 (N, 3, H, W) row by row on white; `zoom` enlarges each pixel (default: tiles of at least 64 pixels)."""
+    count, _, height, width = images.shape
+    zoom = zoom or max(1, 64 // width)
+    gap = 2
+    tile_width, tile_height = width * zoom + gap, height * zoom + gap
+    rows = -(-count // columns)
+    grid = Image.new("RGB", (columns * tile_width + gap, rows * tile_height + gap), "white")
+    for index, image in enumerate(images):
+        tile = Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
+        tile = tile.resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
+        row, column = divmod(index, columns)
+        grid.paste(tile, (gap + column * tile_width, gap + row * tile_height))
+    return grid
+
+
+def beside(rows: Mapping[str, Tensor]) -> Image.Image:
+    """One captioned row of images uint8 (N, 3, H, W) per model, for the same seeds from left to right."""
+    font = ImageFont.load_default(CAPTION_SIZE)
+    strips = {caption: make_grid(images, len(images)) for caption, images in rows.items()}
+    band = CAPTION_SIZE + 6
+    width = max(max(strip.width, int(font.getlength(caption)) + 8) for caption, strip in strips.items())
+    sheet = Image.new("RGB", (width, sum(strip.height + band for strip in strips.values())), "white")
+    top = 0
+    for caption, strip in strips.items():
+        ImageDraw.Draw(sheet).text((4, top + 3), caption, fill="black", font=font)
+        sheet.paste(strip, (0, top + band))
+        top += band + strip.height
+    return sheet
+
+
+def _choose_conditioning(pipeline: DiffusionPipeline, wanted: Conditioning, chunk: range) -> dict[str, Any]:
+    """Keyword arguments that condition the images of one batch."""
+    name, accepted, arguments = type(pipeline).__name__, _accepts(pipeline), {}
+    for keyword, values, setting in (("prompt", wanted.prompts, "prompts"), ("class_labels", wanted.class_labels, "class_labels")):
+        if values and keyword not in accepted:
+            raise InputError(f"{name} takes no {setting}")
+        if keyword in accepted and not values:
+            raise InputError(f"{name} is conditional: give {setting}")
+        if values:
+            arguments[keyword] = [values[index % len(values)] for index in chunk]
+    if wanted.guidance is None:
+        return arguments
+    if "guidance_scale" not in accepted:
+        raise InputError(f"{name} takes no guidance scale")
+    return arguments | {"guidance_scale": wanted.guidance}
+
+
+def _accepts(pipeline: DiffusionPipeline) -> set[str]:
+    """Names of the arguments that a call may give."""
+    if not _is_plain(pipeline):
+        return set(inspect.signature(pipeline.__call__).parameters)
+    return {"class_labels"} if pipeline.unet.class_embedding is not None else set()
+
+
+def _is_plain(pipeline: DiffusionPipeline) -> bool:
+    """Whether a UNet and a scheduler are all there is: no text, no latents."""
+    return set(pipeline.components) == {"unet", "scheduler"}
+
+
+@torch.no_grad()
+def _sample(pipeline: DiffusionPipeline, seeds: list[int], steps: int, arguments: dict[str, Any]) -> Tensor:
+    """One batch of images, uint8 (B, 3, H, W)."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    draw = _run_scheduler if _is_plain(pipeline) else _call_pipeline
+    try:
+        images = draw(pipeline, generators, steps, arguments)  # (B, 3, H, W), in [0, 1] where all went well
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(f"a batch of {len(seeds)} images does not fit into memory; use a smaller batch") from error
+    broken = [seed for seed, image in zip(seeds, images) if not image.isfinite().all()]
+    if broken:
+        raise DmquantError(f"{len(broken)} of {len(seeds)} samples are not finite (first: seed {broken[0]}); the denoiser has diverged")
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+
+
+def _run_scheduler(
+    pipeline: DiffusionPipeline, generators: list[torch.Generator], steps: int, arguments: dict[str, Any]
+) -> Tensor:
+    """The sampling loop of DDIMPipeline, for any scheduler: that one scales neither noise nor input, and knows DDIM's step only."""
+    unet, scheduler = pipeline.unet, pipeline.scheduler
+    size = unet.config.sample_size
+    shape = (unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+    scheduler.set_timesteps(steps, device=unet.device)
+    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(unet.device)
+    x = noise * scheduler.init_noise_sigma  # (B, C, H, W)
+    random = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    conditions = {name: torch.tensor(values, device=unet.device) for name, values in arguments.items()}
+    for timestep in scheduler.timesteps:
+        predicted = unet(scheduler.scale_model_input(x, timestep).to(unet.dtype), timestep, **conditions).sample
+        x = scheduler.step(predicted.float(), timestep, x, **random).prev_sample
+    return x / 2 + 0.5
+
+
+def _call_pipeline(
+    pipeline: DiffusionPipeline, generators: list[torch.Generator], steps: int, arguments: dict[str, Any]
+) -> Tensor:
+    """The images of the pipeline's own call."""
+    if "batch_size" in _accepts(pipeline):
+        arguments = arguments | {"batch_size": len(generators)}
+    # some pipelines (DiT) pass no generator to a random scheduler: those draws repeat from run to run, but follow the batch
+    with _silence(pipeline), torch.random.fork_rng():
+        torch.manual_seed(generators[0].initial_seed())
+        images = pipeline(generator=generators, num_inference_steps=steps, output_type="pt", **arguments).images
+    # older pipelines answer with arrays (B, H, W, 3) whatever was asked
+    return torch.from_numpy(images).permute(0, 3, 1, 2) if isinstance(images, np.ndarray) else images.float()
+
+
+@contextmanager
+def _silence(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """No progress bar of the pipeline's own while it runs."""
+    before = getattr(pipeline, "_progress_bar_config", {})
+    pipeline.set_progress_bar_config(**{**before, "disable": True})
+    try:
+        yield
+    finally:
+        pipeline.set_progress_bar_config(**before)
+
+
+def _convert(scheduler: SchedulerMixin, target: type[SchedulerMixin]) -> SchedulerMixin:
+    """The target scheduler with the settings of this one, where the two speak of the same noise schedule."""
+    if type(scheduler) is not target and target not in scheduler.compatibles:
+        raise InputError(f"{type(scheduler).__name__} and {target.__name__} do not share a noise schedule; keep the pipeline's own sampler")
+    return target.from_config(scheduler.config)
