@@ -1,0 +1,36 @@
+"""Computes the reference statistics of an image set under an extractor and writes them as an npz.
+
+    python benchmarks/make_reference.py A.zip B.zip --name cifar10-train -o dmquant/assets/reference
+"""
+
+import argparse
+from pathlib import Path
+
+from dmquant.images import list_images
+from dmquant.metrics.extractor import EMBEDDED, NAMES, load_extractor
+from dmquant.metrics.reference import compute_reference, save_reference
+
+
+def main() -> None:
+    args = parse_arguments()
+    extractor = load_extractor(args.extractor, args.inception_weights)
+    reference = compute_reference(list_images(*args.images), extractor, name=args.name, size=args.size)
+    args.output.mkdir(parents=True, exist_ok=True)
+    file = args.output / f"{args.name}.{extractor.name}.npz"
+    save_reference(reference, extractor, file, size=args.size)
+    print(f"{file}: {reference.num_images} images, {len(reference.mu)} features, pixels {reference.sha256}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("images", nargs="+", help="image folders or zips")
+    parser.add_argument("--name", required=True, help="name of the set; the file is NAME.EXTRACTOR.npz")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--extractor", default=EMBEDDED, choices=NAMES)
+    parser.add_argument("--inception-weights", type=Path)
+    parser.add_argument("--size", type=int, help="bring images to this side first (bicubic, centre crop)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

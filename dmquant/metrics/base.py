@@ -1,0 +1,34 @@
+"""The seam of every metric: batches of images stream in, named numbers come out, only statistics are kept.
+
+A metric never runs a network. The evaluation computes the features once per batch, and all metrics share them.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step of the stream brings."""
+
+    images: Tensor  # uint8 (B, 3, H, W), of the model under test
+    features: Tensor | None = None  # float64 (B, D) of the extractor; None where no metric asked for them
+    float_images: Tensor | None = None  # uint8 (P, 3, H, W), P <= B: the float model's images of the first P seeds
+
+
+class Metric(ABC):
+    """Accumulates over batches; a subclass says what its batches must carry."""
+
+    needs_features: ClassVar[bool] = False
+    needs_float_images: ClassVar[bool] = False
+
+    @abstractmethod
+    def update(self, batch: Batch) -> None:
+        """Takes one more batch into the statistics."""
+
+    @abstractmethod
+    def compute(self) -> dict[str, float]:
+        """The numbers over all batches seen, finite, by the name under which a report shows them."""

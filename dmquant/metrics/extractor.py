@@ -1,0 +1,66 @@
+"""Feature extractors: networks that turn uint8 images into the features that metrics compare.
+
+The embedded one was trained by `benchmarks/train_extractor.py` on 32x32 images. Frechet distances in its features are
+named `fd-<name>`, never FID.
+"""
+
+import difflib
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dmquant.errors import InputError
+from dmquant.metrics.resnet import ResNetExtractor
+from dmquant.metrics.weights import hash_file, load_inception
+
+EMBEDDED = "resnet-cifar10"
+INCEPTION = "inception"
+NAMES = (EMBEDDED, INCEPTION)
+EMBEDDED_FOLDER = Path(__file__).parents[1] / "assets" / "extractor"
+
+
+class Extractor(NamedTuple):
+    """A network that maps uint8 images (B, 3, H, W) to features (B, D), its name, and the SHA-256 of its weights."""
+
+    network: nn.Module
+    name: str
+    sha256: str
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """Features (B, D), float64 on the network's device, computed in float32 whatever the autocast around."""
+        device = next(self.network.parameters()).device
+        self._check(images)
+        with torch.autocast(device.type, enabled=False):
+            return self.network(images.to(device)).double()
+
+    def _check(self, images: Tensor) -> None:
+        size, expected = tuple(images.shape[-2:]), getattr(self.network, "image_size", None)
+        if images.dtype != torch.uint8:
+            raise InputError(f"{self.name} takes uint8 images, got {images.dtype}")
+        if expected and size != (expected, expected):
+            raise InputError(f"{self.name} takes {expected}x{expected} images, got {size[1]}x{size[0]}; use --extractor inception")
+
+
+def load_extractor(name: str, inception_weights: str | Path | None = None) -> Extractor:
+    """The extractor of that name, on the CPU, in eval mode. `inception_weights` is read for "inception" only."""
+    if name == INCEPTION:
+        network, sha256 = load_inception(inception_weights)
+        return Extractor(network, name, sha256)
+    if name != EMBEDDED:
+        near = difflib.get_close_matches(name, NAMES, n=1)
+        raise InputError(f"no extractor {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(NAMES)}"))
+    return load_embedded(EMBEDDED_FOLDER)
+
+
+def load_embedded(folder: Path) -> Extractor:
+    """The ResNet of a folder that `benchmarks/train_extractor.py` wrote."""
+    record = json.loads((folder / "record.json").read_text())
+    file = folder / "model.safetensors"
+    network = ResNetExtractor(len(record["classes"]))
+    network.load_state_dict(load_file(file))
+    return Extractor(network.eval().requires_grad_(False), record["name"], hash_file(file))

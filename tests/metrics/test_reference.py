@@ -1,0 +1,205 @@
+import io
+import json
+import tracemalloc
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from dmquant.errors import DamagedFile, InputError
+from dmquant.images import list_images
+from dmquant.metrics import reference as module
+from dmquant.metrics.extractor import Extractor
+from dmquant.metrics.reference import compute_reference, measure_moments, open_reference, save_reference
+
+WIDTH = 6
+
+
+class Moments(nn.Module):
+    """Mean and deviation of each colour: a feature extractor that can be checked by hand."""
+
+    num_features = WIDTH
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, images):
+        x = images.float() * self.scale
+        return torch.cat([x.mean((2, 3)), x.std((2, 3))], 1)
+
+
+@pytest.fixture
+def extractor() -> Extractor:
+    return Extractor(Moments(), "moments", "a" * 64)
+
+
+def write_images(folder: Path, count: int = 7, size: int = 8) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(0)
+    for i in range(count):
+        Image.fromarray(generator.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+def moments(seed: int = 0, width: int = WIDTH) -> dict[str, np.ndarray]:
+    rows = np.random.default_rng(seed).normal(size=(50, width))
+    return {"mu": rows.mean(0), "sigma": np.cov(rows, rowvar=False)}
+
+
+def write_npz(path: Path, **arrays) -> Path:
+    np.savez(path, **arrays)
+    return path
+
+
+def test_statistics_of_a_folder_are_the_mean_and_covariance_of_its_features(tmp_path, extractor):
+    folder = write_images(tmp_path / "images")
+    pixels = torch.stack([torch.from_numpy(np.asarray(Image.open(folder / f"{i}.png")).copy()).permute(2, 0, 1) for i in range(7)])
+    features = extractor.features(pixels).numpy()
+
+    found = open_reference(folder, extractor)
+
+    assert np.allclose(found.mu.numpy(), features.mean(0)) and np.allclose(found.sigma.numpy(), np.cov(features, rowvar=False))
+    assert (found.num_images, found.name, found.mu.dtype) == (7, "images", torch.float64)
+
+
+def test_the_batch_changes_neither_the_statistics_nor_the_hash(tmp_path, extractor):
+    files = list_images(write_images(tmp_path))
+    whole, parts = (compute_reference(files, extractor, name="x", batch=batch) for batch in (100, 3))
+    assert torch.allclose(whole.sigma, parts.sigma) and whole.sha256 == parts.sha256
+
+
+def test_images_are_brought_to_the_size_of_the_generated_ones(tmp_path, extractor):
+    write_images(tmp_path, count=2, size=8)
+    write_images(tmp_path / "large", count=2, size=16)
+    with pytest.raises(InputError, match="different sizes"):
+        open_reference(tmp_path, extractor)
+    assert open_reference(tmp_path, extractor, size=8).num_images == 4
+
+
+def test_one_image_is_not_a_reference(tmp_path, extractor):
+    with pytest.raises(InputError, match="at least 2 images, got 1"):
+        open_reference(write_images(tmp_path, count=1), extractor)
+
+
+def test_saved_statistics_are_found_by_name_bit_for_bit(tmp_path, extractor, monkeypatch):
+    monkeypatch.setattr(module, "FOLDER", tmp_path / "built-in")
+    (tmp_path / "built-in").mkdir()
+    made = open_reference(write_images(tmp_path / "images"), extractor)
+    save_reference(made, extractor, tmp_path / "built-in" / "set.moments.npz")
+
+    found = open_reference("set", extractor)
+
+    assert torch.equal(found.mu, made.mu) and torch.equal(found.sigma, made.sigma)
+    assert (found.name, found.num_images) == ("set", 7)
+    assert [file.name for file in (tmp_path / "built-in").iterdir()] == ["set.moments.npz"]
+
+
+def test_saving_twice_gives_the_same_bytes_and_other_tools_can_read_them(tmp_path, extractor):
+    made = open_reference(write_images(tmp_path / "images"), extractor)
+    for name in ("a.npz", "b.npz"):
+        save_reference(made, extractor, tmp_path / name)
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+    with np.load(tmp_path / "a.npz", allow_pickle=False) as stats:
+        assert stats["mu"].shape == (WIDTH,) and stats["sigma"].shape == (WIDTH, WIDTH) and stats["n"] == 7
+        assert json.loads(str(stats["meta"]))["extractor_sha256"] == extractor.sha256
+
+
+def test_statistics_of_other_weights_under_the_same_name_are_refused(tmp_path, extractor):
+    made = open_reference(write_images(tmp_path / "images"), extractor)
+    save_reference(made, extractor, tmp_path / "a.npz")
+    with pytest.raises(InputError, match="other weights"):
+        open_reference(tmp_path / "a.npz", extractor._replace(sha256="b" * 64))
+
+
+def test_files_of_the_other_tools_are_read(tmp_path, extractor):
+    stats = moments()
+    adm = {**stats, "mu_s": np.zeros(3), "sigma_s": np.eye(3), "arr_0": np.zeros((2, 4, 4, 3), np.uint8)}
+    single = {key: array.astype(np.float32) for key, array in stats.items()}
+    for arrays in (stats, adm, single):
+        found = open_reference(write_npz(tmp_path / "stats.npz", **arrays), extractor)
+        assert np.allclose(found.mu, stats["mu"]) and np.allclose(found.sigma, stats["sigma"], atol=1e-6)
+        assert found.sigma.dtype == torch.float64 and found.num_images is None
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"mu": np.zeros(7)}, InputError, r"mu has shape \(7,\), the extractor needs \(6,\)"),
+        ({"sigma": np.eye(7)}, InputError, r"sigma has shape \(7, 7\)"),
+        ({"mu": np.zeros(WIDTH, dtype=object)}, InputError, "not numbers"),
+        ({"mu": np.array(["1"] * WIDTH)}, InputError, "not numbers"),
+        ({"mu": np.full(WIDTH, np.nan)}, DamagedFile, "not finite"),
+        ({"sigma": np.full((WIDTH, WIDTH), np.inf)}, DamagedFile, "not finite"),
+        ({"sigma": np.triu(np.ones((WIDTH, WIDTH)))}, DamagedFile, "not symmetric"),
+        ({"sigma": -np.eye(WIDTH)}, DamagedFile, "positive diagonal"),
+        ({"n": np.int64(1)}, DamagedFile, "made from 1 images"),
+        ({"meta": np.array("[1]")}, DamagedFile, "meta does not name"),
+        ({"meta": np.array("no json")}, DamagedFile, "cannot be read"),
+        ({"meta": np.array("x" * 20000)}, DamagedFile, "meta is not a short string"),
+    ],
+)
+def test_a_file_that_is_not_what_it_should_be_is_refused_by_its_fault(tmp_path, extractor, change, error, message):
+    path = tmp_path / "stats.npz"
+    np.savez(path, **{**moments(), **change})
+    with pytest.raises(error, match=message):
+        open_reference(path, extractor)
+
+
+def test_a_file_with_other_keys_says_what_is_expected(tmp_path, extractor):
+    with pytest.raises(InputError, match="has no 'mu'"):
+        open_reference(write_npz(tmp_path / "stats.npz", feats=np.zeros((3, 3))), extractor)
+
+
+def test_a_zip_bomb_is_refused_from_its_header(tmp_path, extractor):
+    path = tmp_path / "bomb.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (2**24,)})
+        archive.writestr("mu.npy", header.getvalue() + bytes(2**27))
+    tracemalloc.start()
+    with pytest.raises(InputError, match=r"shape \(16777216,\)"):
+        open_reference(path, extractor)
+    assert tracemalloc.get_traced_memory()[1] < 2**22
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("keep", [0, 10, 400])
+def test_a_truncated_file_is_damaged(tmp_path, extractor, keep):
+    path = write_npz(tmp_path / "stats.npz", **moments())
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(DamagedFile, match="cannot be read"):
+        open_reference(path, extractor)
+
+
+def test_an_altered_file_is_damaged(tmp_path, extractor):
+    path = write_npz(tmp_path / "stats.npz", **moments())
+    content = bytearray(path.read_bytes())
+    content[170] ^= 1  # inside the numbers of mu: the zip's checksum notices
+    path.write_bytes(content)
+    with pytest.raises(DamagedFile, match="cannot be read"):
+        open_reference(path, extractor)
+
+
+def test_pickles_are_not_opened(tmp_path, extractor):
+    (tmp_path / "stats.pkl").write_bytes(b"")
+    with pytest.raises(InputError, match="pickle.*convert"):
+        open_reference(tmp_path / "stats.pkl", extractor)
+
+
+def test_a_name_without_statistics_for_this_extractor_lists_what_there_is(tmp_path, extractor, monkeypatch):
+    monkeypatch.setattr(module, "FOLDER", tmp_path)
+    for file in ("set.other.npz", "birds.moments.npz"):
+        (tmp_path / file).touch()
+    with pytest.raises(InputError, match="no reference 'set' for moments; built in: birds"):
+        open_reference("set", extractor)
+
+
+def test_moments_of_streamed_rows_equal_those_of_all_at_once():
+    rows = torch.randn(40, 5, dtype=torch.float64) + 100
+    mu, sigma, count = measure_moments(rows.split(7))
+    assert torch.allclose(mu, rows.mean(0)) and torch.allclose(sigma, rows.T.cov()) and count == 40
