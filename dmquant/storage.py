@@ -1,0 +1,285 @@
+"""Result folders: complete or absent.
+
+A folder is written under a temporary name beside its final one, every file is flushed to the disk, MANIFEST.json with the
+size and SHA-256 of each file comes last, and one rename publishes it. An older result is renamed aside for the moment
+between two renames; a process that dies there leaves two names, which the next start repairs. Locks and renames are those
+of POSIX file systems. Where a network file system ignores locks, the unique temporary names still keep writers apart.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+from dmquant.errors import DamagedFile, DmquantError, InputError
+
+MANIFEST = "MANIFEST.json"
+FORMAT_VERSION = 1
+LONGEST_NAME = 200  # bytes; file systems allow 255, temporary names need the rest
+
+# What may lie beside the published files without being one of them: reports, cards, pictures, and files of other tools
+# (.gitattributes, .cache). Nothing of it is read when a pipeline is loaded.
+EXTRA_NAMES = {"report.json", "README.md", "LICENSE"}
+EXTRA_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif"}
+
+
+@contextmanager
+def publish(folder: str | Path, *, force: bool = False) -> Iterator[Path]:
+    """A folder to write into; when the block ends well it takes the final name, complete with its manifest."""
+    folder = check_target(folder, force=force)
+    with lock(folder):
+        repair(folder)
+        # once more: only now nobody else can change the answer
+        check_target(folder, force=force)
+        temporary = _sibling(folder, "tmp")
+        temporary.mkdir()
+        try:
+            yield temporary
+            with _named(folder):
+                seal(temporary)
+                _swing(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_target(folder: str | Path, *, force: bool = False) -> Path:
+    """The absolute folder, if a result can be published there; an InputError otherwise. Writes nothing."""
+    folder = Path(os.path.abspath(folder))
+    if len(os.fsencode(folder.name)) > LONGEST_NAME:
+        raise InputError(f"the folder name {folder.name[:40]}... is longer than {LONGEST_NAME} bytes")
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise InputError(f"{folder} is a {'link' if folder.is_symlink() else 'file'}; give the name of a folder to make")
+    if Path.cwd().is_relative_to(folder):
+        raise InputError(f"{folder} is the working folder or holds it; give the name of a folder to make")
+    if folder.exists() and any(folder.iterdir()):
+        _check_replaceable(folder, force)
+    home = next(parent for parent in folder.parents if parent.exists())
+    if not home.is_dir() or not os.access(home, os.W_OK | os.X_OK):
+        raise InputError(f"{folder} cannot be written: no permission to make anything in {home}")
+    return folder
+
+
+def check_space(folder: str | Path, size_bytes: int) -> None:
+    """An InputError if the file system of the folder has less room than the size given."""
+    folder = Path(os.path.abspath(folder))
+    free_bytes = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    if free_bytes < size_bytes:
+        raise InputError(f"{folder} needs {size_bytes / 1e6:.1f} MB and only {free_bytes / 1e6:.1f} MB are free on that disk")
+
+
+def verify_manifest(folder: str | Path) -> list[str]:
+    """The names of the files, each found with the size and hash of the manifest; a DamagedFile names the first that is not."""
+    folder = Path(folder)
+    files = read_manifest(folder)
+    for name, entry in files.items():
+        _check_file(folder / name, entry)
+    extra = [name for name in _files(folder) if name not in files and not _may_lie_beside(name)]
+    if extra:
+        raise DamagedFile(f"{folder / extra[0]} is not in {MANIFEST}: remove it, or write the folder again")
+    return list(files)
+
+
+def read_manifest(folder: str | Path) -> dict[str, dict]:
+    """Name -> {"size", "sha256"} for every published file, sorted by name."""
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise DamagedFile(f"{folder} has no {MANIFEST}: it is no finished result of dmquant")
+    try:
+        document = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise DamagedFile(f"{path} is damaged: {error}") from error
+    if not isinstance(document, dict) or set(document) != {"files", "format_version"}:
+        raise DamagedFile(f"{path} is damaged: it must hold files and format_version")
+    if document["format_version"] != FORMAT_VERSION:
+        raise DamagedFile(f"{path} has format_version {document['format_version']!r}: this dmquant reads {FORMAT_VERSION}")
+    if not isinstance(document["files"], dict) or not all(_is_entry(*item) for item in document["files"].items()):
+        raise DamagedFile(f"{path} is damaged: an entry is not a relative name with size and sha256")
+    return document["files"]
+
+
+@contextmanager
+def lock(folder: str | Path) -> Iterator[None]:
+    """Keeps other processes off a result folder. The kernel drops the lock of a process that dies; nested use is free."""
+    folder = Path(os.path.abspath(folder))
+    path = folder.with_name(f".{folder.name}.lock")
+    with _named(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        handle = _acquire(path, folder)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            path.unlink(missing_ok=True)
+            os.close(handle)
+
+
+def repair(folder: str | Path) -> None:
+    """Undoes what a process that died left behind: brings back a result that was moved aside, removes its litter."""
+    folder = Path(os.path.abspath(folder))
+    for aside in _siblings(folder, "old"):
+        if folder.exists():
+            shutil.rmtree(aside)
+            continue
+        os.rename(aside, folder)
+    for temporary in _siblings(folder, "tmp"):
+        if not _is_alive(int(temporary.name.split(".")[-3])):
+            shutil.rmtree(temporary)
+
+
+def seal(folder: Path) -> None:
+    """Gives every file the mode of the umask, flushes it to the disk, and writes the manifest last."""
+    # the folder was made by mkdir, so its mode shows the umask without touching that of the process
+    mode = folder.stat().st_mode & 0o666
+    files = {name: _flush(folder / name, mode) for name in _files(folder)}
+    document = {"files": files, "format_version": FORMAT_VERSION}
+    with open(folder / MANIFEST, "w", encoding="utf-8") as file:
+        file.write(json.dumps(document, indent=2, sort_keys=True) + "\n")
+    _flush(folder / MANIFEST, mode)
+    for path, _, _ in os.walk(folder, topdown=False):
+        _flush_folder(path)
+
+
+def _swing(temporary: Path, folder: Path) -> None:
+    """The two renames. Should the second fail, the old result comes back."""
+    aside = _sibling(folder, "old")
+    had_old = folder.exists()
+    if had_old:
+        os.rename(folder, aside)
+    try:
+        os.rename(temporary, folder)
+    except OSError:
+        if had_old:
+            os.rename(aside, folder)
+        raise
+    _flush_folder(folder.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _check_replaceable(folder: Path, force: bool) -> None:
+    """--force replaces what dmquant published, and nothing else: it must never empty somebody's home."""
+    if not force:
+        raise InputError(f"{folder} is not empty; use --force to replace a result, or give another folder")
+    try:
+        published = read_manifest(folder)
+    except DamagedFile as error:
+        raise InputError(f"{folder} is not a result of dmquant, --force does not delete it: {error}") from error
+    stranger = next((name for name in _files(folder) if name not in published and not _may_lie_beside(name)), None)
+    if stranger is not None:
+        raise InputError(f"{folder / stranger} is not from dmquant, --force does not delete it; move it away first")
+
+
+def _may_lie_beside(name: str) -> bool:
+    path = PurePosixPath(name)
+    is_known = path.name in EXTRA_NAMES or path.suffix.lower() in EXTRA_SUFFIXES
+    return name == MANIFEST or path.parts[0].startswith(".") or (len(path.parts) == 1 and is_known)
+
+
+def _check_file(path: Path, entry: dict) -> None:
+    if not path.is_file():
+        raise DamagedFile(f"{path} is missing")
+    size_bytes = path.stat().st_size
+    if size_bytes != entry["size"]:
+        raise DamagedFile(f"{path} is damaged: {size_bytes} bytes instead of {entry['size']}")
+    if _hash(path) != entry["sha256"]:
+        raise DamagedFile(f"{path} is damaged: its SHA-256 differs from the manifest")
+
+
+def _is_entry(name: str, entry: object) -> bool:
+    is_inside = name and not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
+    has_keys = isinstance(entry, dict) and set(entry) == {"size", "sha256"}
+    return bool(is_inside and has_keys and type(entry["size"]) is int and isinstance(entry["sha256"], str))
+
+
+def _acquire(path: Path, folder: Path) -> int | None:
+    """The locked file, with our name in it; None if this process holds it already."""
+    owner = f"process {os.getpid()} on {socket.gethostname()}"
+    while True:
+        handle, holder = _try_lock(path)
+        if handle is not None:
+            try:
+                os.truncate(handle, 0)
+                os.write(handle, owner.encode())
+            except OSError:
+                os.close(handle)
+                raise
+            return handle
+        if holder == owner:
+            return None
+        if holder:
+            raise InputError(f"{folder} is in use by {holder}; wait for it, or give another folder")
+
+
+def _try_lock(path: Path) -> tuple[int | None, str]:
+    """An open, locked file; or who holds it. Neither if it was removed under our hands: then try again."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(handle, 300).decode(errors="replace")
+        os.close(handle)
+        return None, holder or "another process"
+    if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+        return handle, ""
+    os.close(handle)
+    return None, ""
+
+
+def _sibling(folder: Path, kind: str) -> Path:
+    return folder.with_name(f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}.{kind}")
+
+
+def _siblings(folder: Path, kind: str) -> list[Path]:
+    """Siblings of this folder and kind, of any process."""
+    start, count = f".{folder.name}.", 3 + folder.name.count(".") + 1
+    found = [path for path in folder.parent.iterdir() if path.name.startswith(start) and path.suffix == f".{kind}"]
+    return sorted(path for path in found if path.name.count(".") == count and path.name.split(".")[-3].isdigit())
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _files(folder: Path) -> list[str]:
+    """Names of all files relative to the folder, with forward slashes, sorted."""
+    walk = os.walk(folder)
+    return sorted((Path(path) / name).relative_to(folder).as_posix() for path, _, names in walk for name in names)
+
+
+def _flush(path: Path, mode: int) -> dict[str, int | str]:
+    with open(path, "rb") as file:
+        os.chmod(path, mode)
+        os.fsync(file.fileno())
+    return {"size": path.stat().st_size, "sha256": _hash(path)}
+
+
+def _flush_folder(path: str | Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DmquantError(f"{folder} was not written, what was there before is untouched: {error}") from error
