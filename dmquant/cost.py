@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dmquant.denoiser import Role, find_layers, find_roles
+from dmquant.denoiser import Role, named_layers, find_roles
 from dmquant.errors import InputError
 
 FLOAT_BITS = 32
@@ -120,7 +120,7 @@ def measure_cost(
     Without `bits` they are read off the layers. `inputs` replaces `example_inputs`: other sizes, more text tokens.
     """
     roles = find_roles(denoiser)
-    bits = {name: read_bits(layer) for name, layer in find_layers(denoiser).items()} if bits is None else bits
+    bits = {name: read_bits(layer) for name, layer in named_layers(denoiser).items()} if bits is None else bits
     unknown = sorted(set(bits) - set(roles))
     if unknown:
         raise InputError(f"the denoiser has no layer {unknown[0]!r} to give bits to")
@@ -189,7 +189,7 @@ class _Meter:
 def _run(skeleton: nn.Module, inputs: Mapping[str, Any]) -> tuple[_Meter, int]:
     """One call of the skeleton: what its layers did, and the MACs of its attention products."""
     # the counter knows the plain attention kernel, not every fused one
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, _Meter(find_layers(skeleton)) as meter:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, _Meter(named_layers(skeleton)) as meter:
         skeleton(**inputs)
     return meter, counter.get_total_flops() // 2 - meter.macs.total()  # products that belong to no layer
 

@@ -106,7 +106,7 @@ def find_denoiser(pipeline: DiffusionPipeline) -> tuple[str, nn.Module]:
     """Component name and module of the network that the sampler calls."""
     for name in DENOISERS:
         module = pipeline.components.get(name)
-        if isinstance(module, nn.Module) and find_layers(module):
+        if isinstance(module, nn.Module) and named_layers(module):
             return name, module
     found = ", ".join(f"{name} ({type(part).__name__})" for name, part in pipeline.components.items() if part is not None)
     raise DmquantError(
@@ -124,14 +124,14 @@ def is_layer(module: nn.Module) -> bool:
     return is_conv or (hasattr(module, "in_features") and hasattr(module, "out_features"))
 
 
-def find_layers(denoiser: nn.Module) -> dict[str, nn.Module]:
+def named_layers(denoiser: nn.Module) -> dict[str, nn.Module]:
     """Every Conv1d, Conv2d and Linear (or what stands for one) by module name, in module order."""
     return {name: module for name, module in denoiser.named_modules() if is_layer(module)}
 
 
 def find_roles(denoiser: nn.Module) -> dict[str, Role]:
     """Role of every layer by module name. Where no name says first or last, module order does."""
-    roles = {name: next(role for role, pattern in ROLES if pattern.search(name)) for name in find_layers(denoiser)}
+    roles = {name: next(role for role, pattern in ROLES if pattern.search(name)) for name in named_layers(denoiser)}
     names = list(roles)
     if Role.FIRST not in roles.values():
         roles[names[0]] = Role.FIRST
@@ -150,7 +150,7 @@ def find_blocks(denoiser: nn.Module) -> list[Block]:
     if hasattr(denoiser, "down_blocks") and hasattr(denoiser, "up_blocks"):
         return list(_unet_blocks(denoiser))
     lists = ((name, child) for name, child in denoiser.named_children() if isinstance(child, nn.ModuleList))
-    names = (f"{name}.{index}" for name, child in lists for index, entry in enumerate(child) if find_layers(entry))
+    names = (f"{name}.{index}" for name, child in lists for index, entry in enumerate(child) if named_layers(entry))
     return [Block(name, (name,)) for name in names]
 
 

@@ -1,0 +1,319 @@
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DiffusionPipeline,
+    DiTTransformer2DModel,
+    FluxTransformer2DModel,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from torch import nn
+
+from dmquant import denoiser
+from dmquant.cost import example_inputs
+from dmquant.denoiser import Role, find_blocks, find_denoiser, find_roles, is_layer, is_quantized, locate, named_layers, open_pipeline
+from dmquant.errors import DamagedFile, DmquantError, InputError, MissingResource
+
+TINY_UNET = dict(
+    sample_size=8, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4, attention_head_dim=8,
+    down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+)
+TINY = {
+    UNet2DModel: TINY_UNET,
+    UNet2DConditionModel: dict(
+        sample_size=8, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4, attention_head_dim=8, cross_attention_dim=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=32,
+    ),
+    DiTTransformer2DModel: dict(num_layers=2, num_attention_heads=2, attention_head_dim=8, sample_size=8, out_channels=8),
+    PixArtTransformer2DModel: dict(
+        num_layers=2, num_attention_heads=2, attention_head_dim=8, sample_size=8, cross_attention_dim=16, caption_channels=12,
+    ),
+    SD3Transformer2DModel: dict(
+        num_layers=2, num_attention_heads=2, attention_head_dim=8, sample_size=8, in_channels=4, out_channels=4,
+        joint_attention_dim=12, caption_projection_dim=16, pooled_projection_dim=12, pos_embed_max_size=8,
+    ),
+    FluxTransformer2DModel: dict(
+        num_layers=1, num_single_layers=2, num_attention_heads=2, attention_head_dim=16, in_channels=4, axes_dims_rope=(4, 4, 8),
+        joint_attention_dim=12, pooled_projection_dim=12, guidance_embeds=True,
+    ),
+}  # fmt: skip
+EXPECTED = {
+    UNet2DModel: {
+        "conv_in": Role.FIRST, "conv_out": Role.LAST, "time_embedding.linear_2": Role.TIME_EMBEDDING,
+        "down_blocks.0.resnets.0.conv1": Role.BODY, "down_blocks.0.resnets.0.time_emb_proj": Role.TIME_PROJECTION,
+        "down_blocks.1.resnets.0.conv_shortcut": Role.SKIP, "mid_block.attentions.0.to_out.0": Role.ATTENTION,
+        "down_blocks.0.downsamplers.0.conv": Role.RESAMPLE, "up_blocks.0.upsamplers.0.conv": Role.RESAMPLE,
+    },
+    UNet2DConditionModel: {
+        "add_embedding.linear_1": Role.TIME_EMBEDDING, "mid_block.attentions.0.proj_in": Role.ATTENTION,
+        "mid_block.attentions.0.transformer_blocks.0.attn2.to_k": Role.ATTENTION,
+        "mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj": Role.FEED_FORWARD,
+        "mid_block.attentions.0.proj_out": Role.ATTENTION, "conv_out": Role.LAST,
+    },
+    DiTTransformer2DModel: {
+        "pos_embed.proj": Role.FIRST, "proj_out_2": Role.LAST, "proj_out_1": Role.TIME_EMBEDDING,
+        "transformer_blocks.1.norm1.linear": Role.TIME_EMBEDDING, "transformer_blocks.1.ff.net.2": Role.FEED_FORWARD,
+        "transformer_blocks.1.norm1.emb.timestep_embedder.linear_1": Role.TIME_EMBEDDING,
+    },
+    PixArtTransformer2DModel: {
+        "pos_embed.proj": Role.FIRST, "proj_out": Role.LAST, "adaln_single.linear": Role.TIME_EMBEDDING,
+        "caption_projection.linear_1": Role.TIME_EMBEDDING, "transformer_blocks.0.attn2.to_v": Role.ATTENTION,
+    },
+    SD3Transformer2DModel: {
+        "pos_embed.proj": Role.FIRST, "proj_out": Role.LAST, "context_embedder": Role.TIME_EMBEDDING,
+        "norm_out.linear": Role.TIME_EMBEDDING, "transformer_blocks.0.norm1_context.linear": Role.TIME_EMBEDDING,
+        "transformer_blocks.0.attn.add_k_proj": Role.ATTENTION, "transformer_blocks.0.ff_context.net.2": Role.FEED_FORWARD,
+    },
+    FluxTransformer2DModel: {
+        "x_embedder": Role.FIRST, "proj_out": Role.LAST, "time_text_embed.guidance_embedder.linear_1": Role.TIME_EMBEDDING,
+        "single_transformer_blocks.1.norm.linear": Role.TIME_EMBEDDING, "transformer_blocks.0.attn.to_add_out": Role.ATTENTION,
+        "single_transformer_blocks.1.proj_mlp": Role.FEED_FORWARD, "single_transformer_blocks.1.proj_out": Role.FEED_FORWARD,
+    },
+}  # fmt: skip
+every_denoiser = pytest.mark.parametrize("kind", TINY, ids=lambda kind: kind.__name__)
+
+
+def on_meta(kind: type, **config) -> nn.Module:
+    with torch.device("meta"):
+        return kind(**config).eval()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "pipeline"
+    DDIMPipeline(UNet2DModel(**TINY_UNET).half(), DDIMScheduler()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path) -> Path:
+    """A private copy, free to be damaged."""
+    for path in saved.rglob("*.*"):
+        target = tmp_path / "copy" / path.relative_to(saved)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    return tmp_path / "copy"
+
+
+def edit(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+# Opening
+
+
+def test_a_half_precision_folder_opens_in_float32_and_remembers_where_it_came_from(saved, capfd):
+    pipeline = open_pipeline(saved)
+    assert pipeline.unet.dtype == torch.float32 and not pipeline.unet.training
+    assert pipeline.name_or_path == str(saved)
+    assert "Loading" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("model", [None, "embedded"])
+def test_no_model_means_the_embedded_pipeline(saved, monkeypatch, model):
+    monkeypatch.setattr(denoiser, "ASSETS", saved.parent)
+    assert open_pipeline(model).name_or_path == "embedded"
+
+
+def test_a_missing_embedded_pipeline_is_a_missing_resource(tmp_path, monkeypatch):
+    monkeypatch.setattr(denoiser, "ASSETS", tmp_path)
+    with pytest.raises(MissingResource, match="missing"):
+        open_pipeline()
+
+
+@pytest.mark.parametrize("model", ["./org/name", "nowhere", "/nowhere/at/all", "a/b/c", "~/no-such-folder", "org/.hidden", Path("org/name")])
+def test_what_cannot_be_a_hub_id_is_tried_as_a_path_only(model, monkeypatch):
+    monkeypatch.setattr(HfApi, "model_info", lambda *args, **kwargs: pytest.fail("asked the hub"))
+    with pytest.raises(MissingResource, match="local path"):
+        open_pipeline(model)
+
+
+def test_a_local_folder_wins_over_a_hub_id(folder, monkeypatch):
+    monkeypatch.setattr(HfApi, "model_info", lambda *args, **kwargs: pytest.fail("asked the hub"))
+    monkeypatch.chdir(folder.parents[1])
+    assert locate(f"{folder.parent.name}/{folder.name}").samefile(folder)
+
+
+def test_an_unreachable_hub_is_said_to_be_so(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(HfApi, "model_info", refuse)
+    with pytest.raises(MissingResource, match="no local folder.*hub id.*cannot be reached"):
+        open_pipeline("nobody/dmquant-test-nothing")
+
+
+def test_offline_mode_asks_nobody(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(HfApi, "model_info", lambda *args, **kwargs: pytest.fail("asked the hub"))
+    with pytest.raises(MissingResource, match="HF_HUB_OFFLINE is set"):
+        open_pipeline("nobody/dmquant-test-nothing")
+
+
+@pytest.mark.parametrize("kind, words", [(RepositoryNotFoundError, "neither a local folder nor"), (GatedRepoError, "gated")])
+def test_a_hub_that_refuses_is_quoted(kind, words, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise kind("404", response=SimpleNamespace(headers={}, request=None))
+
+    monkeypatch.setattr(HfApi, "model_info", refuse)
+    with pytest.raises(MissingResource, match=words):
+        open_pipeline("nobody/nothing")
+
+
+def test_a_hub_model_with_pickles_only_is_refused_before_download(monkeypatch):
+    files = [SimpleNamespace(rfilename=name) for name in ("model_index.json", "unet/diffusion_pytorch_model.bin")]
+    monkeypatch.setattr(HfApi, "model_info", lambda *args, **kwargs: SimpleNamespace(siblings=files))
+    monkeypatch.setattr(DiffusionPipeline, "download", lambda *args, **kwargs: pytest.fail("downloaded"))
+    with pytest.raises(InputError, match="pickle.*unet"):
+        open_pipeline("somebody/pickles")
+
+
+def test_local_pickles_are_refused(folder):
+    (folder / "unet/diffusion_pytorch_model.safetensors").rename(folder / "unet/diffusion_pytorch_model.bin")
+    with pytest.raises(InputError, match="pickle weights"):
+        open_pipeline(folder)
+
+
+def test_a_file_or_a_single_component_is_no_pipeline(folder):
+    with pytest.raises(InputError, match="is a file"):
+        open_pipeline(folder / "model_index.json")
+    with pytest.raises(InputError, match="no model_index.json"):
+        open_pipeline(folder / "unet")
+
+
+def test_foreign_code_is_never_run(folder):
+    (folder / "unet/my_unet.py").write_text("raise SystemExit")
+    with pytest.raises(InputError, match="own code.*unet/my_unet.py"):
+        open_pipeline(folder)
+    edit(folder / "model_index.json", _class_name=["pipeline", "MyPipeline"])
+    with pytest.raises(InputError, match="own pipeline code"):
+        open_pipeline(folder)
+
+
+def test_an_unknown_pipeline_class_is_named(folder):
+    edit(folder / "model_index.json", _class_name="NoSuchPipeline")
+    with pytest.raises(InputError, match="NoSuchPipeline"):
+        open_pipeline(folder)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000, "\x00"])
+def test_damaged_json_is_named(folder, text):
+    (folder / "unet/config.json").write_text(text)
+    with pytest.raises(DamagedFile, match="config.json"):
+        open_pipeline(folder)
+
+
+def test_component_names_stay_inside_the_folder(folder):
+    edit(folder / "model_index.json", **{"../unet": ["diffusers", "UNet2DModel"]})
+    with pytest.raises(DamagedFile, match="impossible components"):
+        open_pipeline(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 6, 1000])
+def test_truncated_weights_are_damage_not_a_traceback(folder, keep):
+    weights = folder / "unet/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:keep])
+    with pytest.raises(DamagedFile, match="cannot be loaded"):
+        open_pipeline(folder)
+
+
+def test_quantized_folders_are_recognised_by_their_json(folder):
+    assert not is_quantized(folder)
+    edit(folder / "unet/config.json", quantization_config={"quant_method": "torchao"})
+    assert not is_quantized(folder)
+    with pytest.raises(InputError, match="this is a torchao checkpoint"):
+        open_pipeline(folder)
+    edit(folder / "unet/config.json", quantization_config={"quant_method": "dmquant"})
+    assert is_quantized(folder)
+    with pytest.raises(InputError, match="dmquant.load"):
+        open_pipeline(folder)
+
+
+def test_a_device_that_is_not_there_is_refused(saved, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="no CUDA device"):
+        open_pipeline(saved, device="cuda")
+
+
+class Bare(DiffusionPipeline):
+    def __init__(self, **parts):
+        super().__init__()
+        self.register_modules(**parts)
+
+
+def test_the_denoiser_is_found_by_component_name():
+    network = nn.Sequential(nn.Linear(2, 2))
+    pipeline = Bare()
+    pipeline.__class__ = type("Named", (DiffusionPipeline,), {"components": {"vae": nn.Conv2d(1, 1, 1), "transformer": network}})
+    assert find_denoiser(pipeline) == ("transformer", network)
+
+
+@pytest.mark.parametrize("part", [None, nn.Sequential(nn.GroupNorm(1, 1))])
+def test_a_pipeline_without_a_denoiser_says_what_was_found(part):
+    pipeline = Bare()
+    pipeline.__class__ = type("Odd", (DiffusionPipeline,), {"components": {"unet": part, "vae": nn.Conv2d(1, 1, 1)}})
+    with pytest.raises(DmquantError, match="Odd has no denoiser.*looked for unet.*found.*vae \\(Conv2d\\)"):
+        find_denoiser(pipeline)
+
+
+# Layers, roles, blocks
+
+
+def test_layers_are_told_by_what_they_carry():
+    stand_in = nn.Module()
+    stand_in.weight, stand_in.in_features, stand_in.out_features = nn.Module(), 4, 4
+    assert all(map(is_layer, [nn.Conv1d(1, 1, 1), nn.Conv2d(1, 1, 1), nn.Linear(1, 1), stand_in]))
+    others = [nn.ConvTranspose2d(1, 1, 1), nn.Conv3d(1, 1, 1), nn.Embedding(2, 2), nn.GroupNorm(1, 1), nn.Bilinear(1, 1, 1), nn.AvgPool2d(2)]
+    assert not any(map(is_layer, others))
+
+
+@every_denoiser
+def test_every_layer_has_the_role_that_its_name_says(kind):
+    network = on_meta(kind, **TINY[kind])
+    roles = find_roles(network)
+    assert list(roles) == [name for name, module in network.named_modules() if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear))]
+    assert {name: roles[name] for name in EXPECTED[kind]} == EXPECTED[kind]
+    assert list(roles.values()).count(Role.FIRST) == list(roles.values()).count(Role.LAST) == 1
+
+
+def test_without_known_names_module_order_says_first_and_last():
+    roles = find_roles(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 3, 3)))
+    assert roles == {"0": Role.FIRST, "1": Role.BODY, "2": Role.LAST}
+
+
+def test_ldm4_has_twelve_blocks_down_one_in_the_middle_and_twelve_up():
+    names = [block.name for block in find_blocks(on_meta(UNet2DModel, sample_size=64))]
+    assert len(names) == 25 and names[0] == "conv_in" and names[12] == "mid_block"
+
+
+@every_denoiser
+def test_blocks_hold_every_inner_layer_once(kind):
+    network = on_meta(kind, **TINY[kind])
+    inside = [f"{module}.{name}".removesuffix(".") for block in find_blocks(network) for module in block.modules
+              for name in named_layers(network.get_submodule(module))]  # fmt: skip
+    assert len(inside) == len(set(inside))
+    outside = {name: role for name, role in find_roles(network).items() if name not in inside}
+    assert set(outside.values()) <= {Role.FIRST, Role.LAST, Role.TIME_EMBEDDING}
+
+
+@every_denoiser
+def test_blocks_come_in_the_order_of_execution(kind):
+    network, seen = on_meta(kind, **TINY[kind]), []
+    names = {network.get_submodule(name): name for block in find_blocks(network) for name in block.modules}
+    with ExitStack() as hooks, torch.no_grad():
+        for module in names:
+            hooks.callback(module.register_forward_pre_hook(lambda module, _: seen.append(names[module])).remove)
+        network(**example_inputs(network))
+    assert seen == list(names.values())
