@@ -192,7 +192,10 @@ def _is_same(model: str, other: str) -> bool:
 
 def _write_notes(reports: Sequence[Report], varying: Sequence[str]) -> list[str]:
     shared = reports[0].protocol
-    notes = ["size: the denoiser's packed weights, 1 MB = 10^6 bytes; OPs: BOPs / 64 + float MACs of one denoiser call"]
+    notes = [
+        "size: the denoiser's weights as stored (float: at 32 bits), 1 MB = 10^6 bytes; time: sampling alone",
+        "OPs: BOPs / 64 + float MACs + the quantizers' own operations, one denoiser call on one image",
+    ]
     parts = {
         "steps": f"{shared.steps} steps",
         "sampler": f"sampler {shared.sampler}",
@@ -207,6 +210,8 @@ def _write_notes(reports: Sequence[Report], varying: Sequence[str]) -> list[str]
     notes.append("protocol: " + ", ".join(agreed))
     if any(name.startswith(FRECHET) and r.protocol.num_images < FEW_IMAGES for r in reports for name in r.metrics):
         notes.append(f"a Frechet distance of fewer than {FEW_IMAGES} images is biased upwards: compare it at equal n only")
+    if any("psnr" in report.metrics for report in reports):
+        notes.append("PSNR: mean over the first seeds, at most 64")
     return notes
 
 

@@ -1,0 +1,316 @@
+"""The commands: thin, with everything heavy imported inside them, so that help, methods and compare need no torch.
+
+Results on stdout, talk on stderr. Exit codes: 0 done; 1 an expected failure; 2 the user's mistake; 3 something to fetch
+is missing; 4 out of memory; 70 a bug of ours; 130 interrupted. DMQUANT_DEBUG=1 shows tracebacks.
+"""
+
+import json
+import math
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+
+import typer
+
+from dmquant import __version__, console
+from dmquant.errors import InputError
+from dmquant.failures import INTERRUPTED, explain
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+app = typer.Typer(
+    name="dmquant",
+    help="Extremely low-bit quantization of diffusion models: quantize, evaluate, compare.",
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+MAX_SEED = 2**63 - 1
+PICTURES = (".png", ".jpg", ".webp")
+
+Model = Annotated[
+    str | None, typer.Argument(help="Local pipeline folder or hub id; without it, the embedded pipeline.", show_default=False)
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: the fastest one here.", show_default=False)]
+Seed = Annotated[int, typer.Option(help="Seed of the first image or of the run.", min=0, max=MAX_SEED)]
+Steps = Annotated[int, typer.Option(help="Denoising steps.", min=1)]
+Batch = Annotated[int, typer.Option(help="Images per batch.", min=1)]
+Sampler = Annotated[str | None, typer.Option(help="ddim, ddpm, dpm++, euler, ...; default: the pipeline's.", show_default=False)]
+
+
+def main() -> NoReturn:
+    """Entry point of the `dmquant` program."""
+    sys.exit(run())
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run one command line and return its exit code; every failure becomes one line on stderr."""
+    console.show_warnings()
+    try:
+        code = app(args=arguments, prog_name="dmquant", standalone_mode=False) or 0
+    except (Exception, KeyboardInterrupt) as error:
+        return explain(error)
+    if code == INTERRUPTED:
+        console.say("interrupted")
+    return code
+
+
+@app.callback(invoke_without_command=True)
+def _start(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False
+) -> None:
+    if version:
+        console.show(__version__)
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        console.say(context.get_help())
+        raise typer.Exit(2)
+
+
+@app.command()
+def quantize(
+    model: Model = None,
+    method: Annotated[str, typer.Option(help="See `dmquant methods`.")] = "lsq",
+    wbits: Annotated[int | None, typer.Option(help="Bits per weight; 32 = float.", min=1, max=32, show_default=False)] = None,
+    abits: Annotated[int | None, typer.Option(help="Bits per activation; 32 = float.", min=1, max=32, show_default=False)] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder to write.", show_default="runs/NAME")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method; may be repeated.")
+    ] = None,
+    seed: Seed = 0,
+    device: Device = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would become of each layer, and stop.")] = False,
+    max_steps: Annotated[int | None, typer.Option(help="Optimiser steps at most.", min=0, show_default=False)] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Images (folder or zip) to fine-tune on; default: data-free.", show_default=False)
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a run that is already there.")] = False,
+) -> None:
+    """Quantize a pipeline and write it as packed safetensors."""
+    from dmquant.methods import get
+
+    given = {"weight_bits": wbits, "act_bits": abits, "max_steps": max_steps}
+    chosen = get(method).parse(_merge(given, settings or []))
+    folder = output or Path("runs") / f"{_short_name(model)}-{method}-w{chosen.weight_bits}a{chosen.act_bits}"
+
+    from dmquant import checkpoint, quantization, storage
+    from dmquant.denoiser import open_pipeline
+
+    if dry_run:
+        pipeline = open_pipeline(model, device="cpu")
+        _show_coverage(pipeline, chosen.weight_bits, chosen.act_bits, bits=quantization.plan(pipeline, chosen))
+        return
+    storage.check_target(folder, force=force)
+    with storage.lock(folder):
+        pipeline = open_pipeline(model, device=device)
+        quantized = quantization.quantize(pipeline, chosen, seed=seed, data=data, track=console.Tracker())
+        checkpoint.save(quantized, folder, force=force)
+    console.say(f"wrote {folder}; next: dmquant eval {folder} --fid")
+
+
+@app.command("eval")
+def evaluate(
+    model: Model = None,
+    fid: Annotated[bool, typer.Option("--fid", help="Frechet distance to the reference (the default).")] = False,
+    psnr: Annotated[bool, typer.Option("--psnr", help="PSNR to the float model at equal seeds.")] = False,
+    num_images: Annotated[int, typer.Option(help="Images to draw.", min=2)] = 1000,
+    steps: Steps = 20,
+    sampler: Sampler = None,
+    seed: Seed = 0,
+    batch: Batch = 50,
+    reference: Annotated[
+        str | None, typer.Option(help="Built-in name, npz of statistics, or images.", show_default="of the extractor")
+    ] = None,
+    extractor: Annotated[str, typer.Option(help="resnet-cifar10 or inception.")] = "resnet-cifar10",
+    inception_weights: Annotated[Path | None, typer.Option(help="File of the FID Inception.", show_default=False)] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder for report.json.", show_default="a quantized MODEL, or runs/eval-NAME")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The report as JSON on stdout.")] = False,
+    device: Device = None,
+) -> None:
+    """Draw images of a float or quantized pipeline, measure them, and write a report."""
+    from dmquant import comparison, evaluation
+
+    metrics = tuple(name for name, is_wanted in (("fid", fid), ("psnr", psnr)) if is_wanted) or ("fid",)
+    folder = _require_writable(output or _report_folder(model))
+    report = evaluation.evaluate(
+        _open(model, device), metrics=metrics, num_images=num_images, seed=seed, steps=steps, sampler=sampler, batch=batch,
+        extractor=extractor, inception_weights=inception_weights, reference=reference, track=console.Tracker(),
+    )  # fmt: skip
+    file = report.save(folder)
+    if as_json:
+        console.show(report.to_json())
+    else:
+        console.show_comparison(comparison.compare([report]))
+    console.say(f"wrote {file}")
+
+
+@app.command()
+def compare(
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Reports, or folders that hold a report.json.")],
+    form: Annotated[Literal["table", "md", "csv", "json"], typer.Option("--format", help="How to write it.")] = "table",
+    mixed: Annotated[bool, typer.Option("--mixed", help="Allow different protocols; what differs becomes a column.")] = False,
+) -> None:
+    """Put reports side by side, the float model first."""
+    from dmquant import comparison
+
+    found = comparison.compare(paths, mixed=mixed)
+    if form == "table":
+        console.show_comparison(found)
+    else:
+        console.show({"md": found.to_markdown, "csv": found.to_csv, "json": found.to_json}[form]())
+
+
+@app.command()
+def methods(name: Annotated[str | None, typer.Argument(help="Show the settings of this one.", show_default=False)] = None) -> None:
+    """List the methods, or the settings of one with their defaults."""
+    from dmquant import methods as table
+
+    if name is None:
+        console.show_table(["method", "what it is"], [[known, table.summary(known)] for known in table.names()], num_names=2)
+        return
+    rows = [[item.name, item.type, _write_default(item.default), item.help] for item in table.get(name).describe()]
+    console.show_table(["setting", "type", "default", "what it does"], rows, num_names=4)
+
+
+@app.command()
+def inspect(model: Annotated[str, typer.Argument(help="Pipeline folder, float or quantized; hub id; embedded.")]) -> None:
+    """Show what is in a pipeline: components, layers, bits, size and operations."""
+    from dmquant.denoiser import find_denoiser
+
+    pipeline = _open(model, "cpu")
+    name, denoiser = find_denoiser(pipeline)
+    record = getattr(denoiser, "dmquant_record", {})
+    parts = {"pipeline": type(pipeline).__name__, "denoiser": f"{name} ({type(denoiser).__name__})", **record}
+    console.show_table(["fact", "value"], [[key, _write_default(value)] for key, value in parts.items()], num_names=2)
+    _show_coverage(pipeline, record.get("weight_bits", 32), record.get("act_bits", 32))
+
+
+@app.command()
+def sample(
+    model: Annotated[str, typer.Argument(help="Pipeline folder, float or quantized; hub id; embedded.")],
+    count: Annotated[int, typer.Option("-n", "--num-images", help="Images to draw.", min=1)] = 16,
+    seed: Seed = 0,
+    steps: Steps = 20,
+    sampler: Sampler = None,
+    batch: Batch = 50,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Picture to write.")] = Path("samples.png"),
+    beside: Annotated[str | None, typer.Option(help="Another pipeline, drawn below from the same seeds.", show_default=False)] = None,
+    device: Device = None,
+) -> None:
+    """Draw images and write them as one picture."""
+    if output.suffix.lower() not in PICTURES:
+        raise InputError(f"{output} must end in {', '.join(PICTURES)}")
+    _require_writable(output.absolute().parent)
+    import torch
+
+    from dmquant import generation
+
+    rows, track = {}, console.Tracker()
+    for name in dict.fromkeys([model, *([beside] if beside else [])]):
+        pipeline = _open(name, device)
+        generation.set_sampler(pipeline, sampler)
+        images = generation.generate(pipeline, range(seed, seed + count), steps=steps, batch=batch, track=track)
+        rows[name] = torch.cat(list(images))
+    picture = generation.beside(rows) if beside else generation.make_grid(rows[model], math.ceil(count**0.5))
+    picture.save(output)
+    console.say(f"wrote {output}")
+
+
+@app.command()
+def verify(folder: Annotated[Path, typer.Argument(help="Folder of a quantized pipeline.")]) -> None:
+    """Check a quantized pipeline: hashes, format, finiteness."""
+    from dmquant import checkpoint
+
+    for name in checkpoint.verify(folder):
+        console.show(f"ok  {name}")
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="As JSON, for bug reports.")] = False) -> None:
+    """Show versions, devices, kernels and files; exit 1 where something is amiss."""
+    from dmquant.environment import examine
+
+    findings = examine()
+    if as_json:
+        console.show(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        rows = [[f.name, f.value, "" if f.is_ok else f"amiss: {f.advice}"] for f in findings]
+        console.show_table(["what", "found", ""], rows, num_names=3)
+    if not all(finding.is_ok for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def fetch(resource: Annotated[Literal["inception"], typer.Argument(help="What to get; its hash is checked.")]) -> None:
+    """Download what a later command would otherwise miss."""
+    from dmquant.metrics import weights
+
+    fetchers = {"inception": weights.fetch_inception}
+    console.show(str(fetchers[resource]()))
+
+
+def _merge(given: dict[str, int | None], pairs: list[str]) -> dict[str, int | str]:
+    """Options of their own and --set pairs as one mapping; a setting may be given once."""
+    merged: dict[str, int | str] = {key: value for key, value in given.items() if value is not None}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise InputError(f"--set takes key=value, got {pair!r}")
+        if key in merged:
+            raise InputError(f"setting {key!r} is given twice")
+        merged[key] = value
+    return merged
+
+
+def _short_name(model: str | None) -> str:
+    return "embedded" if model is None else Path(model).absolute().name
+
+
+def _report_folder(model: str | None) -> Path:
+    """Beside a quantized pipeline that lies here, else a folder of its own under runs."""
+    from dmquant.denoiser import is_quantized
+
+    if model is not None and Path(model).is_dir() and is_quantized(model):
+        return Path(model)
+    return Path("runs") / f"eval-{_short_name(model)}"
+
+
+def _require_writable(folder: Path) -> Path:
+    """The folder, made if it was not there: hours of work must not end before a closed door."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be made: {error.strerror}; choose another with -o") from error
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"{folder} cannot be written; choose another with -o")
+    return folder
+
+
+def _open(model: str | None, device: str | None) -> "DiffusionPipeline":
+    from dmquant import checkpoint
+
+    return checkpoint.load(model, device=device)
+
+
+def _show_coverage(
+    pipeline: "DiffusionPipeline", weight_bits: int, act_bits: int, *, bits: dict[str, tuple[int, int]] | None = None
+) -> None:
+    from dmquant import coverage
+    from dmquant.cost import measure_cost
+    from dmquant.denoiser import find_denoiser
+
+    cost = measure_cost(find_denoiser(pipeline)[1], bits=bits)
+    rows = coverage.tabulate(cost, weight_bits=weight_bits, act_bits=act_bits)
+    console.show_table(coverage.HEADINGS, rows, num_names=3, notes=coverage.summarize(cost))
+
+
+def _write_default(value: object) -> str:
+    if isinstance(value, tuple | list):
+        return ",".join(map(str, value))
+    return str(value)

@@ -1,0 +1,32 @@
+"""Tiny pipelines, made in memory: everything that runs them takes a fraction of a second on one core."""
+
+from pathlib import Path
+
+import pytest
+
+TINY_UNET = dict(
+    sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=8,
+    down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test may reach a hub, nor see the Inception weights or the debug switch of the person who runs it."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in ("DMQUANT_DEBUG", "DMQUANT_INCEPTION_WEIGHTS", "NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved float pipeline of some 20 thousand random parameters, 8x8 RGB. Read it; do not write into it."""
+    import torch
+    from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipeline = DDIMPipeline(UNet2DModel(**TINY_UNET), DDIMScheduler())
+    folder = tmp_path_factory.mktemp("pipelines") / "tiny"
+    pipeline.save_pretrained(folder)
+    return folder
