@@ -5,6 +5,7 @@ Weights are read from safetensors only and a pipeline never brings its own code:
 
 import json
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -67,22 +68,17 @@ class Block:
     modules: tuple[str, ...]
 
 
-def open_pipeline(
-    model: str | Path | None = None, *, device: str | None = None, dtype: torch.dtype = torch.float32
-) -> DiffusionPipeline:
-    """A float pipeline from a local folder, a hub id "org/name", or the embedded one (None or "embedded")."""
+def open_pipeline(model: str | Path | None = None, *, device: str | None = None) -> DiffusionPipeline:
+    """A float32 pipeline from a local folder, a hub id "org/name", or the embedded one (None or "embedded")."""
     folder = locate(model)
     tool = _find_quantizer(folder)
     if tool is not None:
         way_out = "open it with dmquant.load" if tool == "dmquant" else "give the float pipeline that it was made from"
         raise InputError(f"{folder}: this is a {tool} checkpoint; {way_out}")
-    files = _list_components(folder)
-    _refuse_foreign_code(folder, files)
-    _refuse_pickles(files)
-    pipeline = _place(_load(folder).to(dtype), device)
+    pipeline = load_folder(folder)
     pipeline.register_to_config(_name_or_path=EMBEDDED if model is None else str(model))  # not the cache folder behind it
-    find_denoiser(pipeline)
-    return pipeline
+    _check_weights(folder, *find_denoiser(pipeline))
+    return place(pipeline, device)
 
 
 def locate(model: str | Path | None) -> Path:
@@ -95,6 +91,30 @@ def locate(model: str | Path | None) -> Path:
     if isinstance(model, Path) or not HUB_ID.fullmatch(model):
         raise MissingResource(f"{str(model)!r} was tried as a local path and does not exist; a hub id has the form org/name")
     return _check_folder(_download(model))
+
+
+def load_folder(folder: Path, *, dtype: torch.dtype | None = None) -> DiffusionPipeline:
+    """The pipeline in a local folder, in the dtype given or float32; safetensors and classes of diffusers only."""
+    files = _list_components(folder)
+    _refuse_foreign_code(folder, files)
+    _refuse_pickles(files)
+    try:
+        with _no_bars(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch_dtype is old in 0.42, its successor unknown to 0.38
+            return DiffusionPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True, torch_dtype=dtype)
+    except DmquantError:
+        raise
+    except ImportError as error:  # diffusers stands in for pipelines whose libraries are missing
+        raise MissingResource(f"{folder} needs a library that is not installed: {str(error).strip()}") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise DamagedFile(f"{folder} cannot be loaded: {str(error).strip()}") from error
+
+
+def place(pipeline: DiffusionPipeline, device: str | None) -> DiffusionPipeline:
+    """The pipeline on the device given, or where it is."""
+    if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {device!r} is not available here; torch {torch.__version__} sees no CUDA device")
+    return pipeline if device is None else pipeline.to(device)
 
 
 def is_quantized(folder: str | Path) -> bool:
@@ -132,11 +152,9 @@ def named_layers(denoiser: nn.Module) -> dict[str, nn.Module]:
 def find_roles(denoiser: nn.Module) -> dict[str, Role]:
     """Role of every layer by module name. Where no name says first or last, module order does."""
     roles = {name: next(role for role, pattern in ROLES if pattern.search(name)) for name in named_layers(denoiser)}
-    names = list(roles)
-    if Role.FIRST not in roles.values():
-        roles[names[0]] = Role.FIRST
-    if Role.LAST not in roles.values():
-        roles[names[-1]] = Role.LAST
+    for role, name in ((Role.FIRST, next(iter(roles))), (Role.LAST, next(reversed(roles)))):
+        if role not in roles.values():
+            roles[name] = role
     return roles
 
 
@@ -266,22 +284,11 @@ def _refuse_pickles(files: Iterable[PurePath]) -> None:
         )
 
 
-def _load(folder: Path) -> DiffusionPipeline:
-    try:
-        with _no_bars():
-            return DiffusionPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True)
-    except ImportError as error:  # diffusers stands in for pipelines whose libraries are missing
-        raise MissingResource(f"{folder} needs a library that is not installed: {str(error).strip()}") from error
-    except (OSError, ValueError, SafetensorError) as error:
-        raise DamagedFile(f"{folder} cannot be loaded: {str(error).strip()}") from error
-
-
-def _place(pipeline: DiffusionPipeline, device: str | None) -> DiffusionPipeline:
-    if device is None:
-        return pipeline
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {device!r} is not available here; torch {torch.__version__} sees no CUDA device")
-    return pipeline.to(device)
+def _check_weights(folder: Path, name: str, denoiser: nn.Module) -> None:
+    """diffusers only warns about tensors that a file lacks (they stay on meta), and nobody looks for NaN."""
+    damaged = [key for key, value in denoiser.state_dict().items() if value.is_meta or not value.isfinite().all()]
+    if damaged:
+        raise DamagedFile(f"{folder}/{name}: {len(damaged)} tensors are missing or not finite: {', '.join(damaged[:5])}")
 
 
 @contextmanager

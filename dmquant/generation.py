@@ -27,6 +27,9 @@ SAMPLERS = {
     "pndm": "PNDMScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
+NOISE_SCHEDULE = (
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type", "rescale_betas_zero_snr",
+)  # fmt: skip
 CAPTION_SIZE = 12  # pixels
 
 
@@ -150,7 +153,10 @@ def _run_scheduler(
     unet, scheduler = pipeline.unet, pipeline.scheduler
     size = unet.config.sample_size
     shape = (unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
-    scheduler.set_timesteps(steps, device=unet.device)
+    try:
+        scheduler.set_timesteps(steps, device=unet.device)
+    except ValueError as error:  # PNDM starts with four Runge-Kutta steps
+        raise InputError(f"{type(scheduler).__name__} cannot sample in {steps} steps: {error}") from error
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(unet.device)
     x = noise * scheduler.init_noise_sigma  # (B, C, H, W)
     random = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
@@ -190,4 +196,6 @@ def _convert(scheduler: SchedulerMixin, target: type[SchedulerMixin]) -> Schedul
     """The target scheduler with the settings of this one, where the two speak of the same noise schedule."""
     if type(scheduler) is not target and target not in scheduler.compatibles:
         raise InputError(f"{type(scheduler).__name__} and {target.__name__} do not share a noise schedule; keep the pipeline's own sampler")
-    return target.from_config(scheduler.config)
+    # from_config alone lets the target's own defaults stand wherever this one was left at its defaults, and they differ
+    schedule = {key: scheduler.config[key] for key in NOISE_SCHEDULE if key in scheduler.config}
+    return target.from_config(scheduler.config, **schedule)

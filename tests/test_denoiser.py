@@ -18,6 +18,7 @@ from diffusers import (
 )
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dmquant import denoiser
@@ -226,6 +227,16 @@ def test_truncated_weights_are_damage_not_a_traceback(folder, keep):
     weights = folder / "unet/diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:keep])
     with pytest.raises(DamagedFile, match="cannot be loaded"):
+        open_pipeline(folder)
+
+
+@pytest.mark.parametrize("change", [lambda tensors: tensors.pop("conv_out.weight"), lambda tensors: tensors["conv_out.weight"].fill_(torch.nan)])
+def test_missing_and_broken_tensors_are_named(folder, change):
+    weights = folder / "unet/diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    change(tensors)
+    save_file(tensors, weights)
+    with pytest.raises(DamagedFile, match="1 tensors are missing or not finite: conv_out.weight"):
         open_pipeline(folder)
 
 
