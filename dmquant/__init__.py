@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 PUBLIC = {
     "quantize": "dmquant.quantization:quantize",
-    "load": "dmquant.checkpoint:load",
+    "load": "dmquant.checkpoint:open_any",
     "save": "dmquant.checkpoint:save",
     "evaluate": "dmquant.evaluation:evaluate",
     "compare": "dmquant.comparison:compare",

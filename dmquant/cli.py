@@ -29,17 +29,18 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-MAX_SEED = 2**63 - 1
 PICTURES = (".png", ".jpg", ".webp")
+REPORT_FOLDER = "Folder for report.json; default: beside a quantized MODEL, else runs/eval-NAME."
 
-Model = Annotated[
-    str | None, typer.Argument(help="Local pipeline folder or hub id; without it, the embedded pipeline.", show_default=False)
-]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: the fastest one here.", show_default=False)]
-Seed = Annotated[int, typer.Option(help="Seed of the first image or of the run.", min=0, max=MAX_SEED)]
+HIDDEN = {"show_default": False}
+
+Model = Annotated[str | None, typer.Argument(help="Pipeline folder or hub id; without it, the embedded pipeline.", **HIDDEN)]
+GivenModel = Annotated[str, typer.Argument(metavar="MODEL", help="Pipeline folder, float or quantized; hub id; embedded.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: the fastest one here.", **HIDDEN)]
+Seed = Annotated[int, typer.Option(help="Seed of the first image or of the run.", min=0, max=2**63 - 1)]
 Steps = Annotated[int, typer.Option(help="Denoising steps.", min=1)]
 Batch = Annotated[int, typer.Option(help="Images per batch.", min=1)]
-Sampler = Annotated[str | None, typer.Option(help="ddim, ddpm, dpm++, euler, ...; default: the pipeline's.", show_default=False)]
+Sampler = Annotated[str | None, typer.Option(help="ddim, ddpm, dpm++, euler, ...; default: the pipeline's.", **HIDDEN)]
 
 
 def main() -> NoReturn:
@@ -60,9 +61,7 @@ def run(arguments: list[str] | None = None) -> int:
 
 
 @app.callback(invoke_without_command=True)
-def _start(
-    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False
-) -> None:
+def _start(context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False) -> None:
     if version:
         console.show(__version__)
         raise typer.Exit
@@ -75,19 +74,15 @@ def _start(
 def quantize(
     model: Model = None,
     method: Annotated[str, typer.Option(help="See `dmquant methods`.")] = "lsq",
-    wbits: Annotated[int | None, typer.Option(help="Bits per weight; 32 = float.", min=1, max=32, show_default=False)] = None,
-    abits: Annotated[int | None, typer.Option(help="Bits per activation; 32 = float.", min=1, max=32, show_default=False)] = None,
+    wbits: Annotated[int | None, typer.Option(help="Bits per weight; 32 = float.", min=1, max=32, **HIDDEN)] = None,
+    abits: Annotated[int | None, typer.Option(help="Bits per activation; 32 = float.", min=1, max=32, **HIDDEN)] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder to write.", show_default="runs/NAME")] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method; may be repeated.")
-    ] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting; may be repeated.")] = None,
     seed: Seed = 0,
     device: Device = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would become of each layer, and stop.")] = False,
-    max_steps: Annotated[int | None, typer.Option(help="Optimiser steps at most.", min=0, show_default=False)] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Images (folder or zip) to fine-tune on; default: data-free.", show_default=False)
-    ] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Optimiser steps at most.", min=0, **HIDDEN)] = None,
+    data: Annotated[Path | None, typer.Option(help="Images to fine-tune on; default: data-free.", **HIDDEN)] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a run that is already there.")] = False,
 ) -> None:
     """Quantize a pipeline and write it as packed safetensors."""
@@ -98,16 +93,14 @@ def quantize(
     folder = output or Path("runs") / f"{_short_name(model)}-{method}-w{chosen.weight_bits}a{chosen.act_bits}"
 
     from dmquant import checkpoint, quantization, storage
-    from dmquant.denoiser import open_pipeline
 
     if dry_run:
-        pipeline = open_pipeline(model, device="cpu")
+        pipeline = _open(model, "cpu")
         _show_coverage(pipeline, chosen.weight_bits, chosen.act_bits, bits=quantization.plan(pipeline, chosen))
         return
     storage.check_target(folder, force=force)
     with storage.lock(folder):
-        pipeline = open_pipeline(model, device=device)
-        quantized = quantization.quantize(pipeline, chosen, seed=seed, data=data, track=console.Tracker())
+        quantized = quantization.quantize(_open(model, device), chosen, seed=seed, data=data, track=console.Tracker())
         checkpoint.save(quantized, folder, force=force)
     console.say(f"wrote {folder}; next: dmquant eval {folder} --fid")
 
@@ -122,14 +115,10 @@ def evaluate(
     sampler: Sampler = None,
     seed: Seed = 0,
     batch: Batch = 50,
-    reference: Annotated[
-        str | None, typer.Option(help="Built-in name, npz of statistics, or images.", show_default="of the extractor")
-    ] = None,
+    reference: Annotated[str | None, typer.Option(help="Built-in name, npz, or images.", show_default="the extractor's")] = None,
     extractor: Annotated[str, typer.Option(help="resnet-cifar10 or inception.")] = "resnet-cifar10",
-    inception_weights: Annotated[Path | None, typer.Option(help="File of the FID Inception.", show_default=False)] = None,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Folder for report.json.", show_default="a quantized MODEL, or runs/eval-NAME")
-    ] = None,
+    inception_weights: Annotated[Path | None, typer.Option(help="File of the FID Inception.", **HIDDEN)] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help=REPORT_FOLDER, **HIDDEN)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The report as JSON on stdout.")] = False,
     device: Device = None,
 ) -> None:
@@ -159,27 +148,27 @@ def compare(
     """Put reports side by side, the float model first."""
     from dmquant import comparison
 
-    found = comparison.compare(paths, mixed=mixed)
+    table = comparison.compare(paths, mixed=mixed)
     if form == "table":
-        console.show_comparison(found)
+        console.show_comparison(table)
     else:
-        console.show({"md": found.to_markdown, "csv": found.to_csv, "json": found.to_json}[form]())
+        console.show({"md": table.to_markdown, "csv": table.to_csv, "json": table.to_json}[form]())
 
 
 @app.command()
-def methods(name: Annotated[str | None, typer.Argument(help="Show the settings of this one.", show_default=False)] = None) -> None:
+def methods(name: Annotated[str | None, typer.Argument(help="The one to describe.", **HIDDEN)] = None) -> None:
     """List the methods, or the settings of one with their defaults."""
     from dmquant import methods as table
 
     if name is None:
         console.show_table(["method", "what it is"], [[known, table.summary(known)] for known in table.names()], num_names=2)
         return
-    rows = [[item.name, item.type, _write_default(item.default), item.help] for item in table.get(name).describe()]
+    rows = [[item.name, item.type, _write_value(item.default), item.help] for item in table.get(name).describe()]
     console.show_table(["setting", "type", "default", "what it does"], rows, num_names=4)
 
 
 @app.command()
-def inspect(model: Annotated[str, typer.Argument(help="Pipeline folder, float or quantized; hub id; embedded.")]) -> None:
+def inspect(model: GivenModel) -> None:
     """Show what is in a pipeline: components, layers, bits, size and operations."""
     from dmquant.denoiser import find_denoiser
 
@@ -187,20 +176,20 @@ def inspect(model: Annotated[str, typer.Argument(help="Pipeline folder, float or
     name, denoiser = find_denoiser(pipeline)
     record = getattr(denoiser, "dmquant_record", {})
     parts = {"pipeline": type(pipeline).__name__, "denoiser": f"{name} ({type(denoiser).__name__})", **record}
-    console.show_table(["fact", "value"], [[key, _write_default(value)] for key, value in parts.items()], num_names=2)
+    console.show_table(["fact", "value"], [[key, _write_value(value)] for key, value in parts.items()], num_names=2)
     _show_coverage(pipeline, record.get("weight_bits", 32), record.get("act_bits", 32))
 
 
 @app.command()
 def sample(
-    model: Annotated[str, typer.Argument(help="Pipeline folder, float or quantized; hub id; embedded.")],
+    model: GivenModel,
     count: Annotated[int, typer.Option("-n", "--num-images", help="Images to draw.", min=1)] = 16,
     seed: Seed = 0,
     steps: Steps = 20,
     sampler: Sampler = None,
     batch: Batch = 50,
     output: Annotated[Path, typer.Option("-o", "--output", help="Picture to write.")] = Path("samples.png"),
-    beside: Annotated[str | None, typer.Option(help="Another pipeline, drawn below from the same seeds.", show_default=False)] = None,
+    beside: Annotated[str | None, typer.Option(help="Another pipeline, drawn below from equal seeds.", **HIDDEN)] = None,
     device: Device = None,
 ) -> None:
     """Draw images and write them as one picture."""
@@ -251,8 +240,7 @@ def fetch(resource: Annotated[Literal["inception"], typer.Argument(help="What to
     """Download what a later command would otherwise miss."""
     from dmquant.metrics import weights
 
-    fetchers = {"inception": weights.fetch_inception}
-    console.show(str(fetchers[resource]()))
+    console.show(str({"inception": weights.fetch_inception}[resource]()))
 
 
 def _merge(given: dict[str, int | None], pairs: list[str]) -> dict[str, int | str]:
@@ -295,12 +283,10 @@ def _require_writable(folder: Path) -> Path:
 def _open(model: str | None, device: str | None) -> "DiffusionPipeline":
     from dmquant import checkpoint
 
-    return checkpoint.load(model, device=device)
+    return checkpoint.open_any(model, device=device)
 
 
-def _show_coverage(
-    pipeline: "DiffusionPipeline", weight_bits: int, act_bits: int, *, bits: dict[str, tuple[int, int]] | None = None
-) -> None:
+def _show_coverage(pipeline: "DiffusionPipeline", weight_bits: int, act_bits: int, *, bits: dict | None = None) -> None:
     from dmquant import coverage
     from dmquant.cost import measure_cost
     from dmquant.denoiser import find_denoiser
@@ -310,7 +296,7 @@ def _show_coverage(
     console.show_table(coverage.HEADINGS, rows, num_names=3, notes=coverage.summarize(cost))
 
 
-def _write_default(value: object) -> str:
+def _write_value(value: object) -> str:
     if isinstance(value, tuple | list):
         return ",".join(map(str, value))
     return str(value)

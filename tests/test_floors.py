@@ -25,7 +25,7 @@ FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in 
 NEIGHBOURS = {
     ("generation", "denoiser"), ("samples", "denoiser"), ("samples", "generation"), ("calibration", "samples"),
     ("distill", "samples"), ("denoising", "denoiser"), ("denoising", "distill"), ("denoising", "samples"),
-    ("checkpoint", "hf"), ("failures", "console"),
+    ("packed", "layers"), ("checkpoint", "hf"), ("failures", "console"),
 }  # fmt: skip
 FORBIDDEN = {"torchvision", "torch_fidelity", "click"}
 FILES = sorted(ROOT.rglob("*.py"))
