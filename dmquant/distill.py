@@ -1,0 +1,182 @@
+"""The training loop: one step, one function of (seed, step, rank). The only user of accelerate.
+
+Two objectives: `Distillation` follows the teacher's recorded answers (data-free), `Denoising` is the loss of the model's
+own training on images. No hidden random state and no counters: whatever changes during a run is a function of its step.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+from dmquant.errors import DmquantError
+from dmquant.layers import quantized_layers
+from dmquant.progress import Track, plain
+from dmquant.samples import Samples
+
+WARM_UP_STEPS = 10
+PATIENCE = 3  # bad steps in a row before rolling back
+SNAPSHOT_EVERY = 50  # steps between the states that a rollback returns to
+DIVERGED = 100.0  # a loss this many times the first one is as bad as a NaN
+LOWERED = 0.1  # factor on all rates after a rollback
+
+
+class Objective(Protocol):
+    """What a student is trained for."""
+
+    def loss(self, student: nn.Module, batch: int, *, generator: torch.Generator, device: torch.device) -> Tensor:
+        """Mean loss of a batch drawn with the generator."""
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Mean squared distance to the teacher's answers at recorded points of its own trajectories."""
+
+    samples: Samples
+
+    def loss(self, student: nn.Module, batch: int, *, generator: torch.Generator, device: torch.device) -> Tensor:
+        part = self.samples[torch.randint(len(self.samples), (batch,), generator=generator)].on(device)
+        return nn.functional.mse_loss(part.call(student).float(), part.target.float())
+
+
+@dataclass(frozen=True)
+class Training:
+    """How to train. Rates are AdamW's; quantizer_rate is relative to the size of each scale or offset."""
+
+    max_steps: int
+    batch: int
+    learning_rate: float
+    quantizer_rate: float
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    ema_decay: float = 0.0
+    precision: str = "no"
+
+
+def fit(student: nn.Module, objective: Objective, training: Training, *, seed: int, track: Track = plain) -> list[float]:
+    """Trains every parameter of the student in place; returns the loss of each step. Raises DmquantError if it diverges."""
+    if training.max_steps == 0:
+        return []
+    device = next(student.parameters()).device
+    accelerator = start_accelerator(device, training.precision)
+    optimizer = torch.optim.AdamW(parameter_groups(student, training), fused=device.type in ("cpu", "cuda"))
+    model, optimizer = accelerator.prepare(student.requires_grad_(True).eval(), optimizer)
+    average = EMAModel(student.parameters(), decay=training.ema_decay) if training.ema_decay else None
+    guard, losses = Guard(student, optimizer), []
+    for step in track(range(training.max_steps), "fine-tune"):
+        set_rates(optimizer, guard.factor * schedule(step, training.max_steps))
+        generator = draw(seed, step, accelerator.process_index)
+        loss = objective.loss(model, training.batch, generator=generator, device=accelerator.device)
+        losses.append(accelerator.gather(loss.detach().reshape(1)).mean().item())
+        if guard.refuses(step, losses[-1]):
+            continue
+        accelerator.backward(loss)
+        norm = accelerator.clip_grad_norm_(student.parameters(), training.clip_norm)
+        if not guard.refuses(step, float(norm), is_gradient=True):
+            optimizer.step()
+            guard.keep(step)
+            if average is not None:
+                average.step(student.parameters())
+        optimizer.zero_grad()
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    vars(student).pop("forward", None)  # the bound method that unwrapping leaves behind
+    if average is not None:
+        average.copy_to(student.parameters())
+    check_finite(student)
+    return losses
+
+
+def start_accelerator(device: torch.device, precision: str) -> Accelerator:
+    """An accelerator for one run. accelerate keeps one state per process, which a second run may need otherwise."""
+    AcceleratorState._reset_state()
+    return Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
+
+
+def parameter_groups(student: nn.Module, training: Training) -> list[dict]:
+    """One group for weights, biases and norms; one for each quantizer parameter, at a rate relative to its size.
+
+    A step size of 0.002 and one of 0.5 must not move by the same amount: with Adam an absolute rate would flip the sign of
+    the small one.
+    """
+    groups, in_quantizers = [], set()
+    for layer in quantized_layers(student).values():
+        for quantizer in (layer.weight_quantizer, layer.input_quantizer):
+            for parameter in quantizer.parameters():
+                size = max(parameter.detach().abs().mean().item(), quantizer.scale.detach().abs().mean().item())
+                groups.append({"params": [parameter], "peak": training.quantizer_rate * size, "weight_decay": 0.0})
+                in_quantizers.add(parameter)
+    weights = [p for p in student.parameters() if p not in in_quantizers]
+    groups.append({"params": weights, "peak": training.learning_rate, "weight_decay": training.weight_decay})
+    return [{**group, "lr": group["peak"]} for group in groups]
+
+
+def schedule(step: int, max_steps: int) -> float:
+    """Factor on the peak rates: a short warm-up, then a half cosine to zero."""
+    return min(1, (step + 1) / WARM_UP_STEPS) * 0.5 * (1 + math.cos(math.pi * step / max_steps))
+
+
+def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * factor
+
+
+def draw(seed: int, step: int, rank: int) -> torch.Generator:
+    """The random numbers of one step on one rank, independent of everything that ran before."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]))
+
+
+def check_finite(student: nn.Module) -> None:
+    bad = [name for name, value in student.state_dict().items() if not torch.isfinite(value).all()]
+    if bad:
+        raise DmquantError(f"fine-tuning left non-finite values in {', '.join(bad[:5])}; nothing was saved")
+
+
+class Guard:
+    """Keeps a run finite: skips bad steps, rolls back once to the last good state with lower rates, then gives up.
+
+    Every rank sees the same gathered loss and the same reduced gradient norm, so all decide alike.
+    """
+
+    def __init__(self, student: nn.Module, optimizer: torch.optim.Optimizer):
+        self._student, self._optimizer = student, optimizer
+        self._bad_in_row, self._first_loss = 0, None
+        self.factor = 1.0
+        self._copy()
+
+    def refuses(self, step: int, value: float, *, is_gradient: bool = False) -> bool:
+        """True if the step must be skipped. After too many in a row it rolls back; a second time it raises DmquantError."""
+        limit = math.inf if is_gradient or self._first_loss is None else DIVERGED * self._first_loss
+        if math.isfinite(value) and value <= limit:
+            self._first_loss = value if self._first_loss is None else self._first_loss
+            return False
+        self._bad_in_row += 1
+        if self._bad_in_row >= PATIENCE:
+            self._roll_back(step, value, "gradient norm" if is_gradient else "loss")
+        return True
+
+    def keep(self, step: int) -> None:
+        """Notes a good step; now and then its state is what a rollback will return to."""
+        self._bad_in_row = 0
+        if (step + 1) % SNAPSHOT_EVERY == 0:
+            self._copy()
+
+    def _copy(self) -> None:
+        self._state = [p.detach().to("cpu", copy=True) for p in self._student.parameters()]
+
+    @torch.no_grad()
+    def _roll_back(self, step: int, value: float, what: str) -> None:
+        if self.factor < 1:
+            raise DmquantError(
+                f"fine-tuning diverged at step {step} ({what} {value:g}) although its rates had been lowered once; "
+                "nothing was saved. Lower learning_rate and quantizer_rate, or raise the bits"
+            )
+        for parameter, kept in zip(self._student.parameters(), self._state):
+            parameter.copy_(kept)
+        self._optimizer.state.clear()
+        self.factor, self._bad_in_row = LOWERED, 0

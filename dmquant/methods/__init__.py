@@ -1,0 +1,50 @@
+"""The table of methods. A name leads to a class only when it is asked for: listing them imports no torch.
+
+To add one: a folder here and a line below, or in another package the entry-point group `dmquant.methods`.
+"""
+
+import difflib
+from importlib import import_module
+from importlib.metadata import entry_points
+from importlib.resources import files
+from typing import TYPE_CHECKING
+
+from dmquant.errors import DmquantError, InputError
+
+if TYPE_CHECKING:
+    from dmquant.methods.base import Method
+
+BUILT_IN = {
+    "lsq": "dmquant.methods.lsq.method:LSQ",
+}
+
+
+def names() -> list[str]:
+    """Names of all methods, the built-in ones first."""
+    return list(BUILT_IN) + sorted(set(_plug_ins()) - set(BUILT_IN))
+
+
+def get(name: str) -> "type[Method]":
+    """The method's class. Raises InputError for an unknown name, with the nearest one."""
+    table = {**_plug_ins(), **BUILT_IN}
+    if name not in table:
+        near = difflib.get_close_matches(name, table, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(table)}"
+        raise InputError(f"there is no method {name!r}; {hint}")
+    module, _, attribute = table[name].partition(":")
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise DmquantError(f"method {name!r} cannot be loaded from {table[name]}: {error}") from error
+
+
+def summary(name: str) -> str:
+    """One line on the method: the first of its card, or where a plug-in comes from."""
+    if name not in BUILT_IN:
+        return f"plug-in {_plug_ins()[name]}"
+    card = files("dmquant.methods").joinpath(name, "README.md").read_text(encoding="utf-8")
+    return card.splitlines()[0].lstrip("# ")
+
+
+def _plug_ins() -> dict[str, str]:
+    return {point.name: point.value for point in entry_points(group="dmquant.methods")}

@@ -1,0 +1,152 @@
+"""What a method is: a frozen dataclass of settings and a few verbs. A method reads as its difference from this base."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+from pydantic import TypeAdapter, ValidationError
+from torch import nn
+
+from dmquant.calibration import observe_inputs, observe_weights
+from dmquant.clock import Clock
+from dmquant.denoiser import Role, find_roles
+from dmquant.distill import Objective, Training, fit
+from dmquant.errors import InputError
+from dmquant.layers import swap
+from dmquant.progress import Track
+from dmquant.samples import Samples
+
+FLOAT_BITS = 32  # means "not quantized"
+FIRST_LAST_BITS = 8
+
+
+def setting(default: Any, text: str) -> Any:
+    """A dataclass field with the help text that the command line shows."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting of a method, for help and `dmquant methods NAME`."""
+
+    name: str
+    type: str
+    default: Any
+    help: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """All settings of a run. Subclasses add fields and override verbs."""
+
+    name: ClassVar[str]
+
+    weight_bits: int = setting(4, "bits per weight, 1 to 8; 32 keeps weights in float")
+    act_bits: int = setting(8, "bits per activation, 2 to 8; 32 keeps activations in float")
+    eight_bit: tuple[Role, ...] = setting((Role.FIRST, Role.LAST, Role.TIME_EMBEDDING), "roles kept at 8 bits")
+    keep: tuple[Role, ...] = setting((), "roles left in float")
+    trajectories: int = setting(256, "teacher trajectories to record")
+    sampling_steps: int = setting(20, "denoising steps of each recorded trajectory")
+    calibration_samples: int = setting(128, "recorded samples that set the grids")
+    max_steps: int = setting(400, "optimiser steps of fine-tuning; 0 only calibrates")
+    batch: int = setting(16, "samples per optimiser step")
+    learning_rate: float = setting(1e-4, "AdamW rate of weights, biases and norms, decaying to zero along a cosine")
+    quantizer_rate: float = setting(1e-3, "AdamW rate of scales and offsets, relative to each one's size at the start")
+    weight_decay: float = setting(0.0, "AdamW decay of the weights")
+    clip_norm: float = setting(1.0, "largest gradient norm; larger ones are scaled down")
+    ema_decay: float = setting(0.0, "decay of a moving average of the latent weights; 0 uses none")
+    precision: str = setting("no", "mixed precision of fine-tuning: no, bf16 or fp16")
+
+    def __post_init__(self) -> None:
+        for name, least in (("weight_bits", 1), ("act_bits", 2)):
+            bits = getattr(self, name)
+            if bits != FLOAT_BITS and not least <= bits <= 8:
+                raise ValueError(f"{name} must be {least} to 8, or 32 for float, got {bits}")
+        for name in ("trajectories", "sampling_steps", "calibration_samples", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_steps < 0:
+            raise ValueError(f"max_steps must be 0 or more, got {self.max_steps}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+
+    @classmethod
+    def parse(cls, settings: Mapping[str, Any]) -> Self:
+        """A validated method from names and values, which may be strings. Raises InputError that names the way out."""
+        known = {f.name: f for f in dataclasses.fields(cls)}
+        for key in settings:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
+                raise InputError(f"{cls.name} has no setting {key!r}; {hint}")
+        values = {key: _split(value, known[key]) for key, value in settings.items()}
+        try:
+            return TypeAdapter(cls).validate_python(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "settings"
+            raise InputError(f"{cls.name}: {where}: {first['msg'].removeprefix('Value error, ')}") from error
+
+    @classmethod
+    def describe(cls) -> list[Setting]:
+        return [Setting(f.name, _type_name(f), f.default, f.metadata["help"]) for f in dataclasses.fields(cls)]
+
+    def settings(self) -> dict[str, Any]:
+        """All settings as JSON values: what a run records and `parse` takes back."""
+        return TypeAdapter(type(self)).dump_python(self, mode="json")
+
+    # Which layers, at how many bits
+
+    def bits(self, role: Role) -> tuple[int, int]:
+        """Weight and activation bits of a layer with this role; 32 means float."""
+        if role in self.keep:
+            return FLOAT_BITS, FLOAT_BITS
+        if role not in self.eight_bit:
+            return self.weight_bits, self.act_bits
+        return tuple(bits if bits == FLOAT_BITS else FIRST_LAST_BITS for bits in (self.weight_bits, self.act_bits))
+
+    def weight_quantizer(self, layer: nn.Module, bits: int) -> nn.Module:
+        raise TypeError(f"method {self.name!r} does not say how it quantizes weights")
+
+    def input_quantizer(self, layer: nn.Module, bits: int, clock: Clock) -> nn.Module:
+        raise TypeError(f"method {self.name!r} does not say how it quantizes activations")
+
+    # The run
+
+    def prepare(self, student: nn.Module, clock: Clock) -> None:
+        """Swaps in quantized layers; looks at shapes only."""
+        roles = find_roles(student)
+
+        def choose(name: str, layer: nn.Module) -> tuple[nn.Module, nn.Module] | None:
+            weight_bits, act_bits = self.bits(roles[name])
+            if weight_bits == act_bits == FLOAT_BITS:
+                return None
+            return self.weight_quantizer(layer, weight_bits), self.input_quantizer(layer, act_bits, clock)
+
+        swap(student, choose)
+
+    def calibrate(self, student: nn.Module, samples: Samples, *, track: Track) -> None:
+        """Sets the grids from values; no gradients."""
+        observe_weights(student)
+        observe_inputs(student, samples.spread(self.calibration_samples), batch=self.batch, track=track)
+
+    def finetune(self, student: nn.Module, objective: Objective, *, seed: int, track: Track) -> None:
+        """Trains weights and grids together."""
+        fit(student, objective, self.training(), seed=seed, track=track)
+
+    def training(self) -> Training:
+        shared = {f.name for f in dataclasses.fields(Training)} & {f.name for f in dataclasses.fields(self)}
+        return Training(**{name: getattr(self, name) for name in shared})
+
+
+def _split(value: Any, known: dataclasses.Field) -> Any:
+    """Lists are written with commas on a command line; an empty text is an empty list."""
+    if isinstance(value, str) and isinstance(known.default, tuple):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value
+
+
+def _type_name(known: dataclasses.Field) -> str:
+    return "roles" if isinstance(known.default, tuple) else getattr(known.type, "__name__", str(known.type))

@@ -1,0 +1,30 @@
+"""LSQ (Esser et al., 2020) with LSQ+ offsets (Bhalgat et al., 2020): the step size of every grid is learned."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import nn
+
+from dmquant.clock import Clock
+from dmquant.methods.base import FLOAT_BITS, Method, setting
+from dmquant.quantizers.binary import Binary
+from dmquant.quantizers.uniform import LearnedStep
+
+
+@dataclass(frozen=True, kw_only=True)
+class LSQ(Method):
+    name: ClassVar[str] = "lsq"
+
+    init: Literal["mse", "minmax", "lsq"] = setting("mse", "how grids start: least squared error, full range, or 2 mean|v| / sqrt(Q)")
+    per_channel: bool = setting(True, "one weight step per output channel; false: one per layer")
+    act_offset: bool = setting(True, "activations have a learned offset (LSQ+); false: signed grids (LSQ)")
+
+    def weight_quantizer(self, layer: nn.Module, bits: int) -> nn.Module:
+        if bits == FLOAT_BITS:
+            return nn.Identity()
+        shape = dict(num_channels=len(layer.weight) if self.per_channel else 1, ndim=layer.weight.ndim)
+        # a symmetric one-bit grid would be {-s, 0}: one bit is the learnable-scale sign that the papers compare against
+        return Binary(**shape) if bits == 1 else LearnedStep(bits, init=self.init, **shape)
+
+    def input_quantizer(self, layer: nn.Module, bits: int, clock: Clock) -> nn.Module:
+        return nn.Identity() if bits == FLOAT_BITS else LearnedStep(bits, symmetric=not self.act_offset, init=self.init)

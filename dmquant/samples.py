@@ -1,0 +1,127 @@
+"""Denoiser calls recorded along the teacher's own trajectories: data-free training and calibration material.
+
+The timestep is in the sample, so no training code asks which step it is.
+"""
+
+import inspect
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from dmquant.clock import TIMESTEP_NAMES, find_timestep
+from dmquant.denoiser import find_denoiser
+from dmquant.generation import Conditioning, generate
+from dmquant.progress import Track, plain
+
+# far from the small seeds that people draw and evaluate with; torch's CPU generator reads 32 bits of a seed and no more
+FIRST_RECORDING_SEED = 1 << 31
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Calls of a denoiser. Tensors live on the CPU; `on` moves a batch to a device."""
+
+    x: Tensor  # (N, ...) noisy inputs
+    timestep: Tensor  # (N,)
+    target: Tensor  # (N, ...) the teacher's answers
+    conditioning: dict[str, Tensor]  # one row per sample; nested arguments are written "outer.inner"
+    shared: dict[str, Tensor]  # arguments that have no batch dimension, the same for every sample
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: Tensor | slice) -> Self:
+        rows = {name: value[index] for name, value in self.conditioning.items()}
+        return replace(self, x=self.x[index], timestep=self.timestep[index], target=self.target[index], conditioning=rows)
+
+    def spread(self, count: int) -> Self:
+        """At most `count` samples, evenly over the recording: every timestep is among them."""
+        return self[torch.linspace(0, len(self) - 1, min(count, len(self))).round().long()]
+
+    def split(self, batch: int) -> list[Self]:
+        return [self[slice(start, start + batch)] for start in range(0, len(self), batch)]
+
+    def on(self, device: torch.device) -> Self:
+        moved = {f.name: _move(getattr(self, f.name), device) for f in fields(self)}
+        return replace(self, **moved)
+
+    def call(self, denoiser: nn.Module) -> Tensor:
+        """The denoiser's answer to these samples."""
+        return denoiser(self.x, self.timestep, **_nest({**self.conditioning, **self.shared}), return_dict=False)[0]
+
+
+def record(
+    pipeline: DiffusionPipeline, trajectories: int, *, steps: int, seed: int, batch: int = 32,
+    conditioning: Conditioning = Conditioning(), track: Track = plain,
+) -> Samples:
+    """Every denoiser call of `trajectories` runs of the pipeline's own sampler with `steps` steps."""
+    denoiser, recorder = find_denoiser(pipeline)[1], Recorder()
+    hook = denoiser.register_forward_hook(recorder.note, with_kwargs=True)
+    try:
+        for _ in generate(pipeline, recording_seeds(seed, trajectories), steps=steps, batch=batch, conditioning=conditioning, track=track):
+            pass
+    finally:
+        hook.remove()
+    return recorder.samples()
+
+
+def recording_seeds(seed: int, count: int) -> range:
+    """Seeds of the recorded trajectories of a run: other ones for each run, never those of an evaluation."""
+    first = FIRST_RECORDING_SEED + int(np.random.SeedSequence(seed).generate_state(1)[0]) % (1 << 30)
+    return range(first, first + count)
+
+
+class Recorder:
+    """A forward hook that keeps what a denoiser was asked and what it answered."""
+
+    def __init__(self) -> None:
+        self._calls: list[Samples] = []
+
+    def note(self, denoiser: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        arguments = inspect.signature(denoiser.forward).bind_partial(*args, **kwargs).arguments
+        name, x = next(iter(arguments.items()))
+        extra = _flatten({k: v for k, v in arguments.items() if k != name and k not in TIMESTEP_NAMES})
+        rows = {k: v.cpu() for k, v in extra.items() if v.ndim and len(v) == len(x)}
+        shared = {k: v.cpu() for k, v in extra.items() if k not in rows}
+        timestep = torch.as_tensor(find_timestep(arguments)).reshape(-1).expand(len(x)).cpu()
+        answer = output[0] if isinstance(output, tuple) else output.sample
+        self._calls.append(Samples(x.cpu(), timestep, answer.cpu(), rows, shared))
+
+    def samples(self) -> Samples:
+        """All calls so far, in the order they were made."""
+        def joined(pick) -> Tensor:
+            return torch.cat([pick(call) for call in self._calls])
+
+        first = self._calls[0]
+        rows = {name: joined(lambda call: call.conditioning[name]) for name in first.conditioning}
+        return Samples(joined(lambda c: c.x), joined(lambda c: c.timestep), joined(lambda c: c.target), rows, first.shared)
+
+
+def _flatten(arguments: dict[str, Any], prefix: str = "") -> dict[str, Tensor]:
+    """Tensors among nested arguments, by dotted name; flags and None are the denoiser's defaults when it is called again."""
+    flat = {}
+    for name, value in arguments.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        elif isinstance(value, Tensor):
+            flat[prefix + name] = value
+    return flat
+
+
+def _nest(flat: dict[str, Tensor]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for name, value in flat.items():
+        outer, _, inner = name.partition(".")
+        if inner:
+            nested.setdefault(outer, {})[inner] = value
+        else:
+            nested[outer] = value
+    return nested
+
+
+def _move(value: Tensor | dict[str, Tensor], device: torch.device) -> Tensor | dict[str, Tensor]:
+    return {k: v.to(device) for k, v in value.items()} if isinstance(value, dict) else value.to(device)

@@ -1,0 +1,59 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from dmquant.clock import Clock
+from dmquant.denoiser import Role, find_denoiser, find_roles, open_pipeline
+from dmquant.layers import quantized_layers
+from dmquant.methods.lsq.method import LSQ
+from dmquant.quantizers.binary import Binary
+from dmquant.quantizers.uniform import LearnedStep
+
+
+@pytest.fixture
+def denoiser(tiny_folder):
+    return find_denoiser(open_pipeline(tiny_folder))[1]
+
+
+def prepared(denoiser, **settings):
+    student = copy.deepcopy(denoiser)
+    LSQ(**settings).prepare(student, Clock(torch.tensor([0.0])))
+    return quantized_layers(student)
+
+
+def bits(layer):
+    return tuple(getattr(q, "bits", 32) for q in (layer.weight_quantizer, layer.input_quantizer))
+
+
+def test_ends_and_time_embedding_have_eight_bits_and_everything_else_what_was_asked(denoiser):
+    roles, layers = find_roles(denoiser), prepared(denoiser, weight_bits=3, act_bits=5)
+    assert set(layers) == set(roles)
+    for name, layer in layers.items():
+        assert bits(layer) == ((8, 8) if roles[name] in (Role.FIRST, Role.LAST, Role.TIME_EMBEDDING) else (3, 5))
+
+
+def test_kept_roles_stay_float_layers(denoiser):
+    roles, layers = find_roles(denoiser), prepared(denoiser, keep=(Role.SKIP,), eight_bit=())
+    assert {roles[name] for name in roles if name not in layers} == {Role.SKIP}
+    assert all(bits(layer) == (4, 8) for layer in layers.values())
+
+
+def test_thirty_two_bits_are_float_for_weights_or_activations(denoiser):
+    for layer in prepared(denoiser, act_bits=32).values():
+        assert isinstance(layer.input_quantizer, nn.Identity) and isinstance(layer.weight_quantizer, LearnedStep)
+    for layer in prepared(denoiser, weight_bits=32).values():
+        assert isinstance(layer.weight_quantizer, nn.Identity) and isinstance(layer.input_quantizer, LearnedStep)
+    assert not prepared(denoiser, weight_bits=32, act_bits=32)
+
+
+def test_one_bit_is_the_learnable_scale_sign(denoiser):
+    roles = find_roles(denoiser)
+    for name, layer in prepared(denoiser, weight_bits=1).items():
+        assert isinstance(layer.weight_quantizer, Binary) == (roles[name] not in LSQ().eight_bit)
+
+
+def test_settings_choose_steps_per_layer_and_signed_activations(denoiser):
+    for layer in prepared(denoiser, per_channel=False, act_offset=False).values():
+        assert layer.weight_quantizer.scale.numel() == 1 and layer.input_quantizer.symmetric

@@ -1,0 +1,114 @@
+"""What every method owes, run over the table of names: a new method is tested by being listed."""
+
+import copy
+
+import pytest
+import torch
+
+from dmquant import methods
+from dmquant.clock import Clock
+from dmquant.denoiser import find_denoiser, open_pipeline
+from dmquant.errors import InputError
+from dmquant.layers import quantized_layers
+from dmquant.methods.base import Method
+from dmquant.progress import plain
+from dmquant.quantization import quantize
+from dmquant.quantizers.base import Quantizer
+from dmquant.samples import record
+
+QUICK = dict(trajectories=4, sampling_steps=3, calibration_samples=8, max_steps=4, batch=4)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_folder):
+    return open_pipeline(tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def samples(pipeline):
+    return record(pipeline, 4, steps=3, seed=0)
+
+
+@pytest.fixture(params=methods.names())
+def cls(request):
+    return methods.get(request.param)
+
+
+def test_a_method_is_a_frozen_dataclass_with_a_name_help_and_a_card(cls):
+    assert issubclass(cls, Method) and methods.get(cls.name) is cls
+    assert all(setting.help for setting in cls.describe())
+    assert len(methods.summary(cls.name)) > 10
+    with pytest.raises(AttributeError):
+        cls().weight_bits = 3
+
+
+def test_settings_survive_being_written_and_read(cls):
+    method = cls.parse({"max_steps": "7", "keep": "skip,attention", "learning_rate": "1e-3"})
+    assert (method.max_steps, method.learning_rate, len(method.keep)) == (7, 1e-3, 2)
+    assert cls.parse(method.settings()) == method
+
+
+@pytest.mark.parametrize(
+    "settings,message",
+    [
+        ({"act_bit": 4}, "did you mean 'act_bits'"),
+        ({"weight_bits": 9}, "weight_bits must be 1 to 8"),
+        ({"act_bits": 1}, "act_bits must be 2 to 8"),
+        ({"max_steps": "many"}, "max_steps"),
+        ({"keep": "roof"}, "keep"),
+        ({"batch": 0}, "batch must be at least 1"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(cls, settings, message):
+    with pytest.raises(InputError, match=message):
+        cls.parse(settings)
+
+
+def test_preparing_looks_at_shapes_only_and_so_runs_on_meta(cls, pipeline, samples):
+    denoiser = find_denoiser(pipeline)[1]
+    empty, real = copy.deepcopy(denoiser).to("meta"), copy.deepcopy(denoiser)
+    for student in (empty, real):
+        cls().prepare(student, Clock(samples.timestep.unique()))
+    assert {k: v.shape for k, v in empty.state_dict().items()} == {k: v.shape for k, v in real.state_dict().items()}
+    assert set(denoiser.state_dict()) <= set(real.state_dict())
+
+
+def test_the_law_holds_for_every_quantizer_of_a_finished_run(cls, pipeline, samples):
+    student = find_denoiser(quantize(pipeline, cls.parse(QUICK), samples=samples))[1]
+    for layer in quantized_layers(student).values():
+        if isinstance(layer.weight_quantizer, Quantizer):
+            assert torch.equal(layer.weight_quantizer(layer.weight), layer.weight_quantizer.encode(layer.weight).decode())
+
+
+def test_a_run_leaves_the_teacher_alone_and_repeats_itself(cls, pipeline, samples):
+    teacher = find_denoiser(pipeline)[1]
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    one, two = (find_denoiser(quantize(pipeline, cls.parse(QUICK), samples=samples, seed=1))[1] for _ in range(2))
+    assert all(torch.equal(value, teacher.state_dict()[name]) for name, value in before.items())
+    assert all(torch.equal(value, two.state_dict()[name]) for name, value in one.state_dict().items())
+
+
+def test_fine_tuning_brings_the_student_nearer_to_the_teacher(cls, pipeline, samples):
+    method = cls.parse({**QUICK, "weight_bits": 3, "act_bits": 4, "learning_rate": 1e-3, "quantizer_rate": 1e-2, "batch": 8})
+    distance = []
+    for max_steps in (0, 60):
+        student = find_denoiser(quantize(pipeline, cls.parse({**method.settings(), "max_steps": max_steps}), samples=samples))[1]
+        with torch.no_grad():
+            distance.append((samples.call(student) - samples.target).square().mean())
+    assert distance[1] < distance[0]
+
+
+def test_an_unknown_method_is_refused_with_the_nearest_name():
+    with pytest.raises(InputError, match="did you mean 'lsq'"):
+        methods.get("lsqq")
+
+
+def test_track_sees_each_stage(cls, pipeline):
+    labels = []
+
+    def note(work, label):
+        labels.append(label)
+        return plain(work, label)
+
+    quantize(pipeline, cls.parse(QUICK), track=note)
+    assert labels == ["sampling", "calibrate", "fine-tune"]

@@ -1,0 +1,143 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from dmquant.distill import SNAPSHOT_EVERY, Distillation, Training, draw, fit, parameter_groups, schedule
+from dmquant.errors import DmquantError
+from dmquant.layers import swap
+from dmquant.quantizers.uniform import LearnedStep
+from dmquant.samples import Samples
+
+RATES = dict(batch=8, learning_rate=1e-2, quantizer_rate=1e-2)
+
+
+class Line(nn.Module):
+    """A denoiser of one layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(6, 6)
+
+    def forward(self, sample, timestep, return_dict=True):
+        return (self.body(sample),)
+
+
+def make(seed=0):
+    torch.manual_seed(seed)
+    teacher = Line()
+    x = torch.randn(64, 6)
+    samples = Samples(x, torch.zeros(64), teacher(x, 0)[0].detach(), {}, {})
+    student = Line()
+    student.load_state_dict({name: value + 0.2 * torch.randn_like(value) for name, value in teacher.state_dict().items()})
+    swap(student, lambda name, layer: (LearnedStep(3, num_channels=6, ndim=2), LearnedStep(4, symmetric=False)))
+    student.body.weight_quantizer.observe(student.body.weight)
+    student.body.input_quantizer.observe(x)
+    return student, samples
+
+
+def distance(student, samples):
+    with torch.no_grad():
+        return nn.functional.mse_loss(samples.call(student), samples.target).item()
+
+
+def test_training_brings_the_student_nearer_to_the_teacher():
+    student, samples = make()
+    before = distance(student, samples)
+    losses = fit(student, Distillation(samples), Training(max_steps=150, **RATES), seed=0)
+    assert len(losses) == 150 and distance(student, samples) < 0.5 * before
+
+
+def test_equal_seeds_train_alike_whatever_was_drawn_before():
+    states = []
+    for noise in (1, 2):
+        student, samples = make()
+        torch.manual_seed(noise)
+        fit(student, Distillation(samples), Training(max_steps=5, **RATES), seed=3)
+        states.append(student.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_zero_steps_change_nothing():
+    student, samples = make()
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    assert fit(student, Distillation(samples), Training(max_steps=0, **RATES), seed=0) == []
+    assert all(torch.equal(before[name], value) for name, value in student.state_dict().items())
+
+
+def test_steps_and_ranks_draw_different_numbers_and_the_same_ones_again():
+    def first(*key):
+        return torch.rand(4, generator=draw(*key)).tolist()
+
+    assert first(0, 1, 0) == first(0, 1, 0)
+    assert len({tuple(first(*key)) for key in ((0, 1, 0), (0, 2, 0), (1, 1, 0), (0, 1, 1))}) == 4
+
+
+def test_quantizer_rates_are_relative_to_each_parameter():
+    student, _ = make()
+    with torch.no_grad():
+        student.body.weight_quantizer.scale.fill_(0.002)
+    groups = {id(group["params"][0]): group for group in parameter_groups(student, Training(max_steps=1, **RATES))}
+    assert groups[id(student.body.weight_quantizer.scale)]["lr"] == pytest.approx(2e-5)
+    counted = sum(len(group["params"]) for group in groups.values())
+    assert counted == len(list(student.parameters()))
+
+
+def test_rates_warm_up_and_end_at_zero():
+    assert schedule(0, 1000) < schedule(9, 1000) and schedule(999, 1000) < 1e-4
+    assert max(schedule(step, 1000) for step in range(1000)) == pytest.approx(1, abs=1e-3)
+
+
+class Faulty(Distillation):
+    """Answers NaN at chosen calls."""
+
+    bad: range = range(0)
+
+    def __init__(self, samples, bad):
+        super().__init__(samples)
+        object.__setattr__(self, "bad", bad)
+        object.__setattr__(self, "calls", [])
+
+    def loss(self, student, batch, *, generator, device):
+        self.calls.append(None)
+        loss = super().loss(student, batch, generator=generator, device=device)
+        return loss * math.nan if len(self.calls) - 1 in self.bad else loss
+
+
+def test_single_bad_steps_are_skipped():
+    student, samples = make()
+    losses = fit(student, Faulty(samples, range(4, 6)), Training(max_steps=20, **RATES), seed=0)
+    assert sum(map(math.isnan, losses)) == 2
+    assert all(torch.isfinite(value).all() for value in student.state_dict().values())
+
+
+def test_many_bad_steps_roll_back_once_and_the_run_goes_on():
+    student, samples = make()
+    start = SNAPSHOT_EVERY + 10
+    losses = fit(student, Faulty(samples, range(start, start + 3)), Training(max_steps=start + 40, **RATES), seed=0)
+    assert all(map(math.isfinite, losses[start + 3 :]))
+    assert distance(student, samples) < losses[0]
+
+
+def test_a_second_divergence_stops_with_a_diagnosis():
+    student, samples = make()
+    with pytest.raises(DmquantError, match="diverged at step 10 .*learning_rate"):
+        fit(student, Faulty(samples, range(5, 99)), Training(max_steps=40, **RATES), seed=0)
+
+
+def test_a_moving_average_trails_the_weights():
+    plain, samples = make()
+    averaged, _ = make()
+    objective = Distillation(samples)
+    before = plain.body.weight.detach().clone()
+    fit(plain, objective, Training(max_steps=30, **RATES), seed=0)
+    fit(averaged, objective, Training(max_steps=30, ema_decay=0.99, **RATES), seed=0)
+    moved = [(model.body.weight.detach() - before).norm() for model in (averaged, plain)]
+    assert 0 < moved[0] < moved[1]
+
+
+def test_bf16_training_leaves_a_float32_student_without_wrappers():
+    student, samples = make()
+    fit(student, Distillation(samples), Training(max_steps=3, precision="bf16", **RATES), seed=0)
+    assert "forward" not in vars(student) and student.body.weight.dtype == torch.float32

@@ -1,0 +1,68 @@
+import pytest
+import torch
+
+from dmquant.denoiser import find_denoiser, find_roles, open_pipeline
+from dmquant.errors import InputError
+from dmquant.generation import generate
+from dmquant.methods.lsq.method import LSQ
+from dmquant.quantization import plan, quantize
+
+QUICK = dict(trajectories=2, sampling_steps=2, calibration_samples=4, max_steps=2, batch=2)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_folder):
+    return open_pipeline(tiny_folder)
+
+
+def test_a_quantized_pipeline_draws_and_shares_all_but_the_denoiser(pipeline):
+    quantized = quantize(pipeline, "lsq", weight_bits=4, act_bits=8, **QUICK)
+    assert quantized.scheduler is pipeline.scheduler and quantized.unet is not pipeline.unet
+    assert type(quantized) is type(pipeline)
+    images = torch.cat(list(generate(quantized, range(3), steps=2)))
+    assert images.shape == (3, 3, 8, 8)
+
+
+def test_high_bits_hardly_change_an_image_and_low_bits_do(pipeline):
+    def answer(**settings):
+        torch.manual_seed(0)
+        denoiser = find_denoiser(quantize(pipeline, "lsq", **{**QUICK, "max_steps": 0, "trajectories": 8}, **settings))[1]
+        with torch.no_grad():
+            return denoiser(torch.randn(4, 3, 8, 8), 500).sample
+
+    exact = answer(weight_bits=32, act_bits=32)
+    error = [(answer(weight_bits=bits, act_bits=bits) - exact).square().mean() for bits in (8, 4, 2)]
+    assert error[0] < 0.01 * exact.square().mean() and error[0] < error[1] < error[2]
+
+
+def test_the_record_says_how_it_was_made(pipeline):
+    record = find_denoiser(quantize(pipeline, "lsq", seed=7, **QUICK))[1].dmquant_record
+    assert (record["method"], record["seed"], record["weight_bits"], record["act_bits"]) == ("lsq", 7, 4, 8)
+    assert LSQ.parse(record["settings"]).max_steps == 2
+
+
+def test_images_can_be_trained_on(pipeline, tmp_path):
+    from PIL import Image
+
+    for index in range(3):
+        Image.new("RGB", (8, 8), (80 * index, 10, 10)).save(tmp_path / f"{index}.png")
+    weights = [find_denoiser(quantize(pipeline, "lsq", data=data, **QUICK))[1].conv_in.weight for data in (None, tmp_path)]
+    assert not torch.equal(*weights)
+
+
+def test_a_plan_names_the_bits_of_every_layer(pipeline):
+    bits = plan(pipeline, "lsq", weight_bits=4, act_bits=4)
+    assert set(bits) == set(find_roles(find_denoiser(pipeline)[1]))
+    assert bits["conv_in"] == (8, 8) and bits["mid_block.resnets.0.conv1"] == (4, 4)
+
+
+def test_quantizing_twice_is_refused(pipeline):
+    once = quantize(pipeline, "lsq", **QUICK)
+    for again in (quantize, plan):
+        with pytest.raises(InputError, match="quantized already"):
+            again(once, "lsq")
+
+
+def test_settings_beside_a_method_object_are_refused(pipeline):
+    with pytest.raises(InputError, match="not both: act_bits"):
+        quantize(pipeline, LSQ(), act_bits=4)
