@@ -22,11 +22,18 @@ def unpack(planes: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
     count = torch.Size(shape).numel()
     if planes.dtype != torch.uint8 or planes.shape[1] != -(-count // 8):
         raise ValueError(f"{count} codes need planes of {-(-count // 8)} bytes, got {tuple(planes.shape)} {planes.dtype}")
-    places = torch.arange(8, dtype=torch.uint8, device=planes.device)
-    codes = planes.new_zeros(planes.shape[1], 8)
-    for bit, plane in enumerate(planes):
-        codes |= (plane.unsqueeze(1) >> places & 1) << bit
-    return codes.view(-1)[:count].view(shape)
+    # eight codes at a time: an int64 holds one byte per code, so a shift by the plane's number never leaves its byte
+    table = _spread_bits(planes.device)
+    codes = table.index_select(0, planes[0].int())
+    for bit, plane in enumerate(planes[1:], start=1):
+        codes |= table.index_select(0, plane.int()) << bit
+    return codes.view(torch.uint8)[:count].view(shape)
+
+
+def _spread_bits(device: torch.device) -> Tensor:
+    """For each byte the int64 whose byte i in memory is bit i of it: (256,)."""
+    byte, place = (torch.arange(count, dtype=torch.uint8, device=device) for count in (256, 8))
+    return (byte.unsqueeze(1) >> place & 1).view(torch.int64).view(-1)
 
 
 def check_bits(bits: int) -> None:
