@@ -15,7 +15,7 @@ class Batch:
     """What one step of the stream brings."""
 
     images: Tensor  # uint8 (B, 3, H, W), of the model under test
-    features: Tensor | None = None  # float64 (B, D) of the extractor; None where no metric asked for them
+    features: Tensor | None = None  # float64 (B, D) of the extractor, on the CPU; None where no metric asked for them
     float_images: Tensor | None = None  # uint8 (P, 3, H, W), P <= B: the float model's images of the first P seeds
 
 

@@ -30,13 +30,16 @@ class Extractor(NamedTuple):
     name: str
     sha256: str
 
+    def to(self, device: torch.device) -> "Extractor":
+        return self._replace(network=self.network.to(device))
+
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """Features (B, D), float64 on the network's device, computed in float32 whatever the autocast around."""
+        """Features (B, D), float64 on the CPU, computed in float32 on the network's device whatever the autocast around."""
         device = next(self.network.parameters()).device
         self._check(images)
         with torch.autocast(device.type, enabled=False):
-            return self.network(images.to(device)).double()
+            return self.network(images.to(device)).cpu().double()  # some devices have no float64
 
     def _check(self, images: Tensor) -> None:
         size, expected = tuple(images.shape[-2:]), getattr(self.network, "image_size", None)

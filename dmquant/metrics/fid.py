@@ -27,7 +27,7 @@ class Frechet(Metric):
         inject(self._distance, reference)
 
     def update(self, batch: Batch) -> None:
-        self._distance.to(batch.features.device).update(batch.features, real=False)
+        self._distance.update(batch.features, real=False)
 
     def compute(self) -> dict[str, float]:
         count = int(self._distance.fake_features_num_samples)

@@ -85,15 +85,14 @@ def compute_reference(
 
 
 def measure_moments(features: Iterable[Tensor]) -> tuple[Tensor, Tensor, int]:
-    """Mean (D,), covariance (D, D) and count of feature rows that come in batches (B, D), summed in float64."""
+    """Mean (D,), covariance (D, D) and count of float64 feature rows that come in batches (B, D)."""
     total, products, count = 0, 0, 0
     for rows in features:
-        rows = rows.double()
         total, products, count = total + rows.sum(0), products + rows.T @ rows, count + len(rows)
     if count < 2:
         raise InputError(f"a reference needs at least 2 images, got {count}")
     mu = total / count
-    return mu.cpu(), ((products - count * mu.outer(mu)) / (count - 1)).cpu(), count
+    return mu, (products - count * mu.outer(mu)) / (count - 1), count
 
 
 def _stack(pixels: Iterator[Tensor], batch: int, digest: "hashlib._Hash") -> Iterator[Tensor]:

@@ -1,0 +1,179 @@
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMPipeline, DDIMScheduler, DiTPipeline, DiTTransformer2DModel, UNet2DModel
+from PIL import Image
+
+from dmquant import evaluation
+from dmquant.denoiser import find_denoiser, open_pipeline
+from dmquant.errors import DmquantError, InputError
+from dmquant.evaluation import Stopwatch, evaluate, find_image_size, stream
+from dmquant.generation import generate
+from dmquant.metrics.base import Batch
+from dmquant.metrics.extractor import load_extractor
+from dmquant.metrics.fid import Frechet
+from dmquant.metrics.reference import open_reference
+from dmquant.metrics.similarity import CAP, Psnr, psnr
+from dmquant.quantization import quantize
+from dmquant.report import Report
+
+QUICK = {"steps": 2, "batch": 4, "num_images": 6}
+
+
+def make_pipeline(seed: int = 0, size: int = 32) -> DDIMPipeline:
+    torch.manual_seed(seed)
+    unet = UNet2DModel(
+        sample_size=size, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
+    )
+    return DDIMPipeline(unet.eval(), DDIMScheduler())
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> DDIMPipeline:
+    return make_pipeline()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    folder, generator = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for i in range(5):
+        Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+def draw(pipeline: DDIMPipeline, seeds: range) -> torch.Tensor:
+    return torch.cat(list(generate(pipeline, seeds, steps=QUICK["steps"], batch=QUICK["batch"])))
+
+
+def test_the_distance_is_that_of_all_images_of_the_seeds_to_the_reference(pipeline, images):
+    report = evaluate(pipeline, reference=images, seed=7, **QUICK)
+    extractor = load_extractor("resnet-cifar10")
+    metric = Frechet(extractor.name, open_reference(images, extractor))
+    everything = draw(pipeline, range(7, 13))
+    metric.update(Batch(everything, features=extractor.features(everything)))
+    assert report.metrics == pytest.approx(metric.compute())
+
+
+def test_the_report_says_under_which_protocol_and_survives_the_disk(pipeline, images, tmp_path):
+    report = evaluate(pipeline, reference=images, seed=7, sampler="dpm++", **QUICK)
+    protocol = report.protocol
+    assert (protocol.num_images, protocol.seed, protocol.steps, protocol.batch, protocol.image_size) == (6, 7, 2, 4, 32)
+    assert (protocol.sampler, protocol.extractor, protocol.reference, protocol.reference_images) == ("dpm++", "resnet-cifar10", images.name, 5)
+    assert (report.method, report.weight_bits, report.act_bits, report.settings, report.bits_per_weight) == ("float", 32, 32, {}, 32)
+    assert report.size_bytes == report.float_size_bytes == 4 * sum(p.numel() for p in pipeline.unet.parameters())
+    assert report.seconds_per_image > 0 and report.ops > 0 and {"torch", "diffusers", "dmquant"} <= report.versions.keys()
+    assert Report.load(report.save(tmp_path)) == report
+
+
+def test_repeating_an_evaluation_gives_the_same_numbers_and_leaves_the_pipeline_alone(pipeline, images):
+    scheduler, weights = pipeline.scheduler, {k: v.clone() for k, v in pipeline.unet.state_dict().items()}
+    first, second = (evaluate(pipeline, reference=images, sampler="ddpm", **QUICK) for _ in range(2))
+    assert first.metrics == second.metrics and first.protocol == second.protocol
+    assert pipeline.scheduler is scheduler
+    assert all(torch.equal(weights[k], v) for k, v in pipeline.unet.state_dict().items())
+
+
+def test_the_built_in_reference_is_the_default(pipeline):
+    report = evaluate(pipeline, **QUICK)
+    assert (report.protocol.reference, report.protocol.reference_images) == ("cifar10-train", 50000)
+    assert report.metrics["fd-resnet-cifar10"] > 0
+
+
+def test_psnr_pairs_the_first_seeds_with_the_same_seeds_of_the_float_model(pipeline, monkeypatch):
+    monkeypatch.setattr(evaluation, "MAX_PAIRS", 5)
+    other = make_pipeline(seed=1)
+    report = evaluate(pipeline, metrics=["psnr"], float_pipeline=other, **QUICK)
+    assert report.metrics == {"psnr": pytest.approx(psnr(draw(pipeline, range(5)), draw(other, range(5))).mean().item())}
+    assert report.protocol.extractor is None and report.protocol.reference is None
+
+
+def test_a_pipeline_does_not_differ_from_itself_under_any_sampler(pipeline):
+    report = evaluate(pipeline, metrics=["psnr"], float_pipeline=make_pipeline(), sampler="dpm++", **QUICK)
+    assert report.metrics == {"psnr": CAP}
+
+
+def test_a_quantized_pipeline_is_compared_with_the_float_one_that_it_names(tmp_path, images):
+    make_pipeline().save_pretrained(tmp_path)
+    base = open_pipeline(tmp_path)
+    quantized = quantize(base, "lsq", weight_bits=4, act_bits=8, max_steps=0, trajectories=2, sampling_steps=2)
+
+    report = evaluate(quantized, metrics=["fid", "psnr"], reference=images, **QUICK)
+
+    assert (report.method, report.weight_bits, report.act_bits, report.base_model) == ("lsq", 4, 8, str(tmp_path))
+    assert report.settings["trajectories"] == 2
+    assert 5 < report.metrics["psnr"] < CAP
+    assert report.size_bytes < report.float_size_bytes / 3
+    assert report.bits_per_weight == pytest.approx(32 * report.size_bytes / report.float_size_bytes)
+    assert report.ops < evaluate(base, metrics=["psnr"], float_pipeline=base, **QUICK).ops
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"metrics": ["fdi"]}, "did you mean 'fid'"),
+        ({"metrics": ["beauty"]}, "known: fid, psnr"),
+        ({"metrics": []}, "no metric asked for"),
+        ({"metrics": ["fid"], "num_images": 1}, "at least 2 for fid, got 1"),
+        ({"metrics": ["psnr"], "num_images": 0}, "at least 1"),
+        ({"metrics": ["psnr"]}, "give float_pipeline"),
+        ({"extractor": "vgg"}, "known: resnet-cifar10, inception"),
+        ({"reference": "birds"}, "built in: cifar10-train"),
+        ({"sampler": "magic"}, "no sampler 'magic'"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_an_image_is_drawn(pipeline, monkeypatch, arguments, message):
+    monkeypatch.setattr(evaluation, "generate", lambda *_, **__: pytest.fail("an image was drawn"))
+    with pytest.raises(InputError, match=message):
+        evaluate(pipeline, **arguments)
+
+
+def test_images_of_another_size_than_the_extractors_are_refused(images):
+    with pytest.raises(InputError, match="takes 32x32 images, got 16x16"):
+        evaluate(make_pipeline(size=16), reference="cifar10-train", **QUICK)
+
+
+def test_a_model_that_draws_one_colour_fails_with_the_count():
+    flat, good = torch.zeros(10, 3, 4, 4, dtype=torch.uint8), torch.arange(48, dtype=torch.uint8).view(1, 3, 4, 4)
+    twins = torch.zeros(0, 3, 4, 4, dtype=torch.uint8)
+    with pytest.raises(DmquantError, match="20 of the first 20 images have one colour"):
+        stream(iter([flat, flat]), [Psnr()], None, twins)
+    assert stream(iter([flat, good.expand(10, -1, -1, -1)]), [Psnr()], None, twins) == 4
+
+
+def test_the_time_counts_the_sampling_alone():
+    def work():
+        for value in range(2):
+            time.sleep(0.02)
+            yield value
+
+    watch = Stopwatch(work())
+    for _ in watch:
+        time.sleep(0.1)
+    assert 0.04 <= watch.seconds < 0.1
+
+
+def test_the_size_of_latent_models_counts_their_decoder():
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=1, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=1, norm_num_groups=1,
+        sample_size=8, patch_size=2, num_embeds_ada_norm=4, norm_type="ada_norm_zero", norm_elementwise_affine=False,
+    )
+    vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 2,
+                        up_block_types=("UpDecoderBlock2D",) * 2)
+    assert find_image_size(DiTPipeline(transformer, vae, DDIMScheduler())) == 16
+    assert find_image_size(make_pipeline()) == 32
+
+
+def test_every_call_may_be_tracked(pipeline, images):
+    labels = []
+
+    def track(work, label):
+        labels.append(label)
+        return work
+
+    evaluate(pipeline, metrics=["fid", "psnr"], reference=images, float_pipeline=pipeline, track=track, **QUICK)
+    assert labels == [f"reference {images.name}", "sampling", "sampling"]
+    assert find_denoiser(pipeline)[1] is pipeline.unet
