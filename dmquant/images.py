@@ -60,7 +60,8 @@ def read_images(files: Sequence[ImageFile], *, size: int | None = None) -> Itera
             except UNREADABLE as error:
                 damaged.append(file.name)
                 if len(damaged) > MAX_DAMAGED * len(files):
-                    raise InputError(f"{len(damaged)} of {len(files)} images cannot be read, first {damaged[0]!r}: {error}") from error
+                    count = f"{len(damaged)} of {len(files)} images cannot be read"
+                    raise InputError(f"{count}, first {damaged[0]!r}: {error}") from error
                 continue
             yield file, pixels
     if damaged:

@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMPipeline, DDIMScheduler, DiTPipeline, DiTTransformer2DModel, UNet2DModel
 from PIL import Image
 
-from dmquant import evaluation
+from dmquant import checkpoint, evaluation
 from dmquant.denoiser import find_denoiser, open_pipeline
 from dmquant.errors import DmquantError, InputError
 from dmquant.evaluation import Stopwatch, evaluate, find_image_size, stream
@@ -62,8 +62,9 @@ def test_the_report_says_under_which_protocol_and_survives_the_disk(pipeline, im
     report = evaluate(pipeline, reference=images, seed=7, sampler="dpm++", **QUICK)
     protocol = report.protocol
     assert (protocol.num_images, protocol.seed, protocol.steps, protocol.batch, protocol.image_size) == (6, 7, 2, 4, 32)
-    assert (protocol.sampler, protocol.extractor, protocol.reference, protocol.reference_images) == ("dpm++", "resnet-cifar10", images.name, 5)
-    assert (report.method, report.weight_bits, report.act_bits, report.settings, report.bits_per_weight) == ("float", 32, 32, {}, 32)
+    assert (protocol.sampler, protocol.extractor) == ("dpm++", "resnet-cifar10")
+    assert (protocol.reference, protocol.reference_images) == (images.name, 5)
+    assert (report.method, report.weight_bits, report.act_bits, report.bits_per_weight) == ("float", 32, 32, 32)
     assert report.size_bytes == report.float_size_bytes == 4 * sum(p.numel() for p in pipeline.unet.parameters())
     assert report.seconds_per_image > 0 and report.ops > 0 and {"torch", "diffusers", "dmquant"} <= report.versions.keys()
     assert Report.load(report.save(tmp_path)) == report
@@ -109,6 +110,22 @@ def test_a_quantized_pipeline_is_compared_with_the_float_one_that_it_names(tmp_p
     assert report.size_bytes < report.float_size_bytes / 3
     assert report.bits_per_weight == pytest.approx(32 * report.size_bytes / report.float_size_bytes)
     assert report.ops < evaluate(base, metrics=["psnr"], float_pipeline=base, **QUICK).ops
+
+
+def test_a_saved_pipeline_is_as_large_as_its_file(tmp_path, images):
+    make_pipeline().save_pretrained(tmp_path / "float")
+    base = open_pipeline(tmp_path / "float")
+    quantized = quantize(base, "lsq", weight_bits=2, act_bits=8, max_steps=0, trajectories=2, sampling_steps=2)
+    checkpoint.save(quantized, tmp_path / "packed")
+
+    report = evaluate(checkpoint.load(tmp_path / "packed"), metrics=["fid", "psnr"], reference=images, **QUICK)
+
+    file = tmp_path / "packed" / "unet" / "diffusion_pytorch_model.safetensors"
+    assert report.size_bytes == file.stat().st_size
+    assert (report.model, report.base_model) == (str(tmp_path / "packed"), str(tmp_path / "float"))
+    in_memory = evaluate(quantized, metrics=["fid", "psnr"], reference=images, **QUICK)
+    assert report.metrics == pytest.approx(in_memory.metrics, rel=1e-3) and report.settings == in_memory.settings
+    assert Report.from_json(report.to_json()) == report
 
 
 @pytest.mark.parametrize(

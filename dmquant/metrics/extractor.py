@@ -46,7 +46,7 @@ class Extractor(NamedTuple):
         if images.dtype != torch.uint8:
             raise InputError(f"{self.name} takes uint8 images, got {images.dtype}")
         if expected and size != (expected, expected):
-            raise InputError(f"{self.name} takes {expected}x{expected} images, got {size[1]}x{size[0]}; use --extractor inception")
+            raise InputError(f"{self.name} takes {expected}x{expected} images, got {size[1]}x{size[0]}; try extractor inception")
 
 
 def load_extractor(name: str, inception_weights: str | Path | None = None) -> Extractor:

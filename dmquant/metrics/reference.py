@@ -56,7 +56,7 @@ def open_reference(
     if not path.exists():
         raise InputError(f"no reference {str(source)!r} for {extractor.name}; {_known(extractor)}, or give an npz or images")
     if path.suffix in (".pkl", ".pt", ".pth"):
-        raise InputError(f"{path} is a pickle, which runs code when read; convert it: numpy.savez('stats.npz', mu=..., sigma=...)")
+        raise InputError(f"{path} is a pickle, which can run code; convert it: numpy.savez('stats.npz', mu=..., sigma=...)")
     if path.suffix == ".npz":
         return read_reference(path, extractor)
     return compute_reference(list_images(path), extractor, name=path.name, size=size, track=track)

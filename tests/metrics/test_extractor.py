@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -8,6 +9,7 @@ from torch import nn
 from dmquant.errors import InputError, MissingResource
 from dmquant.metrics import extractor as module
 from dmquant.metrics.extractor import Extractor, load_embedded, load_extractor
+from dmquant.metrics.reference import DEFAULT, FOLDER, open_reference
 from dmquant.metrics.resnet import ResNetExtractor
 
 
@@ -48,7 +50,7 @@ def test_autocast_around_does_not_change_the_features(folder):
 
 def test_images_of_another_size_or_type_are_refused(folder):
     extractor = load_embedded(folder)
-    with pytest.raises(InputError, match="takes 32x32 images, got 64x64; use --extractor inception"):
+    with pytest.raises(InputError, match="takes 32x32 images, got 64x64; try extractor inception"):
         extractor.features(images(size=64))
     with pytest.raises(InputError, match="uint8"):
         extractor.features(images().float())
@@ -78,3 +80,15 @@ def test_an_unknown_name_gets_the_near_one_or_the_list():
 def test_inception_without_weights_is_never_replaced_by_another_network(tmp_path):
     with pytest.raises(MissingResource, match="nowhere"):
         load_extractor("inception", tmp_path / "nowhere.pth")
+
+
+def test_the_embedded_extractor_is_good_small_and_the_one_that_made_the_embedded_reference():
+    record = json.loads((module.EMBEDDED_FOLDER / "record.json").read_text())
+    assert record["test_accuracy"] >= 0.85 and (module.EMBEDDED_FOLDER / "model.safetensors").stat().st_size < 5e6
+    extractor = load_extractor(module.EMBEDDED)
+    file = FOLDER / f"{DEFAULT}.{extractor.name}.npz"
+    with np.load(file) as stats:
+        meta = json.loads(str(stats["meta"]))
+    assert extractor.name == record["name"] == meta["extractor"]
+    assert (extractor.sha256, record["train_sha256"]) == (meta["extractor_sha256"], meta["source_sha256"])
+    assert open_reference(None, extractor).num_images == record["train_images"] == 50000

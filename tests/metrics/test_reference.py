@@ -58,7 +58,7 @@ def write_npz(path: Path, **arrays) -> Path:
 
 def test_statistics_of_a_folder_are_the_mean_and_covariance_of_its_features(tmp_path, extractor):
     folder = write_images(tmp_path / "images")
-    pixels = torch.stack([torch.from_numpy(np.asarray(Image.open(folder / f"{i}.png")).copy()).permute(2, 0, 1) for i in range(7)])
+    pixels = torch.stack([torch.from_numpy(np.array(Image.open(folder / f"{i}.png"))).permute(2, 0, 1) for i in range(7)])
     features = extractor.features(pixels).numpy()
 
     found = open_reference(folder, extractor)

@@ -94,7 +94,8 @@ def test_missing_weights_say_where_from_which_file_which_hash_and_where_to():
     with pytest.raises(MissingResource) as error:
         weights.load_inception()
     hub = str(weights.cached_places()[0].parent)
-    for word in (weights.URL, weights.FILE_NAME, "6726825d", hub, "--inception-weights", weights.VARIABLE, "dmquant fetch inception"):
+    ways_out = ("--inception-weights", weights.VARIABLE, "dmquant fetch inception")
+    for word in (weights.URL, weights.FILE_NAME, "6726825d", hub, *ways_out):
         assert word in str(error.value)
     assert error.value.exit_code == 3
 
