@@ -1,0 +1,416 @@
+"""diffusers loads packed models of every family, keeps their grids, and refuses what is not whole."""
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import (
+    AutoModel, DDPMPipeline, DDPMScheduler, DiffusionPipeline, DiTTransformer2DModel, FluxTransformer2DModel, ModelMixin,
+    PipelineQuantizationConfig, PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, UNet2DModel,
+)
+from diffusers.quantizers import auto
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dmquant import hf
+from dmquant.errors import DamagedFile, InputError
+from dmquant.hf import DmquantConfig, DmquantQuantizer
+from dmquant.layers import swap
+from dmquant.packed import PackedWeight, pack_model, packed_layers
+from dmquant.quantizers.base import FixedGrid
+from dmquant.quantizers.uniform import Uniform
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+UNET = dict(
+    sample_size=8, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1, attention_head_dim=8,
+    down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+)  # fmt: skip
+CROSS = dict(
+    sample_size=8, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1, attention_head_dim=4,
+    cross_attention_dim=12, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+)  # fmt: skip
+PIXART = dict(
+    num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, cross_attention_dim=16,
+    sample_size=8, caption_channels=12, norm_type="ada_norm_single", norm_elementwise_affine=False, patch_size=2,
+)  # fmt: skip
+SD3 = dict(
+    sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+    joint_attention_dim=12, caption_projection_dim=16, pooled_projection_dim=10, out_channels=4, pos_embed_max_size=8,
+)  # fmt: skip
+FLUX = dict(
+    patch_size=1, in_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+    joint_attention_dim=12, pooled_projection_dim=10, axes_dims_rope=(4, 4, 8),
+)  # fmt: skip
+DIT = dict(num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=2, sample_size=8, num_embeds_ada_norm=10)
+t = torch.tensor
+MODELS: dict[type[ModelMixin], tuple[dict, dict]] = {
+    UNet2DModel: (UNET, {"sample": (2, 3, 8, 8), "timestep": t([1, 9])}),
+    UNet2DConditionModel: (CROSS, {"sample": (2, 4, 8, 8), "timestep": t([1, 9]), "encoder_hidden_states": (2, 5, 12)}),
+    DiTTransformer2DModel: (DIT, {"hidden_states": (2, 4, 8, 8), "timestep": t([1, 9]), "class_labels": t([0, 3])}),
+    PixArtTransformer2DModel: (
+        PIXART,
+        {"hidden_states": (2, 4, 8, 8), "timestep": t([1, 9]), "encoder_hidden_states": (2, 5, 12), "added_cond_kwargs": {}},
+    ),
+    SD3Transformer2DModel: (
+        SD3,
+        {
+            "hidden_states": (2, 4, 8, 8), "timestep": t([1, 9]), "encoder_hidden_states": (2, 5, 12),
+            "pooled_projections": (2, 10),
+        },
+    ),
+    FluxTransformer2DModel: (
+        FLUX,
+        {
+            "hidden_states": (2, 16, 4), "timestep": t([0.1, 0.9]), "encoder_hidden_states": (2, 5, 12),
+            "pooled_projections": (2, 10), "img_ids": (16, 3), "txt_ids": (5, 3),
+        },
+    ),
+}  # fmt: skip
+
+
+def make_packed(kind: type[ModelMixin] = UNet2DModel) -> ModelMixin:
+    torch.manual_seed(0)
+    model = kind(**MODELS[kind][0]).eval()
+    for parameter in model.parameters():  # some models start at zero
+        nn.init.normal_(parameter, std=0.1)
+
+    def choose(name: str, layer: nn.Module) -> tuple[nn.Module, nn.Module]:
+        bits = 8 if "time" in name or name.endswith(("_in", "_out")) else 4
+        weight = Uniform(bits, num_channels=len(layer.weight), ndim=layer.weight.ndim, init="minmax")
+        grid = Uniform(8, symmetric=False, init="minmax")
+        weight.observe(layer.weight)
+        grid.observe(torch.randn(200))
+        return weight, grid
+
+    swap(model, choose)
+    model.dmquant_record = {"method": "minmax", "settings": {"lr": 0.1}, "base_model": "tiny", "seed": 3}
+    packed = pack_model(model)
+    hf.mark(packed)
+    return packed
+
+
+@torch.no_grad()
+def run(model: ModelMixin, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        name: torch.randn(value, generator=generator).to(dtype) if isinstance(value, tuple) else value
+        for name, value in MODELS[type(model)][1].items()
+    }
+    return model(**inputs).sample
+
+
+def grids(model: nn.Module) -> dict[str, Tensor]:
+    holders = {name: module for name, module in model.named_modules() if isinstance(module, (PackedWeight, FixedGrid))}
+    return {f"{name}.{leaf}": getattr(module, leaf) for name, module in holders.items() for leaf in ("scale", "zero")}
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(one[key].equal(other[key]) for key in one)
+
+
+@pytest.fixture(scope="module")
+def unet() -> UNet2DModel:
+    return make_packed()
+
+
+@pytest.fixture(scope="module")
+def folder(unet: UNet2DModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A packed UNet2DModel on the disk. Copy before you change it."""
+    path = tmp_path_factory.mktemp("models") / "unet"
+    unet.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def damaged(folder: Path, tmp_path: Path) -> Path:
+    """A copy to be changed."""
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= changes
+    config["quantization_config"] = {key: value for key, value in config["quantization_config"].items() if value is not ...}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
+def test_a_packed_model_of_every_family_comes_back_bit_for_bit(kind, tmp_path):
+    model = make_packed(kind)
+    model.save_pretrained(tmp_path)
+    loaded = kind.from_pretrained(tmp_path)
+    assert len(packed_layers(loaded)) == len(packed_layers(model)) > 15
+    assert equal(loaded.state_dict(), model.state_dict())
+    assert torch.equal(run(loaded), run(model))
+    size_bytes = len(json.dumps(loaded.config.quantization_config.to_dict()))
+    assert size_bytes < 2048, "diffusers does not send a larger config along, older versions send it and fail"
+
+
+@pytest.mark.parametrize("kind", [UNet2DModel, FluxTransformer2DModel], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("device_map", [None, {"": "cpu"}])
+def test_scales_stay_in_float32_when_the_model_is_loaded_in_half_precision(tmp_path, kind, dtype, device_map):
+    model = make_packed(kind)
+    model.save_pretrained(tmp_path)
+    loaded = kind.from_pretrained(tmp_path, torch_dtype=dtype, device_map=device_map)
+    assert equal(grids(loaded), grids(model))
+    assert loaded.dtype == next(iter(packed_layers(loaded).values())).weight.dtype == dtype
+    output = run(loaded, dtype)
+    assert output.dtype == dtype and (output - run(model)).abs().mean() < 0.1 * run(model).abs().mean()
+
+
+def test_the_config_prints_itself_and_survives_json(unet):
+    config = unet.config.quantization_config
+    assert config.quant_method == "dmquant" and config.quant_method.value == "dmquant"
+    assert json.loads(config.to_json_string()) == config.to_dict() and config.to_dict()["quant_method"] == "dmquant"
+    assert type(config.to_dict()["quant_method"]) is str and "minmax" in repr(config)
+    again = DmquantConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again.to_dict() == config.to_dict() and again.layout == config.layout
+
+
+def test_the_record_of_the_run_comes_back(unet, folder):
+    run_record = {"method": "minmax", "settings": {"lr": 0.1}, "weight_bits": 4, "act_bits": 8, "base_model": "tiny", "seed": 3}
+    assert unet.dmquant_record == UNet2DModel.from_pretrained(folder).dmquant_record == run_record
+
+
+@pytest.mark.parametrize("name", ["conv_in.weight.codes", "conv_in.weight.scale", "conv_in.weight.zero",
+                                  "conv_in.input.scale", "conv_in.bias", "conv_norm_out.weight"])  # fmt: skip
+def test_a_missing_or_renamed_tensor_is_named(damaged, name):
+    tensors = load_file(damaged / WEIGHTS)
+    moved = tensors.pop(name)
+    save_file(tensors, damaged / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(DamagedFile, match=name):
+        UNet2DModel.from_pretrained(damaged)
+    save_file(tensors | {f"{name}2": moved}, damaged / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(DamagedFile, match=name):
+        UNet2DModel.from_pretrained(damaged)
+
+
+def test_an_extra_tensor_is_named(damaged):
+    save_file(load_file(damaged / WEIGHTS) | {"../../etc/passwd": torch.zeros(1)}, damaged / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(DamagedFile, match="has no ../../etc/passwd"):
+        UNet2DModel.from_pretrained(damaged)
+
+
+def set_value(value: float):
+    def change(tensor: Tensor) -> Tensor:
+        tensor.view(-1)[-1] = value
+        return tensor
+
+    return change
+
+
+CHANGES = {
+    ("conv_in.weight.codes", "uint8"): lambda tensor: tensor.float(),
+    ("conv_in.weight.codes", "instead of"): lambda tensor: tensor.to(torch.int8),
+    ("conv_in.weight.codes", "shape"): lambda tensor: tensor[:, :-1].contiguous(),
+    ("conv_in.weight.scale", "shape"): lambda tensor: tensor.view(-1, 1),
+    ("conv_in.weight.scale", "float32"): lambda tensor: tensor.half(),
+    ("conv_in.weight.scale", "not positive"): set_value(0.0),
+    ("conv_in.weight.scale", "a scale that is not positive"): set_value(-1.0),
+    ("conv_in.weight.scale", "not finite"): set_value(float("nan")),
+    ("conv_in.weight.zero", "not finite"): set_value(float("inf")),
+    ("conv_in.weight.zero", "float32"): lambda tensor: tensor.to(torch.uint8),
+    ("conv_in.input.scale", "not positive"): set_value(0.0),
+    ("conv_in.input.zero", "float32"): lambda tensor: tensor.to(torch.bfloat16),
+    ("conv_out.bias", "not finite"): set_value(float("-inf")),
+    ("conv_out.bias", "instead of"): lambda tensor: tensor.to(torch.int32),
+    ("conv_norm_out.weight", "shape"): lambda tensor: torch.cat([tensor, tensor]),
+}
+
+
+@pytest.mark.parametrize("name, reason", CHANGES)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_tensor_of_the_wrong_shape_type_or_value_is_named(damaged, name, reason, dtype):
+    tensors = load_file(damaged / WEIGHTS)
+    tensors[name] = CHANGES[name, reason](tensors[name])
+    save_file(tensors, damaged / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(DamagedFile, match=f"{name}.*{reason}"):
+        UNet2DModel.from_pretrained(damaged, torch_dtype=dtype)
+
+
+def test_padding_bits_are_zero():
+    weight, planes = PackedWeight((3, 3), 2, dtype=torch.float32), torch.tensor([[255, 1], [0, 1]], dtype=torch.uint8)
+    hf.check_tensor(weight, "codes", planes, name="x")
+    for plane in range(2):
+        changed = planes.clone()
+        changed[plane, -1] |= 2
+        with pytest.raises(DamagedFile, match="x has bits set after its last code"):
+            hf.check_tensor(weight, "codes", changed, name="x")
+
+
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        ({"format_version": 2, "producer": "dmquant 3.1"}, InputError, r"needs dmquant >= 3.1"),
+        ({"format_version": "1"}, DamagedFile, "format_version cannot be '1'"),
+        ({"weight_bits": 0}, DamagedFile, "weight_bits cannot be 0"),
+        ({"weight_bits": 33}, DamagedFile, "weight_bits cannot be 33"),
+        ({"weight_bits": "4"}, DamagedFile, "weight_bits cannot be '4'"),
+        ({"act_bits": True}, DamagedFile, "act_bits cannot be True"),
+        ({"weight_bits": 10**30}, DamagedFile, "weight_bits cannot be 1000"),
+        ({"act_bits": ...}, DamagedFile, "act_bits is missing"),
+        ({"colour": "red"}, DamagedFile, "colour is unknown"),
+        ({"overrides": {"conv_in": [8]}}, DamagedFile, "overrides cannot be"),
+        ({"overrides": {"conv_in": [8, 9]}}, DamagedFile, "overrides cannot be"),
+        ({"overrides": {"conv_inn": [8, 8]}}, DamagedFile, "no layer 'conv_inn'"),
+        ({"overrides": {"__class__": [8, 8]}}, DamagedFile, "no layer '__class__'"),
+        ({"overrides": {"conv_norm_out": [8, 8]}}, DamagedFile, "no layer 'conv_norm_out'"),
+        ({"overrides": None}, DamagedFile, "overrides cannot be None"),
+        ({"settings": []}, DamagedFile, "settings cannot be"),
+        ({"weight_bits": 3}, DamagedFile, "codes has shape"),
+        ({"weight_bits": 32}, DamagedFile, "missing from the file"),
+        ({"act_bits": 32}, DamagedFile, "but the file does"),
+    ],
+)
+def test_a_config_that_is_not_ours_to_read_is_refused_with_its_key(damaged, changes, error, message):
+    change_config(damaged, **changes)
+    with pytest.raises(error, match=message):
+        UNet2DModel.from_pretrained(damaged)
+
+
+def test_a_float_model_under_a_quantized_config_is_refused(unet, tmp_path):
+    lying = UNet2DModel.from_config(unet.config)
+    lying.register_to_config(quantization_config=unet.config.quantization_config)
+    lying.save_pretrained(tmp_path)
+    with pytest.raises(DamagedFile, match="missing from the file"):
+        UNet2DModel.from_pretrained(tmp_path)
+
+
+def test_pickled_weights_are_refused(unet, tmp_path):
+    unet.save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.raises(InputError, match="no safetensors file"):
+        UNet2DModel.from_pretrained(tmp_path, use_safetensors=False)
+
+
+def test_casts_are_refused_and_moves_are_not(unet):
+    model = copy.deepcopy(unet)
+    for cast in (lambda: model.to(torch.bfloat16), model.half, model.float, lambda: model.to(dtype=torch.float16)):
+        with pytest.raises(ValueError):
+            cast()
+    assert equal(model.to("cpu").state_dict(), unet.state_dict())
+
+
+def test_loading_options_that_would_round_the_grids_are_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="low_cpu_mem_usage"):
+        UNet2DModel.from_pretrained(folder, low_cpu_mem_usage=False)
+    with pytest.raises(InputError, match="disk"):
+        UNet2DModel.from_pretrained(folder, device_map={"": "disk"}, offload_folder=tmp_path)
+    with pytest.raises(InputError, match="float8"):
+        UNet2DModel.from_pretrained(folder, torch_dtype=torch.float8_e4m3fn)
+    with pytest.raises(InputError, match="offloaded"):
+        UNet2DModel.from_pretrained(folder, offload_state_dict=True, torch_dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}])
+def test_a_device_map_changes_nothing(unet, folder, device_map):
+    loaded = UNet2DModel.from_pretrained(folder, device_map=device_map)
+    assert equal(loaded.state_dict(), unet.state_dict()) and torch.equal(run(loaded), run(unet))
+
+
+def test_an_automatic_device_map_works_where_diffusers_has_one(tmp_path):
+    model = make_packed(FluxTransformer2DModel)
+    model.save_pretrained(tmp_path)
+    loaded = FluxTransformer2DModel.from_pretrained(tmp_path, device_map="auto")
+    assert torch.equal(run(loaded), run(model))
+
+
+def test_shards_variants_and_parallel_loading_change_nothing(unet, tmp_path, monkeypatch):
+    unet.save_pretrained(tmp_path / "shards", max_shard_size="10KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    unet.save_pretrained(tmp_path / "variant", variant="w4a8")
+    assert equal(UNet2DModel.from_pretrained(tmp_path / "shards").state_dict(), unet.state_dict())
+    assert equal(UNet2DModel.from_pretrained(tmp_path / "variant", variant="w4a8").state_dict(), unet.state_dict())
+    monkeypatch.setenv("HF_ENABLE_PARALLEL_LOADING", "yes")
+    assert equal(UNet2DModel.from_pretrained(tmp_path / "shards").state_dict(), unet.state_dict())
+
+
+def test_a_shard_outside_the_folder_is_refused(unet, tmp_path):
+    unet.save_pretrained(tmp_path / "in", max_shard_size="20KB")
+    index = tmp_path / "in" / f"{WEIGHTS}.index.json"
+    first = sorted((tmp_path / "in").glob("*.safetensors"))[0]
+    first.rename(tmp_path / first.name)
+    index.write_text(index.read_text().replace(first.name, f"../{first.name}"))
+    with pytest.raises(Exception, match="(?i)shard|outside|missing|travers|exist|find"):
+        UNet2DModel.from_pretrained(tmp_path / "in")
+
+
+def test_what_was_loaded_saves_and_loads_again_and_can_be_copied(unet, folder, tmp_path):
+    loaded = UNet2DModel.from_pretrained(folder)
+    loaded.save_pretrained(tmp_path)
+    assert (tmp_path / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
+    again = copy.deepcopy(UNet2DModel.from_pretrained(tmp_path))
+    assert torch.equal(run(again), run(unet))
+    again.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
+
+
+def test_a_model_without_its_class_name_is_found(unet, folder):
+    assert torch.equal(run(AutoModel.from_pretrained(str(folder.parent), subfolder=folder.name)), run(unet))
+
+
+def test_dequantizing_gives_a_plain_model_that_saves_as_one(folder, tmp_path):
+    loaded = UNet2DModel.from_pretrained(folder)
+    weight = loaded.conv_in.weight.dequantize()
+    plain = loaded.dequantize()
+    assert not packed_layers(plain) and plain.conv_in.weight.equal(weight)
+    plain.half().save_pretrained(tmp_path)
+    reloaded = UNet2DModel.from_pretrained(tmp_path)
+    assert "quantization_config" not in reloaded.config
+    assert reloaded.conv_in.weight.equal(weight.half().float()) and run(reloaded).isfinite().all()
+
+
+def test_a_packed_model_does_not_offer_its_codes_for_training(unet):
+    assert not unet.hf_quantizer.is_trainable and unet.hf_quantizer.is_compileable
+    assert not any(".codes" in name or name.endswith(".scale") for name, _ in unet.named_parameters())
+
+
+def test_diffusers_is_told_how_to_quantize_instead(tmp_path):
+    model = UNet2DModel(**UNET)
+    DDPMPipeline(model, DDPMScheduler()).save_pretrained(tmp_path)
+    wanted = PipelineQuantizationConfig(quant_mapping={"unet": DmquantConfig(weight_bits=4, act_bits=8)})
+    with pytest.raises(InputError, match="use dmquant.quantize"):
+        DiffusionPipeline.from_pretrained(tmp_path, quantization_config=wanted)
+
+
+def test_registering_again_is_free_and_pushes_nobody_out(monkeypatch):
+    hf.register()
+    assert auto.AUTO_QUANTIZER_MAPPING["dmquant"] is DmquantQuantizer
+    monkeypatch.setitem(auto.AUTO_QUANTIZER_MAPPING, "dmquant", dict)
+    with pytest.raises(RuntimeError, match="belongs to builtins.dict"):
+        hf.register()
+
+
+FRESH = """
+import sys, torch
+from diffusers import DiffusionPipeline
+try:
+    DiffusionPipeline.from_pretrained(sys.argv[1])
+except ValueError as error:
+    assert "Unknown quantization type, got dmquant" in str(error), error
+else:
+    raise AssertionError("an unregistered process should not know dmquant")
+import dmquant.hf
+unet = DiffusionPipeline.from_pretrained(sys.argv[1]).unet
+expected = torch.load(sys.argv[2], weights_only=True)
+with torch.no_grad():
+    output = unet(expected["x"], torch.tensor([1, 9])).sample
+assert torch.equal(output, expected["y"]), (output - expected["y"]).abs().max()
+"""
+
+
+def test_a_fresh_process_reads_a_pipeline_after_one_import(unet, tmp_path):
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "pipeline")
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        torch.save({"x": x, "y": unet(x, torch.tensor([1, 9])).sample}, tmp_path / "expected.pt")
+    command = [sys.executable, "-c", FRESH, str(tmp_path / "pipeline"), str(tmp_path / "expected.pt")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
