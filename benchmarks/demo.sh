@@ -11,7 +11,7 @@ mkdir -p "$OUT"
 run quantize --method lsq --wbits 4 --abits 8 -o "$OUT/lsq-w4a8" --force
 run eval --fid --num-images "$NUM_IMAGES" -o "$OUT/float"
 run eval "$OUT/lsq-w4a8" --fid --psnr --num-images "$NUM_IMAGES"
-run sample "$OUT/lsq-w4a8" -n 16 --beside embedded -o "$OUT/samples.png"
+run sample embedded -n 16 --beside "$OUT/lsq-w4a8" -o "$OUT/samples.png"
 run compare "$OUT/float" "$OUT/lsq-w4a8"
 run compare "$OUT/float" "$OUT/lsq-w4a8" --format md > "$OUT/comparison.md"
 

@@ -6,7 +6,6 @@ is missing; 4 out of memory; 70 a bug of ours; 130 interrupted. DMQUANT_DEBUG=1 
 
 import json
 import math
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -14,8 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
-from dmquant import __version__, console
-from dmquant.errors import InputError
+from dmquant import __version__, arguments, console
 from dmquant.failures import INTERRUPTED, explain
 
 if TYPE_CHECKING:
@@ -29,9 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-PICTURES = (".png", ".jpg", ".webp")
 REPORT_FOLDER = "Folder for report.json; default: beside a quantized MODEL, else runs/eval-NAME."
-
 HIDDEN = {"show_default": False}
 
 Model = Annotated[str | None, typer.Argument(help="Pipeline folder or hub id; without it, the embedded pipeline.", **HIDDEN)]
@@ -48,11 +44,11 @@ def main() -> NoReturn:
     sys.exit(run())
 
 
-def run(arguments: list[str] | None = None) -> int:
+def run(line: list[str] | None = None) -> int:
     """Run one command line and return its exit code; every failure becomes one line on stderr."""
     console.show_warnings()
     try:
-        code = app(args=arguments, prog_name="dmquant", standalone_mode=False) or 0
+        code = app(args=line, prog_name="dmquant", standalone_mode=False) or 0
     except (Exception, KeyboardInterrupt) as error:
         return explain(error)
     if code == INTERRUPTED:
@@ -89,8 +85,8 @@ def quantize(
     from dmquant.methods import get
 
     given = {"weight_bits": wbits, "act_bits": abits, "max_steps": max_steps}
-    chosen = get(method).parse(_merge(given, settings or []))
-    folder = output or Path("runs") / f"{_short_name(model)}-{method}-w{chosen.weight_bits}a{chosen.act_bits}"
+    chosen = get(method).parse(arguments.merge_settings(given, settings or []))
+    folder = output or arguments.name_run(model, method, chosen.weight_bits, chosen.act_bits)
 
     from dmquant import checkpoint, quantization, storage
 
@@ -102,6 +98,7 @@ def quantize(
     with storage.lock(folder):
         quantized = quantization.quantize(_open(model, device), chosen, seed=seed, data=data, track=console.Tracker())
         checkpoint.save(quantized, folder, force=force)
+    _say_size(quantized, folder)
     console.say(f"wrote {folder}; next: dmquant eval {folder} --fid")
 
 
@@ -126,7 +123,7 @@ def evaluate(
     from dmquant import comparison, evaluation
 
     metrics = tuple(name for name, is_wanted in (("fid", fid), ("psnr", psnr)) if is_wanted) or ("fid",)
-    folder = _require_writable(output or _report_folder(model))
+    folder = arguments.require_writable(output or arguments.name_evaluation(model))
     report = evaluation.evaluate(
         _open(model, device), metrics=metrics, num_images=num_images, seed=seed, steps=steps, sampler=sampler, batch=batch,
         extractor=extractor, inception_weights=inception_weights, reference=reference, track=console.Tracker(),
@@ -161,10 +158,10 @@ def methods(name: Annotated[str | None, typer.Argument(help="The one to describe
     from dmquant import methods as table
 
     if name is None:
-        console.show_table(["method", "what it is"], [[known, table.summary(known)] for known in table.names()], num_names=2)
+        console.show_table(["method", "what it is"], [[known, table.summary(known)] for known in table.names()], align="ll")
         return
     rows = [[item.name, item.type, _write_value(item.default), item.help] for item in table.get(name).describe()]
-    console.show_table(["setting", "type", "default", "what it does"], rows, num_names=4)
+    console.show_table(["setting", "type", "default", "what it does"], rows, align="llll")
 
 
 @app.command()
@@ -175,8 +172,9 @@ def inspect(model: GivenModel) -> None:
     pipeline = _open(model, "cpu")
     name, denoiser = find_denoiser(pipeline)
     record = getattr(denoiser, "dmquant_record", {})
-    parts = {"pipeline": type(pipeline).__name__, "denoiser": f"{name} ({type(denoiser).__name__})", **record}
-    console.show_table(["fact", "value"], [[key, _write_value(value)] for key, value in parts.items()], num_names=2)
+    facts = {"pipeline": type(pipeline).__name__, "denoiser": f"{name} ({type(denoiser).__name__})", **record}
+    facts |= facts.pop("settings", {})
+    console.show_table(["fact", "value"], [[key, _write_value(value)] for key, value in facts.items()], align="ll", notes=[""])
     _show_coverage(pipeline, record.get("weight_bits", 32), record.get("act_bits", 32))
 
 
@@ -193,9 +191,7 @@ def sample(
     device: Device = None,
 ) -> None:
     """Draw images and write them as one picture."""
-    if output.suffix.lower() not in PICTURES:
-        raise InputError(f"{output} must end in {', '.join(PICTURES)}")
-    _require_writable(output.absolute().parent)
+    arguments.require_picture(output)
     import torch
 
     from dmquant import generation
@@ -230,7 +226,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="As JSON, for bu
         console.show(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
         rows = [[f.name, f.value, "" if f.is_ok else f"amiss: {f.advice}"] for f in findings]
-        console.show_table(["what", "found", ""], rows, num_names=3)
+        console.show_table(["what", "found", ""], rows, align="lll")
     if not all(finding.is_ok for finding in findings):
         raise typer.Exit(1)
 
@@ -241,43 +237,6 @@ def fetch(resource: Annotated[Literal["inception"], typer.Argument(help="What to
     from dmquant.metrics import weights
 
     console.show(str({"inception": weights.fetch_inception}[resource]()))
-
-
-def _merge(given: dict[str, int | None], pairs: list[str]) -> dict[str, int | str]:
-    """Options of their own and --set pairs as one mapping; a setting may be given once."""
-    merged: dict[str, int | str] = {key: value for key, value in given.items() if value is not None}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key:
-            raise InputError(f"--set takes key=value, got {pair!r}")
-        if key in merged:
-            raise InputError(f"setting {key!r} is given twice")
-        merged[key] = value
-    return merged
-
-
-def _short_name(model: str | None) -> str:
-    return "embedded" if model is None else Path(model).absolute().name
-
-
-def _report_folder(model: str | None) -> Path:
-    """Beside a quantized pipeline that lies here, else a folder of its own under runs."""
-    from dmquant.denoiser import is_quantized
-
-    if model is not None and Path(model).is_dir() and is_quantized(model):
-        return Path(model)
-    return Path("runs") / f"eval-{_short_name(model)}"
-
-
-def _require_writable(folder: Path) -> Path:
-    """The folder, made if it was not there: hours of work must not end before a closed door."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder} cannot be made: {error.strerror}; choose another with -o") from error
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"{folder} cannot be written; choose another with -o")
-    return folder
 
 
 def _open(model: str | None, device: str | None) -> "DiffusionPipeline":
@@ -293,7 +252,16 @@ def _show_coverage(pipeline: "DiffusionPipeline", weight_bits: int, act_bits: in
 
     cost = measure_cost(find_denoiser(pipeline)[1], bits=bits)
     rows = coverage.tabulate(cost, weight_bits=weight_bits, act_bits=act_bits)
-    console.show_table(coverage.HEADINGS, rows, num_names=3, notes=coverage.summarize(cost))
+    console.show_table(coverage.HEADINGS, rows, align="lllrrrl", notes=["", *coverage.summarize(cost)])
+
+
+def _say_size(pipeline: "DiffusionPipeline", folder: Path) -> None:
+    from dmquant.denoiser import find_denoiser
+
+    name, denoiser = find_denoiser(pipeline)
+    size_bytes = sum(file.stat().st_size for file in (folder / name).glob("*.safetensors"))
+    float_bytes = sum(4 * value.numel() for key, value in denoiser.named_parameters() if "_quantizer." not in key)
+    console.say(f"{name}: {size_bytes / 1e6:.2f} MB on disk, 1/{float_bytes / size_bytes:.2f} of float32")
 
 
 def _write_value(value: object) -> str:

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from dmquant.comparison import Comparison
+from dmquant.comparison import IDENTITY, Comparison
 
 PIPED_WIDTH = 100_000  # columns; nothing is cut or wrapped
 QUIET_PERIOD_S = 10.0
@@ -29,25 +29,20 @@ def show(text: str) -> None:
     _write(text.rstrip("\n") + "\n")
 
 
-def show_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, num_names: int = 1, notes: Iterable[str] = ()) -> None:
-    """A table on stdout: the first `num_names` columns are names (left), the others numbers (right)."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="")
-    for index, heading in enumerate(headings):
-        # fold, not ellipsis: a narrow terminal may break a number but never drop its digits
-        table.add_column(Text(clean(heading)), justify="left" if index < num_names else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(clean(cell)) for cell in row))
-    console = _console(sys.stdout)
-    with console.capture() as capture:
-        console.print(table)
-    # rich pads every line to the table's width
-    lines = [line.rstrip() for line in capture.get().splitlines()]
-    _write("\n".join([*lines, *map(clean, notes)]) + "\n")
+def show_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, align: str, notes: Iterable[str] = ()) -> None:
+    """A table on stdout; `align` has one letter per column, l for text and r for numbers. Notes follow, a line each."""
+    _show(_make_table(headings, rows, align), notes)
 
 
 def show_comparison(comparison: Comparison) -> None:
-    """The comparison's table with its notes."""
-    show_table(comparison.headings(), comparison.cells(), num_names=2, notes=comparison.notes)
+    """The comparison's table with its notes; on a terminal too narrow for it, one column per model."""
+    headings, cells = comparison.headings(), comparison.cells()
+    align = "".join("l" if column in IDENTITY else "r" for column in comparison.columns)
+    table, console = _make_table(headings, cells, align), _console(sys.stdout)
+    if console.measure(table, options=console.options.update(width=PIPED_WIDTH)).maximum > console.width:
+        first, *others = zip(headings, *cells)
+        table = _make_table(first, others, "l" + "r" * len(cells))
+    _show(table, ["", *comparison.notes])
 
 
 def say(text: str) -> None:
@@ -113,6 +108,25 @@ class Tracker:
                 last = now
         if time.monotonic() - start >= min(self._period_s, 1.0):
             say(f"{label}: done in {_format_seconds(time.monotonic() - start)}")
+
+
+def _make_table(headings: Sequence[str], rows: Iterable[Sequence[str]], align: str) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="")
+    for heading, side in zip(headings, align, strict=True):
+        # fold, not ellipsis: a narrow terminal may break a number but never drop its digits
+        table.add_column(Text(clean(heading)), justify="left" if side == "l" else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(clean(cell)) for cell in row))
+    return table
+
+
+def _show(table: Table, notes: Iterable[str]) -> None:
+    console = _console(sys.stdout)
+    with console.capture() as capture:
+        console.print(table)
+    # rich pads every line to the table's width
+    lines = [line.rstrip() for line in capture.get().splitlines()]
+    _write("\n".join([*lines, *map(clean, notes)]) + "\n")
 
 
 def _make_bars(console: Console) -> Progress:

@@ -16,7 +16,10 @@ from dmquant.denoiser import ASSETS
 from dmquant.errors import MissingResource
 from dmquant.metrics.weights import find_inception
 
-REQUIRED = ("torch", "diffusers", "accelerate", "safetensors", "torchmetrics", "huggingface_hub", "numpy", "pillow", "pydantic", "typer", "rich")
+REQUIRED = (
+    "torch", "diffusers", "accelerate", "safetensors", "torchmetrics", "huggingface_hub", "numpy", "pillow", "pydantic", "typer",
+    "rich",
+)  # fmt: skip
 OPTIONAL = ("transformers", "matplotlib")
 LOW_SPACE_BYTES = 2 * 10**9
 
@@ -47,7 +50,8 @@ def _packages() -> Iterator[Finding]:
 
 
 def _devices() -> Iterator[Finding]:
-    yield Finding("cpu", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads in use, {torch.backends.cpu.get_cpu_capability()}")
+    threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads in use"
+    yield Finding("cpu", f"{threads}, {torch.backends.cpu.get_cpu_capability()}")
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
         capability = f"compute capability {device.major}.{device.minor}"

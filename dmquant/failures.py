@@ -18,6 +18,8 @@ def explain(error: BaseException) -> int:
     """Say what went wrong and return the exit code that stands for it."""
     if os.environ.get("DMQUANT_DEBUG", "0") not in ("", "0"):
         console.say("".join(traceback.format_exception(error)))
+    # lets go of the loops that the error came out of, so that their progress bars end before anything is said
+    traceback.clear_frames(error.__traceback__)
     if isinstance(error, KeyboardInterrupt):
         console.say("interrupted")
         return INTERRUPTED

@@ -14,7 +14,8 @@ from PIL import Image
 from dmquant import cli
 from dmquant.report import Report
 
-QUICK = ["--max-steps=1", *(f"--set={pair}" for pair in ("trajectories=1", "sampling_steps=2", "calibration_samples=2", "batch=2"))]
+SMALL = ("trajectories=1", "sampling_steps=2", "calibration_samples=2", "batch=2")
+QUICK = ["--max-steps=1", *(f"--set={pair}" for pair in SMALL)]
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +53,7 @@ def test_the_run_is_named_after_model_method_and_bits(tiny_folder, tmp_path, cap
     assert cli.run(["quantize", str(tiny_folder), "--wbits", "2", "--abits", "32", *QUICK]) == 0
     assert (tmp_path / "runs" / "tiny-lsq-w2a32" / "model_index.json").is_file()
     out, err = capsys.readouterr()
-    assert out == "" and "runs/tiny-lsq-w2a32" in err
+    assert out == "" and "runs/tiny-lsq-w2a32" in err and "MB on disk, 1/" in err
 
 
 def test_dry_run_shows_every_layer_and_writes_nothing(tiny_folder, tmp_path, capsys):

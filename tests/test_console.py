@@ -20,7 +20,7 @@ def run(code: str, **options) -> subprocess.CompletedProcess:
 
 
 def test_a_piped_table_keeps_every_digit(capsys):
-    console.show_table(["name", "a", "b"], [WIDE], notes=["note"])
+    console.show_table(["name", "a", "b"], [WIDE], align="lrr", notes=["note"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].split() == WIDE
     assert lines[-1] == "note"
@@ -28,7 +28,7 @@ def test_a_piped_table_keeps_every_digit(capsys):
 
 
 def test_text_in_brackets_and_emoji_names_are_not_markup(capsys):
-    console.show_table(["[red]name"], [["[weights/unet] :smile:"]])
+    console.show_table(["[red]name"], [["[weights/unet] :smile:"]], align="l")
     console.say("[bold]talk")
     out, err = capsys.readouterr()
     assert "[red]name" in out and "[weights/unet] :smile:" in out
@@ -41,7 +41,7 @@ def test_clean_text_has_no_control_characters(text):
 
 
 def test_escape_sequences_reach_neither_stream(capsys):
-    console.show_table(["name"], [["\x1b[31mred\x07"]])
+    console.show_table(["name"], [["\x1b[31mred\x07"]], align="l")
     console.fail("bad \x1b]0;title\x07 name")
     out, err = capsys.readouterr()
     assert "\x1b" not in out + err and "\x07" not in out + err
@@ -58,7 +58,8 @@ def test_talk_is_not_wrapped_when_piped(capsys):
 
 
 def test_a_locale_without_arrows_still_gets_its_table():
-    done = run("console.show_table(['FID ↓', 'n ↑'], [['–', 'é']])", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = run("console.show_table(['FID ↓', 'n ↑'], [['–', 'é']], align='lr')", env=ascii_only)
     assert done.returncode == 0, done.stderr
     assert b"FID v" in done.stdout and b"n ^" in done.stdout and b"-" in done.stdout and done.stdout.isascii()
 
@@ -94,13 +95,40 @@ def test_a_terminal_gets_bars_also_for_work_inside_work():
 
 def test_a_narrow_terminal_breaks_numbers_but_drops_no_digit():
     digits = "1234567890" * 4
-    shown = in_terminal(f"console.show_table(['n'], [['{digits}']])", COLUMNS="20")
+    shown = in_terminal(f"console.show_table(['n'], [['{digits}']], align='r')", COLUMNS="20")
     assert "".join(filter(str.isdigit, shown)) == digits
+
+
+def test_a_comparison_turns_on_its_side_where_it_does_not_fit():
+    code = """
+from dmquant.comparison import Column, Comparison
+columns = [Column('model', 'model'), *(Column(f'm{i}', f'metric number {i}') for i in range(9))]
+row = {column.key: f'{column.key}-value' for column in columns}
+console.show_comparison(Comparison(tuple(columns), (row,), ('the note',)))
+"""
+    wide, narrow = in_terminal(code, COLUMNS="250"), in_terminal(code, COLUMNS="60")
+    assert len(wide.splitlines()) == 5 and len(narrow.splitlines()) == 13
+    assert all(f"metric number {i}" in narrow and f"m{i}-value" in narrow for i in range(9))
+
+
+def test_an_error_ends_the_bars_and_stands_alone_on_the_last_line():
+    code = """
+from dmquant import failures
+from dmquant.errors import DmquantError
+def work():
+    for _ in console.Tracker()(range(3), 'training'):
+        raise DmquantError('diverged')
+try:
+    work()
+except DmquantError as error:
+    failures.explain(error)
+"""
+    assert in_terminal(code).splitlines()[-1].endswith("error: diverged")
 
 
 def test_no_color_and_dumb_terminals_get_no_colour():
     for environment in ({"NO_COLOR": "1"}, {"TERM": "dumb"}):
-        assert "\x1b[3" not in in_terminal("console.fail('x'); console.show_table(['a'], [['b']])", **environment)
+        assert "\x1b[3" not in in_terminal("console.fail('x'); console.show_table(['a'], [['b']], align='l')", **environment)
 
 
 def in_terminal(code: str, **environment: str) -> str:

@@ -16,7 +16,7 @@ FLOORS = (
     {"methods"},
     {"quantization", "checkpoint", "hf", "metrics", "cost"},
     {"evaluation", "coverage", "environment"},
-    {"console", "failures"},
+    {"console", "failures", "arguments"},
     {"cli"},
     {"__init__", "__main__"},
 )

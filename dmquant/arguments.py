@@ -1,0 +1,60 @@
+"""What a command line says and what it leaves unsaid: settings given as text, names of folders, doors to try first."""
+
+import os
+from pathlib import Path
+
+from dmquant.errors import InputError
+
+RUNS = Path("runs")
+PICTURES = (".png", ".jpg", ".webp")
+
+
+def merge_settings(options: dict[str, int | None], pairs: list[str]) -> dict[str, int | str]:
+    """Settings that have options of their own and those given as key=value; each may be given once."""
+    merged: dict[str, int | str] = {key: value for key, value in options.items() if value is not None}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise InputError(f"--set takes key=value, got {pair!r}")
+        if key in merged:
+            raise InputError(f"setting {key!r} is given twice")
+        merged[key] = value
+    return merged
+
+
+def name_run(model: str | None, method: str, weight_bits: int, act_bits: int) -> Path:
+    """Where a quantized pipeline goes when no folder is given."""
+    return RUNS / f"{_short_name(model)}-{method}-w{weight_bits}a{act_bits}"
+
+
+def name_evaluation(model: str | None) -> Path:
+    """Where a report goes when no folder is given: beside a quantized pipeline that lies here, else under runs."""
+    from dmquant.denoiser import is_quantized
+
+    if model is not None and Path(model).is_dir() and is_quantized(model):
+        return Path(model)
+    return RUNS / f"eval-{_short_name(model)}"
+
+
+def require_writable(folder: Path) -> Path:
+    """The folder, made if it was not there: hours of work must not end before a closed door."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be made: {error.strerror}; choose another with -o") from error
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"{folder} cannot be written; choose another with -o")
+    return folder
+
+
+def require_picture(file: Path) -> None:
+    """Refuses a file name that no picture can be written to."""
+    if file.suffix.lower() not in PICTURES:
+        raise InputError(f"{file} must end in {', '.join(PICTURES)}")
+    if file.is_dir():
+        raise InputError(f"{file} is a folder; choose another name with -o")
+    require_writable(file.absolute().parent)
+
+
+def _short_name(model: str | None) -> str:
+    return "embedded" if model is None else Path(model).absolute().name

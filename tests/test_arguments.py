@@ -1,0 +1,34 @@
+"""What a command line leaves unsaid gets a name that says what it is."""
+
+from pathlib import Path
+
+import pytest
+
+from dmquant import arguments
+from dmquant.errors import InputError
+
+
+def test_runs_are_named_after_model_method_and_bits():
+    assert arguments.name_run(None, "lsq", 4, 8) == Path("runs/embedded-lsq-w4a8")
+    assert arguments.name_run("google/ddpm-cifar10-32", "lsq", 2, 32) == Path("runs/ddpm-cifar10-32-lsq-w2a32")
+    assert arguments.name_run("some/where/", "lsq", 4, 4) == Path("runs/where-lsq-w4a4")
+
+
+def test_the_working_folder_has_a_name_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert arguments.name_run(".", "lsq", 4, 8).name == f"{tmp_path.name}-lsq-w4a8"
+
+
+def test_a_float_pipeline_is_evaluated_into_a_folder_of_its_own(tiny_folder):
+    assert arguments.name_evaluation(str(tiny_folder)) == Path("runs/eval-tiny")
+    assert arguments.name_evaluation(None) == Path("runs/eval-embedded")
+
+
+def test_settings_keep_everything_after_the_first_equals_sign():
+    assert arguments.merge_settings({"max_steps": None, "act_bits": 8}, ["a=b=c", "d="]) == {"act_bits": 8, "a": "b=c", "d": ""}
+
+
+@pytest.mark.parametrize("pairs", [["a"], ["=a"], ["a=1", "a=2"], ["act_bits=4"]])
+def test_settings_that_are_no_pair_or_come_twice_are_refused(pairs):
+    with pytest.raises(InputError):
+        arguments.merge_settings({"act_bits": 8}, pairs)

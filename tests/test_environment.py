@@ -1,0 +1,32 @@
+"""The doctor names what a bug report needs, and what it lists as required is what the package requires."""
+
+import re
+import tomllib
+from pathlib import Path
+
+from dmquant import environment
+
+PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def test_the_required_packages_are_those_of_the_project():
+    assert {re.match(r"[\w-]+", line)[0] for line in PROJECT["dependencies"]} == set(environment.REQUIRED)
+
+
+def test_a_package_that_is_missing_is_amiss_only_if_it_is_required(monkeypatch):
+    monkeypatch.setattr(environment, "REQUIRED", ("no-such-package",))
+    monkeypatch.setattr(environment, "OPTIONAL", ("no-such-extra",))
+    found = {finding.name: finding for finding in environment.examine()}
+    assert not found["no-such-package"].is_ok and "pip install" in found["no-such-package"].advice
+    assert found["no-such-extra"].is_ok
+
+
+def test_inception_weights_are_no_fault_when_absent_and_named_when_present(monkeypatch, tmp_path):
+    def inception() -> str:
+        return {finding.name: finding for finding in environment.examine()}["inception weights"].value
+
+    monkeypatch.setenv("DMQUANT_INCEPTION_WEIGHTS", str(tmp_path / "nowhere"))
+    assert "dmquant fetch inception" in inception()
+    (tmp_path / "weights.pth").write_bytes(b"")
+    monkeypatch.setenv("DMQUANT_INCEPTION_WEIGHTS", str(tmp_path / "weights.pth"))
+    assert inception() == str(tmp_path / "weights.pth")
