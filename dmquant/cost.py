@@ -23,8 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dmquant.denoiser import Role, named_layers, find_roles
 from dmquant.errors import InputError
+from dmquant.packed import FLOAT_BITS, layer_bits
 
-FLOAT_BITS = 32
 BINARY_OPS_PER_WORD = 64  # one-bit products that a 64-bit word does at once
 OPS_PER_INPUT = 4  # divide, round, clip below, clip above
 OPS_PER_OUTPUT = 1  # multiply by the step sizes
@@ -120,7 +120,7 @@ def measure_cost(
     Without `bits` they are read off the layers. `inputs` replaces `example_inputs`: other sizes, more text tokens.
     """
     roles = find_roles(denoiser)
-    bits = {name: read_bits(layer) for name, layer in named_layers(denoiser).items()} if bits is None else bits
+    bits = {name: layer_bits(layer) for name, layer in named_layers(denoiser).items()} if bits is None else bits
     unknown = sorted(set(bits) - set(roles))
     if unknown:
         raise InputError(f"the denoiser has no layer {unknown[0]!r} to give bits to")
@@ -135,13 +135,6 @@ def measure_cost(
     others = sum(width for name, width in widths.items() if name not in inside)
     num_params = sum(parameter.numel() for parameter in skeleton.parameters())
     return Cost(tuple(costs), num_params, others + sum(cost.size_bytes for cost in costs), attention_macs)
-
-
-def read_bits(layer: nn.Module) -> tuple[int, int]:
-    """(weight, activation) bits of a layer that is float (32), fake-quantized or packed."""
-    weight = getattr(layer, "weight_quantizer", layer.weight)
-    activation = getattr(layer, "input_quantizer", getattr(layer, "input", None))
-    return getattr(weight, "bits", FLOAT_BITS), getattr(activation, "bits", FLOAT_BITS)
 
 
 def build_skeleton(denoiser: nn.Module) -> nn.Module:

@@ -1,6 +1,6 @@
-"""The denoiser of a diffusers pipeline: open the pipeline, find the network, name the roles of its layers and its blocks in order.
+"""The denoiser of a diffusers pipeline: open the pipeline, find the network, name its layers' roles and its blocks in order.
 
-Weights are read from safetensors only and a pipeline never brings its own code: both are refused by name before anything is loaded.
+Weights come from safetensors only and a pipeline never brings its own code: the rest is refused by name before it is loaded.
 """
 
 import json
@@ -49,7 +49,8 @@ class Role(StrEnum):
 ROLES = [(role, re.compile(pattern)) for role, pattern in (
     (Role.FIRST, r"^(conv_in|(pos_embed|patch_embed)\.proj|x_embedder|proj_in)$"),
     (Role.LAST, r"^(conv_out|proj_out|proj_out_2)$"),
-    (Role.TIME_EMBEDDING, r"^(time_\w+|class_embedding|add_embedding|encoder_hid_proj|adaln_single|caption_projection|context_embedder|proj_out_1)\b"),
+    (Role.TIME_EMBEDDING, r"^(time_\w+|class_embedding|add_embedding|encoder_hid_proj|adaln_single)\b"),
+    (Role.TIME_EMBEDDING, r"^(caption_projection|context_embedder|proj_out_1)\b"),
     (Role.TIME_EMBEDDING, r"\bnorm(\d|_out)?(_context)?\.(linear|emb\b.*)$"),
     (Role.TIME_PROJECTION, r"\.time_emb_proj$"),
     (Role.SKIP, r"\.conv_shortcut$"),
@@ -188,11 +189,10 @@ def _unet_blocks(unet: nn.Module) -> Iterator[Block]:
 
 def _pair(prefix: str, level: nn.Module) -> tuple[list[tuple[str, ...]], list[str]]:
     """(residual block, its attention) pairs of one resolution level, and the names of the resamplers."""
-    children = {name: list(child) for name, child in level.named_children() if isinstance(child, nn.ModuleList)}
-    count = len(children["resnets"])
-    kinds = [name for name in ("resnets", "attentions") if len(children.get(name, ())) == count]
-    pairs = [tuple(f"{prefix}.{kind}.{index}" for kind in kinds) for index in range(count)]
-    rest = [f"{prefix}.{name}.{index}" for name, entries in children.items() if name not in kinds for index in range(len(entries))]
+    counts = {name: len(child) for name, child in level.named_children() if isinstance(child, nn.ModuleList)}
+    kinds = [kind for kind in ("resnets", "attentions") if counts.get(kind) == counts["resnets"]]
+    pairs = [tuple(f"{prefix}.{kind}.{index}" for kind in kinds) for index in range(counts["resnets"])]
+    rest = [f"{prefix}.{name}.{index}" for name in counts if name not in kinds for index in range(counts[name])]
     return pairs, rest
 
 
@@ -215,8 +215,9 @@ def _download(model: str) -> Path:
     try:
         return Path(DiffusionPipeline.download(model, use_safetensors=True, local_files_only=files is None))
     except (OSError, HTTPError) as error:
-        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached" if files is None else str(error)
-        raise MissingResource(f"{model!r} is no local folder, was then tried as a hub id, and is not in the cache: {why}") from error
+        unanswered = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
+        why = f"not in the cache, and {unanswered}" if files is None else str(error)
+        raise MissingResource(f"{model!r} is no local folder and was then tried as a hub id: {why}") from error
 
 
 def _ask_hub(model: str) -> list[PurePath] | None:
@@ -262,13 +263,11 @@ def _list_components(folder: Path) -> list[PurePath]:
 def _refuse_foreign_code(folder: Path, files: Iterable[PurePath]) -> None:
     """Only pipeline classes of diffusers, and no Python file beside a component, for which diffusers would want trust."""
     name = _read_json(folder / "model_index.json").get("_class_name")
-    if not isinstance(name, str):
-        raise InputError(f"{folder} wants to run its own pipeline code ({name}), which dmquant never does")
+    scripts = [file.as_posix() for file in files if file.suffix == ".py"]
+    if not isinstance(name, str) or scripts:
+        raise InputError(f"{folder} wants to run its own code ({', '.join(scripts) or name}), which dmquant never does")
     if not hasattr(diffusers, name):
         raise InputError(f"{folder}: diffusers {diffusers.__version__} knows no pipeline class {name!r}")
-    scripts = [file.as_posix() for file in files if file.suffix == ".py"]
-    if scripts:
-        raise InputError(f"{folder} wants to run its own code ({', '.join(scripts)}), which dmquant never does")
 
 
 def _refuse_pickles(files: Iterable[PurePath]) -> None:
@@ -276,12 +275,10 @@ def _refuse_pickles(files: Iterable[PurePath]) -> None:
     suffixes = defaultdict(set)
     for file in files:
         suffixes[file.parent].add(file.suffix)
-    pickled = sorted(str(folder) for folder, kinds in suffixes.items() if ".bin" in kinds and ".safetensors" not in kinds)
+    pickled = sorted(str(folder) for folder, found in suffixes.items() if found & {".bin", ".safetensors"} == {".bin"})
     if pickled:
-        raise InputError(
-            f"only pickle weights (.bin) in {', '.join(pickled)}: unpickling can run any code, so dmquant reads safetensors only; "
-            "convert them in a sandbox with torch.load(..., weights_only=True) and safetensors.torch.save_file"
-        )
+        way_out = "convert them in a sandbox with torch.load(..., weights_only=True) and safetensors.torch.save_file"
+        raise InputError(f"only pickle weights (.bin), which can run any code, in {', '.join(pickled)}; {way_out}")
 
 
 def _check_weights(folder: Path, name: str, denoiser: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Seeds -> images. Each seed has its own CPU generator, so an image depends neither on the batch around it nor on the device's noise."""
+"""Seeds -> images. Each seed has its own CPU generator: an image depends neither on the batch around it nor on the device."""
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,14 +28,15 @@ SAMPLERS = {
     "unipc": "UniPCMultistepScheduler",
 }
 NOISE_SCHEDULE = (
-    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type", "rescale_betas_zero_snr",
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr",
+    "prediction_type",
 )  # fmt: skip
 CAPTION_SIZE = 12  # pixels
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What is asked of a conditional pipeline: image i takes entry i modulo their number. None guidance = the pipeline's own."""
+    """What is asked of a conditional pipeline: the images take the entries in turn. None guidance is the pipeline's own."""
 
     prompts: tuple[str, ...] = ()
     class_labels: tuple[int, ...] = ()
@@ -105,11 +106,11 @@ def beside(rows: Mapping[str, Tensor]) -> Image.Image:
 def _choose_conditioning(pipeline: DiffusionPipeline, wanted: Conditioning, chunk: range) -> dict[str, Any]:
     """Keyword arguments that condition the images of one batch."""
     name, accepted, arguments = type(pipeline).__name__, _accepts(pipeline), {}
-    for keyword, values, setting in (("prompt", wanted.prompts, "prompts"), ("class_labels", wanted.class_labels, "class_labels")):
+    for keyword, values in (("prompt", wanted.prompts), ("class_labels", wanted.class_labels)):
         if values and keyword not in accepted:
-            raise InputError(f"{name} takes no {setting}")
+            raise InputError(f"{name} takes no {keyword}")
         if keyword in accepted and not values:
-            raise InputError(f"{name} is conditional: give {setting}")
+            raise InputError(f"{name} is conditional: give it a {keyword} for each image or one for all")
         if values:
             arguments[keyword] = [values[index % len(values)] for index in chunk]
     if wanted.guidance is None:
@@ -142,14 +143,16 @@ def _sample(pipeline: DiffusionPipeline, seeds: list[int], steps: int, arguments
         raise OutOfMemory(f"a batch of {len(seeds)} images does not fit into memory; use a smaller batch") from error
     broken = [seed for seed, image in zip(seeds, images) if not image.isfinite().all()]
     if broken:
-        raise DmquantError(f"{len(broken)} of {len(seeds)} samples are not finite (first: seed {broken[0]}); the denoiser has diverged")
+        raise DmquantError(
+            f"{len(broken)} of {len(seeds)} samples are not finite (first: seed {broken[0]}): the denoiser has diverged"
+        )
     return (images.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
 
 def _run_scheduler(
     pipeline: DiffusionPipeline, generators: list[torch.Generator], steps: int, arguments: dict[str, Any]
 ) -> Tensor:
-    """The sampling loop of DDIMPipeline, for any scheduler: that one scales neither noise nor input, and knows DDIM's step only."""
+    """Sampling with any scheduler: DDIMPipeline's own loop scales neither noise nor input and knows DDIM's step only."""
     unet, scheduler = pipeline.unet, pipeline.scheduler
     size = unet.config.sample_size
     shape = (unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
@@ -195,7 +198,8 @@ def _silence(pipeline: DiffusionPipeline) -> Iterator[None]:
 def _convert(scheduler: SchedulerMixin, target: type[SchedulerMixin]) -> SchedulerMixin:
     """The target scheduler with the settings of this one, where the two speak of the same noise schedule."""
     if type(scheduler) is not target and target not in scheduler.compatibles:
-        raise InputError(f"{type(scheduler).__name__} and {target.__name__} do not share a noise schedule; keep the pipeline's own sampler")
+        names = f"{type(scheduler).__name__} and {target.__name__}"
+        raise InputError(f"{names} do not share a noise schedule; keep the pipeline's own sampler")
     # from_config alone lets the target's own defaults stand wherever this one was left at its defaults, and they differ
     schedule = {key: scheduler.config[key] for key in NOISE_SCHEDULE if key in scheduler.config}
     return target.from_config(scheduler.config, **schedule)
