@@ -32,8 +32,8 @@ def explain(error: BaseException) -> int:
     if _is_out_of_memory(error):
         console.fail(MEMORY_ADVICE)
         return OutOfMemory.exit_code
-    if isinstance(error, OSError) and error.filename is not None:
-        console.fail(f"{error.filename}: {error.strerror}")
+    if isinstance(error, OSError) and error.errno is not None:
+        console.fail(f"{error.filename}: {error.strerror}" if error.filename is not None else str(error))
         return DmquantError.exit_code
     console.fail(f"{type(error).__name__}: {error}; this is a bug of dmquant: please report it with {_write_traceback(error)}")
     return INTERNAL_ERROR

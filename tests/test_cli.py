@@ -237,6 +237,13 @@ def test_a_bug_exits_with_70_and_leaves_a_traceback_file(capsys, monkeypatch):
     file.unlink()
 
 
+def test_a_full_disk_or_a_forbidden_file_is_no_bug_of_ours(capsys, monkeypatch):
+    for error in (OSError(28, "No space left on device"), PermissionError(13, "Permission denied", "weights")):
+        failing_with(monkeypatch, error)
+        code, err = fails(capsys, "compare", ".")
+        assert code == 1 and error.strerror in err
+
+
 def test_debug_shows_the_traceback(capsys, monkeypatch):
     monkeypatch.setenv("DMQUANT_DEBUG", "1")
     assert cli.run(["compare", "nowhere"]) == 2
