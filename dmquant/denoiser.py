@@ -3,6 +3,7 @@
 Weights come from safetensors only and a pipeline never brings its own code: the rest is refused by name before it is loaded.
 """
 
+import copy
 import json
 import re
 import warnings
@@ -134,6 +135,14 @@ def find_denoiser(pipeline: DiffusionPipeline) -> tuple[str, nn.Module]:
         f"{type(pipeline).__name__} has no denoiser with Conv1d, Conv2d or Linear layers: "
         f"looked for {', '.join(DENOISERS)}; found {found or 'nothing'}"
     )
+
+
+def with_denoiser(pipeline: DiffusionPipeline, name: str, denoiser: nn.Module) -> DiffusionPipeline:
+    """A pipeline that shares every component with the one given except its denoiser."""
+    twin = copy.copy(pipeline)
+    twin._internal_dict = copy.copy(pipeline._internal_dict)
+    twin.register_modules(**{name: denoiser})
+    return twin
 
 
 def is_layer(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from torch import nn
 
 from dmquant import methods
 from dmquant.clock import Clock
-from dmquant.denoiser import find_denoiser, find_roles
+from dmquant.denoiser import find_denoiser, find_roles, with_denoiser
 from dmquant.denoising import open_denoising
 from dmquant.distill import Distillation
 from dmquant.errors import InputError
@@ -73,11 +73,3 @@ def describe_run(pipeline: DiffusionPipeline, method: Method, seed: int) -> dict
         "method": method.name, "settings": method.settings(), "seed": seed,
         "weight_bits": method.weight_bits, "act_bits": method.act_bits, "base_model": pipeline.config.get("_name_or_path"),
     }
-
-
-def with_denoiser(pipeline: DiffusionPipeline, name: str, denoiser: nn.Module) -> DiffusionPipeline:
-    """A pipeline that shares every component with the one given except its denoiser."""
-    twin = copy.copy(pipeline)
-    twin._internal_dict = copy.copy(pipeline._internal_dict)
-    twin.register_modules(**{name: denoiser})
-    return twin

@@ -284,6 +284,15 @@ def test_a_float_model_under_a_quantized_config_is_refused(unet, tmp_path):
         UNet2DModel.from_pretrained(tmp_path)
 
 
+def test_a_float_single_file_under_our_config_is_refused(unet, tmp_path):
+    model = make_packed(FluxTransformer2DModel)
+    model.save_pretrained(tmp_path)
+    FluxTransformer2DModel(**FLUX).save_pretrained(tmp_path / "float")
+    options = {"config": str(tmp_path), "quantization_config": model.config.quantization_config}
+    with pytest.raises(DamagedFile, match="but the file does"):
+        FluxTransformer2DModel.from_single_file(tmp_path / "float" / WEIGHTS, **options)
+
+
 def test_pickled_weights_are_refused(unet, tmp_path):
     unet.save_pretrained(tmp_path, safe_serialization=False)
     with pytest.raises(InputError, match="no safetensors file"):
