@@ -146,15 +146,15 @@ def seal(folder: Path) -> None:
 
 
 def _swing(temporary: Path, folder: Path) -> None:
-    """The two renames. Should the second fail, the old result comes back."""
+    """The two renames. Should the second fail or be interrupted, the old result comes back."""
     aside = _sibling(folder, "old")
     had_old = folder.exists()
     if had_old:
         os.rename(folder, aside)
     try:
         os.rename(temporary, folder)
-    except OSError:
-        if had_old:
+    except BaseException:
+        if had_old and not folder.exists():
             os.rename(aside, folder)
         raise
     _flush_folder(folder.parent)
@@ -236,7 +236,7 @@ def _sibling(folder: Path, kind: str) -> Path:
 
 def _siblings(folder: Path, kind: str) -> list[Path]:
     """Siblings of this folder and kind, of any process."""
-    start, count = f".{folder.name}.", 3 + folder.name.count(".") + 1
+    start, count = f".{folder.name}.", folder.name.count(".") + 4  # dots in what _sibling makes
     found = [path for path in folder.parent.iterdir() if path.name.startswith(start) and path.suffix == f".{kind}"]
     return sorted(path for path in found if path.name.count(".") == count and path.name.split(".")[-3].isdigit())
 

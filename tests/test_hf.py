@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -47,28 +48,17 @@ FLUX = dict(
     joint_attention_dim=12, pooled_projection_dim=10, axes_dims_rope=(4, 4, 8),
 )  # fmt: skip
 DIT = dict(num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=2, sample_size=8, num_embeds_ada_norm=10)
-t = torch.tensor
-MODELS: dict[type[ModelMixin], tuple[dict, dict]] = {
-    UNet2DModel: (UNET, {"sample": (2, 3, 8, 8), "timestep": t([1, 9])}),
-    UNet2DConditionModel: (CROSS, {"sample": (2, 4, 8, 8), "timestep": t([1, 9]), "encoder_hidden_states": (2, 5, 12)}),
-    DiTTransformer2DModel: (DIT, {"hidden_states": (2, 4, 8, 8), "timestep": t([1, 9]), "class_labels": t([0, 3])}),
-    PixArtTransformer2DModel: (
-        PIXART,
-        {"hidden_states": (2, 4, 8, 8), "timestep": t([1, 9]), "encoder_hidden_states": (2, 5, 12), "added_cond_kwargs": {}},
-    ),
-    SD3Transformer2DModel: (
-        SD3,
-        {
-            "hidden_states": (2, 4, 8, 8), "timestep": t([1, 9]), "encoder_hidden_states": (2, 5, 12),
-            "pooled_projections": (2, 10),
-        },
-    ),
+TIME, TEXT, POOLED = {"timestep": torch.tensor([1, 9])}, {"encoder_hidden_states": (2, 5, 12)}, {"pooled_projections": (2, 10)}
+LATENT = {"hidden_states": (2, 4, 8, 8), **TIME}
+MODELS: dict[type[ModelMixin], tuple[dict, dict]] = {  # config, inputs: tensors or shapes
+    UNet2DModel: (UNET, {"sample": (2, 3, 8, 8), **TIME}),
+    UNet2DConditionModel: (CROSS, {"sample": (2, 4, 8, 8), **TIME, **TEXT}),
+    DiTTransformer2DModel: (DIT, {**LATENT, "class_labels": torch.tensor([0, 3])}),
+    PixArtTransformer2DModel: (PIXART, {**LATENT, **TEXT, "added_cond_kwargs": {}}),
+    SD3Transformer2DModel: (SD3, {**LATENT, **TEXT, **POOLED}),
     FluxTransformer2DModel: (
         FLUX,
-        {
-            "hidden_states": (2, 16, 4), "timestep": t([0.1, 0.9]), "encoder_hidden_states": (2, 5, 12),
-            "pooled_projections": (2, 10), "img_ids": (16, 3), "txt_ids": (5, 3),
-        },
+        {"hidden_states": (2, 16, 4), "timestep": torch.tensor([0.1, 0.9]), **TEXT, **POOLED, "img_ids": (16, 3), "txt_ids": (5, 3)},
     ),
 }  # fmt: skip
 
@@ -199,12 +189,8 @@ def test_an_extra_tensor_is_named(damaged):
         UNet2DModel.from_pretrained(damaged)
 
 
-def set_value(value: float):
-    def change(tensor: Tensor) -> Tensor:
-        tensor.view(-1)[-1] = value
-        return tensor
-
-    return change
+def set_value(value: float) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: tensor.view(-1).index_fill(0, torch.tensor([0]), value).view(tensor.shape)
 
 
 CHANGES = {
@@ -339,16 +325,6 @@ def test_shards_variants_and_parallel_loading_change_nothing(unet, tmp_path, mon
     assert equal(UNet2DModel.from_pretrained(tmp_path / "variant", variant="w4a8").state_dict(), unet.state_dict())
     monkeypatch.setenv("HF_ENABLE_PARALLEL_LOADING", "yes")
     assert equal(UNet2DModel.from_pretrained(tmp_path / "shards").state_dict(), unet.state_dict())
-
-
-def test_a_shard_outside_the_folder_is_refused(unet, tmp_path):
-    unet.save_pretrained(tmp_path / "in", max_shard_size="20KB")
-    index = tmp_path / "in" / f"{WEIGHTS}.index.json"
-    first = sorted((tmp_path / "in").glob("*.safetensors"))[0]
-    first.rename(tmp_path / first.name)
-    index.write_text(index.read_text().replace(first.name, f"../{first.name}"))
-    with pytest.raises(Exception, match="(?i)shard|outside|missing|travers|exist|find"):
-        UNet2DModel.from_pretrained(tmp_path / "in")
 
 
 def test_what_was_loaded_saves_and_loads_again_and_can_be_copied(unet, folder, tmp_path):

@@ -116,19 +116,21 @@ def test_the_old_or_the_new_result_is_there_whichever_operation_fails(tmp_path, 
     assert outcomes[0] == "old" and outcomes[-1] == "new"
 
 
-def test_a_failed_second_rename_brings_the_old_result_back(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_second_rename_that_fails_or_is_interrupted_brings_the_old_result_back(tmp_path, monkeypatch, error):
     write(tmp_path / "out", "old")
 
     def rename(source: Path, target: Path) -> None:
         if str(source).endswith(".tmp"):
-            raise OSError(28, "No space left on device")
+            raise error
         os.replace(source, target)
 
     with monkeypatch.context() as patch:
         patch.setattr(storage.os, "rename", rename)
-        with pytest.raises(DmquantError, match="No space left"):
+        with pytest.raises(DmquantError if isinstance(error, OSError) else KeyboardInterrupt):
             write(tmp_path / "out", "new", force=True)
     assert verify_manifest(tmp_path / "out") and (tmp_path / "out" / "index.json").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 WRITER = """
