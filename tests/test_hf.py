@@ -49,6 +49,7 @@ FLUX = dict(
 )  # fmt: skip
 DIT = dict(num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=2, sample_size=8, num_embeds_ada_norm=10)
 TIME, TEXT, POOLED = {"timestep": torch.tensor([1, 9])}, {"encoder_hidden_states": (2, 5, 12)}, {"pooled_projections": (2, 10)}
+FLUX_PLACES = {"img_ids": (16, 3), "txt_ids": (5, 3)}
 LATENT = {"hidden_states": (2, 4, 8, 8), **TIME}
 MODELS: dict[type[ModelMixin], tuple[dict, dict]] = {  # config, inputs: tensors or shapes
     UNet2DModel: (UNET, {"sample": (2, 3, 8, 8), **TIME}),
@@ -57,8 +58,7 @@ MODELS: dict[type[ModelMixin], tuple[dict, dict]] = {  # config, inputs: tensors
     PixArtTransformer2DModel: (PIXART, {**LATENT, **TEXT, "added_cond_kwargs": {}}),
     SD3Transformer2DModel: (SD3, {**LATENT, **TEXT, **POOLED}),
     FluxTransformer2DModel: (
-        FLUX,
-        {"hidden_states": (2, 16, 4), "timestep": torch.tensor([0.1, 0.9]), **TEXT, **POOLED, "img_ids": (16, 3), "txt_ids": (5, 3)},
+        FLUX, {"hidden_states": (2, 16, 4), "timestep": torch.tensor([0.1, 0.9]), **TEXT, **POOLED, **FLUX_PLACES},
     ),
 }  # fmt: skip
 
@@ -170,8 +170,7 @@ def test_the_record_of_the_run_comes_back(unet, folder):
     assert unet.dmquant_record == UNet2DModel.from_pretrained(folder).dmquant_record == run_record
 
 
-@pytest.mark.parametrize("name", ["conv_in.weight.codes", "conv_in.weight.scale", "conv_in.weight.zero",
-                                  "conv_in.input.scale", "conv_in.bias", "conv_norm_out.weight"])  # fmt: skip
+@pytest.mark.parametrize("name", [f"conv_in.{leaf}" for leaf in ("weight.codes", "weight.scale", "input.zero", "bias")])
 def test_a_missing_or_renamed_tensor_is_named(damaged, name):
     tensors = load_file(damaged / WEIGHTS)
     moved = tensors.pop(name)
