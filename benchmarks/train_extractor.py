@@ -27,7 +27,7 @@ def main() -> None:
     loss = train(model, images, labels, args)
     accuracy = measure_accuracy(model, test_images, test_labels)
     record = {
-        "name": args.output.name, "classes": classes, "epochs": args.epochs, "batch": args.batch, "seed": args.seed,
+        "name": args.name, "classes": classes, "epochs": args.epochs, "batch": args.batch, "seed": args.seed,
         "peak_learning_rate": args.learning_rate, "train_loss": round(loss, 5), "test_accuracy": accuracy,
         "minutes": round((time.monotonic() - started) / 60, 1), "num_parameters": sum(p.numel() for p in model.parameters()),
         "train_images": len(images), "train_sha256": hash_images(images), "test_sha256": hash_images(test_images),
@@ -41,6 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--train", nargs="+", required=True, help="folders or zips with one folder per class")
     parser.add_argument("--test", nargs="+", required=True)
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--name", default="resnet-cifar10", help="what distances in its features are called after")
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=0.4, help="peak of the one-cycle schedule")

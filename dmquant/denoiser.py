@@ -37,11 +37,11 @@ class Role(StrEnum):
 
     FIRST = "first"
     LAST = "last"
-    TIME_EMBEDDING = "time embedding"  # of time, class, caption; adaptive-norm modulation
-    TIME_PROJECTION = "time projection"  # the embedding brought into one residual block
+    TIME_EMBEDDING = "time_embedding"  # of time, class, caption; adaptive-norm modulation
+    TIME_PROJECTION = "time_projection"  # the embedding brought into one residual block
     SKIP = "skip"  # 1x1 convolution on a residual branch
     ATTENTION = "attention"
-    FEED_FORWARD = "feed forward"
+    FEED_FORWARD = "feed_forward"
     RESAMPLE = "resample"
     BODY = "body"
 

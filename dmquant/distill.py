@@ -45,6 +45,14 @@ class Distillation:
         return nn.functional.mse_loss(part.call(student).float(), part.target.float())
 
 
+@dataclass
+class Step:
+    """One turn of the loop, as `track` sees it: the loss is there once the turn is done."""
+
+    number: int
+    loss: float = math.nan
+
+
 @dataclass(frozen=True)
 class Training:
     """How to train. Rates are AdamW's; quantizer_rate is relative to the size of each scale or offset."""
@@ -68,19 +76,19 @@ def fit(student: nn.Module, objective: Objective, training: Training, *, seed: i
     optimizer = torch.optim.AdamW(parameter_groups(student, training), fused=device.type in ("cpu", "cuda"))
     model, optimizer = accelerator.prepare(student.requires_grad_(True).eval(), optimizer)
     average = EMAModel(student.parameters(), decay=training.ema_decay) if training.ema_decay else None
-    guard, losses = Guard(student, optimizer), []
-    for step in track(range(training.max_steps), "fine-tune"):
-        set_rates(optimizer, guard.factor * schedule(step, training.max_steps))
-        generator = draw(seed, step, accelerator.process_index)
+    guard, steps = Guard(student, optimizer), [Step(number) for number in range(training.max_steps)]
+    for step in track(steps, "fine-tune"):
+        set_rates(optimizer, guard.factor * schedule(step.number, training.max_steps))
+        generator = draw(seed, step.number, accelerator.process_index)
         loss = objective.loss(model, training.batch, generator=generator, device=accelerator.device)
-        losses.append(accelerator.gather(loss.detach().reshape(1)).mean().item())
-        if guard.refuses(step, losses[-1]):
+        step.loss = accelerator.gather(loss.detach().reshape(1)).mean().item()
+        if guard.refuses(step.number, step.loss):
             continue
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(student.parameters(), training.clip_norm)
-        if not guard.refuses(step, float(norm), is_gradient=True):
+        if not guard.refuses(step.number, float(norm), is_gradient=True):
             optimizer.step()
-            guard.keep(step)
+            guard.keep(step.number)
             if average is not None:
                 average.step(student.parameters())
         optimizer.zero_grad()
@@ -89,7 +97,7 @@ def fit(student: nn.Module, objective: Objective, training: Training, *, seed: i
     if average is not None:
         average.copy_to(student.parameters())
     check_finite(student)
-    return losses
+    return [step.loss for step in steps]
 
 
 def start_accelerator(device: torch.device, precision: str) -> Accelerator:

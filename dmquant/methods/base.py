@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self, get_args
 
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
@@ -50,14 +50,14 @@ class Method:
     trajectories: int = setting(256, "teacher trajectories to record")
     sampling_steps: int = setting(20, "denoising steps of each recorded trajectory")
     calibration_samples: int = setting(128, "recorded samples that set the grids")
-    max_steps: int = setting(400, "optimiser steps of fine-tuning; 0 only calibrates")
+    max_steps: int = setting(600, "optimiser steps of fine-tuning; 0 only calibrates")
     batch: int = setting(16, "samples per optimiser step")
     learning_rate: float = setting(1e-4, "AdamW rate of weights, biases and norms, decaying to zero along a cosine")
     quantizer_rate: float = setting(1e-3, "AdamW rate of scales and offsets, relative to each one's size at the start")
     weight_decay: float = setting(0.0, "AdamW decay of the weights")
     clip_norm: float = setting(1.0, "largest gradient norm; larger ones are scaled down")
     ema_decay: float = setting(0.0, "decay of a moving average of the latent weights; 0 uses none")
-    precision: str = setting("no", "mixed precision of fine-tuning: no, bf16 or fp16")
+    precision: Literal["no", "bf16", "fp16"] = setting("no", "mixed precision of fine-tuning")
 
     def __post_init__(self) -> None:
         for name, least in (("weight_bits", 1), ("act_bits", 2)):
@@ -149,4 +149,7 @@ def _split(value: Any, known: dataclasses.Field) -> Any:
 
 
 def _type_name(known: dataclasses.Field) -> str:
-    return "roles" if isinstance(known.default, tuple) else getattr(known.type, "__name__", str(known.type))
+    if isinstance(known.default, tuple):
+        return "roles"
+    choices = get_args(known.type)
+    return " | ".join(map(str, choices)) if choices else known.type.__name__
