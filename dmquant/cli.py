@@ -105,7 +105,7 @@ def quantize(
 @app.command("eval")
 def evaluate(
     model: Model = None,
-    fid: Annotated[bool, typer.Option("--fid", help="Frechet distance to the reference (the default).")] = False,
+    fid: Annotated[bool, typer.Option("--fid", help="Frechet distance to the reference. Without --fid and --psnr: all that can be measured.")] = False,
     psnr: Annotated[bool, typer.Option("--psnr", help="PSNR to the float model at equal seeds.")] = False,
     num_images: Annotated[int, typer.Option(help="Images to draw.", min=2)] = 1000,
     steps: Steps = 20,
@@ -122,7 +122,7 @@ def evaluate(
     """Draw images of a float or quantized pipeline, measure them, and write a report."""
     from dmquant import comparison, evaluation
 
-    metrics = tuple(name for name, is_wanted in (("fid", fid), ("psnr", psnr)) if is_wanted) or ("fid",)
+    metrics = tuple(name for name, is_wanted in (("fid", fid), ("psnr", psnr)) if is_wanted) or None
     folder = arguments.require_writable(output or arguments.name_evaluation(model))
     report = evaluation.evaluate(
         _open(model, device), metrics=metrics, num_images=num_images, seed=seed, steps=steps, sampler=sampler, batch=batch,

@@ -150,7 +150,7 @@ def _metric_columns(reports: Sequence[Report]) -> list[Column]:
 
 def _name_metric(name: str) -> Column:
     if name.startswith("fd-"):
-        return Column(name, f"FD {name.removeprefix('fd-')}", "", "lower")
+        return Column(name, f"FD {name.removeprefix('fd-')}", "", "lower", 4)
     return Column(name, name, "", "", 4)
 
 

@@ -6,8 +6,9 @@ values, so that a packed or fake-quantized denoiser counts like the float one it
 Operations follow BinaryDM (Zheng et al., 2025), eq. 16-17: a quantized layer has BOPs = MACs * weight bits * activation
 bits, and OPs = BOPs / 64 + the MACs of float layers. Attention products (q.k, p.v) stay float in the papers and are not
 in their numbers: they stand apart in `attention_macs`. One term is ours. The papers' 24.3, 12.3 and 6.3 G (W4A4, W2A4, W1A4
-on LDM-4) exceed their formula by 0.25 G each and no text says why; counting the float work of the quantizers themselves
-gives all three to the printed digit, so `quantizer_ops` is part of `ops`.
+on LDM-4) exceed their formula by 0.25 G each and no text says why. Counting the float work of the quantizers themselves
+(four operations per input, one per output) gives all three to the printed digit; it was chosen because it does, so those
+three are a fit and only the float model's 96.0 G is an independent check. The term is `quantizer_ops`, a part of `ops`.
 """
 
 import math

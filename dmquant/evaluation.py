@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dmquant import __version__
 from dmquant.cost import FLOAT_BITS, Cost, measure_cost
+from dmquant.denoiser import EMBEDDED as EMBEDDED_MODEL
 from dmquant.denoiser import find_denoiser, is_quantized, open_pipeline
 from dmquant.errors import DmquantError, InputError
 from dmquant.generation import generate, set_sampler
@@ -45,7 +46,7 @@ class Yardstick:
 
 @torch.no_grad()
 def evaluate(
-    pipeline: DiffusionPipeline, *, metrics: Sequence[str] = ("fid",), num_images: int = 1000, seed: int = 0, steps: int = 20,
+    pipeline: DiffusionPipeline, *, metrics: Sequence[str] | None = None, num_images: int = 1000, seed: int = 0, steps: int = 20,
     sampler: str | None = None, batch: int = 50, extractor: str = EMBEDDED, inception_weights: str | Path | None = None,
     reference: str | Path | None = None, float_pipeline: DiffusionPipeline | None = None, track: Track = plain,
 ) -> Report:
@@ -53,9 +54,11 @@ def evaluate(
 
     "fid" compares with a reference: a built-in name, an npz, an image folder or zip. "psnr" compares the images of the
     first 64 seeds with those of the float model: `float_pipeline`, or the one that a quantized pipeline says it came from.
+    None measures what can be measured: "fid", and "psnr" where the float model is at hand.
     """
-    kinds = choose_metrics(metrics, num_images)
     denoiser = find_denoiser(pipeline)[1]
+    has_twin = float_pipeline is not None or has_base(denoiser)
+    kinds = choose_metrics((("fid", "psnr") if has_twin else ("fid",)) if metrics is None else metrics, num_images)
     cost = measure_cost(denoiser)
     yardstick, twins = None, None
     seeds, how = range(seed, seed + num_images), {"steps": steps, "batch": batch, "track": track}
@@ -104,6 +107,12 @@ def keep_scheduler(pipeline: DiffusionPipeline) -> Iterator[None]:
         yield
     finally:
         pipeline.scheduler = before
+
+
+def has_base(denoiser: nn.Module) -> bool:
+    """Whether a quantized denoiser names a float pipeline that lies on this machine."""
+    base = read_record(denoiser).get("base_model")
+    return base is not None and (base == EMBEDDED_MODEL or Path(base).is_dir())
 
 
 def open_base(denoiser: nn.Module) -> DiffusionPipeline:

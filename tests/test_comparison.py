@@ -38,7 +38,7 @@ def test_the_float_model_comes_first_and_changes_are_relative_to_it():
 def test_headings_carry_unit_and_direction_and_cells_what_was_not_measured():
     comparison = compare([FLOAT, QUANTIZED])
     table = dict(zip(comparison.headings(), zip(*comparison.cells())))
-    assert table["FD resnet-cifar10 ↓"] == ("10.00", "11.00")
+    assert table["FD resnet-cifar10 ↓"] == ("10.0000", "11.0000")
     assert table["to float, % ↓"] == (ABSENT, "+10.0")
     assert table["PSNR to float, dB ↑"] == (ABSENT, "30.00")
     assert table["size, MB ↓"] == ("8.00", "1.00")

@@ -15,10 +15,10 @@ from dmquant.denoiser import Role, find_roles
 from dmquant.distill import Objective, Training, fit
 from dmquant.errors import InputError
 from dmquant.layers import swap
+from dmquant.packed import FLOAT_BITS
 from dmquant.progress import Track
 from dmquant.samples import Samples
 
-FLOAT_BITS = 32  # means "not quantized"
 FIRST_LAST_BITS = 8
 
 
