@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from dmquant.packing import check_bits
 
+SMALLEST_SCALE = 1e-8  # a learned scale that falls below stands still here, in forward and export alike
+
 
 @dataclass(frozen=True)
 class Codes:

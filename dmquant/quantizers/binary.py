@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from dmquant.quantizers.base import Codes, Quantizer
+from dmquant.quantizers.base import SMALLEST_SCALE, Codes, Quantizer
 
 
 class Binary(Quantizer):
@@ -29,7 +29,7 @@ class Binary(Quantizer):
 
     def grid(self) -> tuple[Tensor, Tensor]:
         """Codes {0, 1} mean {-scale, +scale}: a step of twice the scale around one half."""
-        return 2 * self.scale, torch.full_like(self.scale, 0.5)
+        return 2 * self.scale.clamp(min=SMALLEST_SCALE), torch.full_like(self.scale, 0.5)
 
     def encode(self, x: Tensor) -> Codes:
         scale, zero = self.grid()
@@ -39,6 +39,7 @@ class Binary(Quantizer):
 class _ScaledSign(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, scale: Tensor) -> Tensor:
+        scale = scale.clamp(min=SMALLEST_SCALE)
         ctx.save_for_backward(x, scale)
         return torch.where(x >= 0, scale, -scale)
 

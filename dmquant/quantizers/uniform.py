@@ -7,11 +7,10 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from dmquant.packing import check_bits
-from dmquant.quantizers.base import Quantizer, quantize, widen
+from dmquant.quantizers.base import SMALLEST_SCALE, Quantizer, quantize, widen
 
 INITIALISATIONS = ("mse", "minmax", "lsq")
 SEARCH_STEPS = 48  # candidates per end of the range
-SMALLEST_SCALE = 1e-8
 
 
 class Uniform(Quantizer):
