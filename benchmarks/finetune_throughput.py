@@ -36,7 +36,8 @@ def main() -> None:
     observe_weights(student)
     observe_inputs(student, samples, batch=args.batch)
     objective, training = Distillation(samples), method.training()
-    steps = {"float": make_step(copy.deepcopy(teacher), objective, training), "quantized": make_step(student, objective, training)}
+    models = {"float": copy.deepcopy(teacher), "quantized": student}
+    steps = {name: make_step(model, objective, training) for name, model in models.items()}
     seconds = time_in_turns(steps, args.repeats)
     result = summarize(seconds, args)
     print(json.dumps(result, indent=2))

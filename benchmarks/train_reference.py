@@ -48,7 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--minutes", type=float, default=100)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=6e-4, help="peak; 200 warm-up steps, then cosine over the time given")
+    parser.add_argument("--learning-rate", type=float, default=6e-4, help="peak of a cosine over the time given")
     parser.add_argument("--ema-decay", type=float, default=0.9995)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -83,12 +83,15 @@ def train(model: UNet2DModel, average: UNet2DModel, images: Tensor, args: argpar
         update_average(average, model, min(args.ema_decay, (1 + step) / (10 + step)))
         running = plain if running is None else 0.995 * running + 0.005 * plain
         if step % 200 == 0:
-            print(f"step {step}  {progress:.0%}  loss {running:.5f}  {step * args.batch / (time.monotonic() - started):.0f} images/s", flush=True)
+            speed = step * args.batch / (time.monotonic() - started)
+            print(f"step {step}  {progress:.0%}  loss {running:.5f}  {speed:.0f} images/s", flush=True)
             write(average, {"unfinished_at": progress}, args.output.with_name(args.output.name + ".partial"))
     return step, running
 
 
-def loss_on_batch(model: UNet2DModel, images: Tensor, alphas: Tensor, batch: int, generator: torch.Generator) -> tuple[Tensor, float]:
+def loss_on_batch(
+    model: UNet2DModel, images: Tensor, alphas: Tensor, batch: int, generator: torch.Generator
+) -> tuple[Tensor, float]:
     """Min-SNR weighted noise-prediction error of a random batch, and the plain mean squared error."""
     draw = dict(generator=generator, device=images.device)
     x = images[torch.randint(0, len(images), (batch,), **draw)].float() / 127.5 - 1

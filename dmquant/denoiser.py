@@ -5,6 +5,7 @@ Weights come from safetensors only and a pipeline never brings its own code: the
 
 import copy
 import json
+import os
 import re
 import warnings
 from collections import defaultdict
@@ -110,6 +111,11 @@ def load_folder(folder: Path, *, dtype: torch.dtype | None = None) -> DiffusionP
         raise MissingResource(f"{folder} needs a library that is not installed: {str(error).strip()}") from error
     except (OSError, ValueError, SafetensorError) as error:
         raise DamagedFile(f"{folder} cannot be loaded: {str(error).strip()}") from error
+
+
+def choose_device() -> str:
+    """This process's CUDA device where there is one, else the CPU."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
 def place(pipeline: DiffusionPipeline, device: str | None) -> DiffusionPipeline:

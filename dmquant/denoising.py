@@ -53,7 +53,7 @@ def open_denoising(pipeline: DiffusionPipeline, data: str | Path) -> Denoising:
     denoiser = find_denoiser(pipeline)[1]
     asked = CONDITIONS & set(inspect.signature(pipeline.__call__).parameters)
     if asked or getattr(denoiser, "class_embedding", None) is not None:
-        raise InputError("training on images needs an unconditional pipeline; leave --data out to train on the teacher's own samples")
+        raise InputError("training on images needs an unconditional pipeline; leave --data out to follow the teacher instead")
     config = getattr(pipeline.scheduler, "config", {})
     if config.get("prediction_type") not in TARGETS:
         raise InputError(f"training on images does not know {type(pipeline.scheduler).__name__}; leave --data out")

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Bit planes uint8 (bits, ceil(n / 8)) of uint8 codes with n elements; bit i of byte j in plane b is bit b of code 8 j + i."""
+    """Bit planes uint8 (bits, ceil(n / 8)) of n uint8 codes; bit i of byte j in plane b is bit b of code 8 j + i."""
     check_bits(bits)
     flat = codes.reshape(-1)
     if codes.dtype != torch.uint8 or (flat.numel() and int(flat.max()) >> bits):

@@ -36,7 +36,8 @@ class Samples:
 
     def __getitem__(self, index: Tensor | slice) -> Self:
         rows = {name: value[index] for name, value in self.conditioning.items()}
-        return replace(self, x=self.x[index], timestep=self.timestep[index], target=self.target[index], conditioning=rows)
+        picked = {name: getattr(self, name)[index] for name in ("x", "timestep", "target")}
+        return replace(self, **picked, conditioning=rows)
 
     def spread(self, count: int) -> Self:
         """At most `count` samples, evenly over the recording: every timestep is among them."""

@@ -33,8 +33,8 @@ def test_mixed_timesteps_give_the_same_result_as_one_by_one():
 
 def test_positional_keyword_scalar_and_integer_timesteps_are_read():
     denoiser, x = make(), torch.ones(2, 3)
-    for call in (lambda: denoiser(x, 300), lambda: denoiser(sample=x, timestep=torch.tensor(300)), lambda: denoiser(x, timestep=300.0)):
-        assert torch.equal(call(), 2 * x)
+    for answer in (denoiser(x, 300), denoiser(sample=x, timestep=torch.tensor(300)), denoiser(x, timestep=300.0)):
+        assert torch.equal(answer, 2 * x)
 
 
 def test_a_sampler_that_calls_twice_per_step_does_not_move_the_clock():

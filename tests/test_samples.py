@@ -57,7 +57,7 @@ def test_a_spread_is_even_and_never_longer_than_the_recording(pipeline):
 
 
 class Conditional(nn.Module):
-    def forward(self, hidden_states, timestep, encoder_hidden_states=None, added_cond_kwargs=None, img_ids=None, return_dict=True):
+    def forward(self, hidden_states, timestep, encoder_hidden_states, added_cond_kwargs, img_ids, return_dict=True):
         total = hidden_states + encoder_hidden_states.mean() + added_cond_kwargs["text_embeds"].mean() + img_ids.sum()
         return (total,)
 

@@ -15,7 +15,7 @@ from dmquant.quantizers.uniform import LearnedStep
 class LSQ(Method):
     name: ClassVar[str] = "lsq"
 
-    init: Literal["mse", "minmax", "lsq"] = setting("mse", "how grids start: least squared error, full range, or 2 mean|v| / sqrt(Q)")
+    init: Literal["mse", "minmax", "lsq"] = setting("mse", "start: least squared error, full range, or 2 mean|v| / sqrt(Q)")
     per_channel: bool = setting(True, "one weight step per output channel; false: one per layer")
     act_offset: bool = setting(True, "activations have a learned offset (LSQ+); false: signed grids (LSQ)")
 
