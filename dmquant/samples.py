@@ -52,7 +52,8 @@ class Samples:
 
     def call(self, denoiser: nn.Module) -> Tensor:
         """The denoiser's answer to these samples."""
-        return denoiser(self.x, self.timestep, **_nest({**self.conditioning, **self.shared}), return_dict=False)[0]
+        arguments = _nest({**self.conditioning, **self.shared})
+        return denoiser(self.x, self.timestep, **arguments, return_dict=False)[0]
 
 
 def record(
