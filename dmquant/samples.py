@@ -62,10 +62,11 @@ def record(
 ) -> Samples:
     """Every denoiser call of `trajectories` runs of the pipeline's own sampler with `steps` steps."""
     denoiser, recorder = find_denoiser(pipeline)[1], Recorder()
+    seeds, how = recording_seeds(seed, trajectories), dict(steps=steps, batch=batch, conditioning=conditioning, track=track)
     hook = denoiser.register_forward_hook(recorder.note, with_kwargs=True)
     try:
-        for _ in generate(pipeline, recording_seeds(seed, trajectories), steps=steps, batch=batch, conditioning=conditioning, track=track):
-            pass
+        for _ in generate(pipeline, seeds, **how):
+            pass  # the hook keeps what is wanted
     finally:
         hook.remove()
     return recorder.samples()
