@@ -32,7 +32,7 @@ HIDDEN = {"show_default": False}
 
 Model = Annotated[str | None, typer.Argument(help="Pipeline folder or hub id; without it, the embedded pipeline.", **HIDDEN)]
 GivenModel = Annotated[str, typer.Argument(metavar="MODEL", help="Pipeline folder, float or quantized; hub id; embedded.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: the fastest one here.", **HIDDEN)]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: cuda where there is one.", **HIDDEN)]
 Seed = Annotated[int, typer.Option(help="Seed of the first image or of the run.", min=0, max=2**63 - 1)]
 Steps = Annotated[int, typer.Option(help="Denoising steps.", min=1)]
 Batch = Annotated[int, typer.Option(help="Images per batch.", min=1)]
@@ -48,7 +48,7 @@ def run(line: list[str] | None = None) -> int:
     """Run one command line and return its exit code; every failure becomes one line on stderr."""
     console.show_warnings()
     try:
-        code = app(args=line, prog_name="dmquant", standalone_mode=False) or 0
+        code = app(args=line, prog_name="dmquant", standalone_mode=False, obj=sys.argv[1:] if line is None else line) or 0
     except (Exception, KeyboardInterrupt) as error:
         return explain(error)
     if code == INTERRUPTED:
@@ -68,6 +68,7 @@ def _start(context: typer.Context, version: Annotated[bool, typer.Option("--vers
 
 @app.command()
 def quantize(
+    context: typer.Context,
     model: Model = None,
     method: Annotated[str, typer.Option(help="See `dmquant methods`.")] = "lsq",
     wbits: Annotated[int | None, typer.Option(help="Bits per weight; 32 = float.", min=1, max=32, **HIDDEN)] = None,
@@ -79,7 +80,8 @@ def quantize(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would become of each layer, and stop.")] = False,
     max_steps: Annotated[int | None, typer.Option(help="Optimiser steps at most.", min=0, **HIDDEN)] = None,
     data: Annotated[Path | None, typer.Option(help="Images to fine-tune on; default: data-free.", **HIDDEN)] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a run that is already there.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was interrupted.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a result, and a run that was interrupted.")] = False,
 ) -> None:
     """Quantize a pipeline and write it as packed safetensors."""
     from dmquant.methods import get
@@ -88,15 +90,15 @@ def quantize(
     chosen = get(method).parse(arguments.merge_settings(given, settings or []))
     folder = output or arguments.name_run(model, method, chosen.weight_bits, chosen.act_bits)
 
-    from dmquant import checkpoint, quantization, storage
+    from dmquant import checkpoint, interruption, quantization, storage
 
     if dry_run:
         pipeline = _open(model, "cpu")
         _show_coverage(pipeline, chosen.weight_bits, chosen.act_bits, bits=quantization.plan(pipeline, chosen))
         return
     storage.check_target(folder, force=force)
-    with storage.lock(folder):
-        quantized = quantization.quantize(_open(model, device), chosen, seed=seed, data=data, track=console.Tracker())
+    with storage.lock(folder), interruption.resumable(folder, context.obj, resume=resume, force=force) as run:
+        quantized = quantization.quantize(_open(model, device), chosen, seed=seed, data=data, run=run, track=console.Tracker())
         checkpoint.save(quantized, folder, force=force)
     _say_size(quantized, folder)
     console.say(f"wrote {folder}; next: dmquant eval {folder} --fid")
@@ -105,7 +107,7 @@ def quantize(
 @app.command("eval")
 def evaluate(
     model: Model = None,
-    fid: Annotated[bool, typer.Option("--fid", help="Frechet distance to the reference. Without --fid and --psnr: all that can be measured.")] = False,
+    fid: Annotated[bool, typer.Option("--fid", help="Frechet distance; without it and --psnr: all there is.")] = False,
     psnr: Annotated[bool, typer.Option("--psnr", help="PSNR to the float model at equal seeds.")] = False,
     num_images: Annotated[int, typer.Option(help="Images to draw.", min=2)] = 1000,
     steps: Steps = 20,
@@ -241,8 +243,9 @@ def fetch(resource: Annotated[Literal["inception"], typer.Argument(help="What to
 
 def _open(model: str | None, device: str | None) -> "DiffusionPipeline":
     from dmquant import checkpoint
+    from dmquant.denoiser import choose_device
 
-    return checkpoint.open_any(model, device=device)
+    return checkpoint.open_any(model, device=device or choose_device())
 
 
 def _show_coverage(pipeline: "DiffusionPipeline", weight_bits: int, act_bits: int, *, bits: dict | None = None) -> None:

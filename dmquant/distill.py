@@ -6,7 +6,7 @@ own training on images. No hidden random state and no counters: whatever changes
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dmquant.errors import DmquantError
 from dmquant.layers import quantized_layers
 from dmquant.progress import Track, plain
+from dmquant.runs import Run
 from dmquant.samples import Samples
 
 WARM_UP_STEPS = 10
@@ -67,8 +68,10 @@ class Training:
     precision: str = "no"
 
 
-def fit(student: nn.Module, objective: Objective, training: Training, *, seed: int, track: Track = plain) -> list[float]:
-    """Trains every parameter of the student in place; returns the loss of each step. Raises DmquantError if it diverges."""
+def fit(
+    student: nn.Module, objective: Objective, training: Training, *, seed: int, run: Run = Run(), track: Track = plain
+) -> list[float]:
+    """Trains every parameter of the student in place; returns the losses of the steps taken. DmquantError if it diverges."""
     if training.max_steps == 0:
         return []
     device = next(student.parameters()).device
@@ -76,8 +79,11 @@ def fit(student: nn.Module, objective: Objective, training: Training, *, seed: i
     optimizer = torch.optim.AdamW(parameter_groups(student, training), fused=device.type in ("cpu", "cuda"))
     model, optimizer = accelerator.prepare(student.requires_grad_(True).eval(), optimizer)
     average = EMAModel(student.parameters(), decay=training.ema_decay) if training.ema_decay else None
-    guard, steps = Guard(student, optimizer), [Step(number) for number in range(training.max_steps)]
-    for step in track(steps, "fine-tune"):
+    guard = Guard(student, optimizer)
+    parts = {"student": student, "optimizer": optimizer, "guard": guard, "average": average, "scaler": accelerator.scaler}
+    parts = {name: part for name, part in parts.items() if part is not None}
+    steps = [Step(number) for number in range(run.restore(parts, device), training.max_steps)]
+    for step in run.keep(track(steps, "fine-tune"), parts):
         set_rates(optimizer, guard.factor * schedule(step.number, training.max_steps))
         generator = draw(seed, step.number, accelerator.process_index)
         loss = objective.loss(model, training.batch, generator=generator, device=accelerator.device)
@@ -174,8 +180,17 @@ class Guard:
         if (step + 1) % SNAPSHOT_EVERY == 0:
             self._copy()
 
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "factor": self.factor, "bad_in_row": self._bad_in_row, "first_loss": self._first_loss, "snapshot": self._snapshot
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.factor, self._bad_in_row = state_dict["factor"], state_dict["bad_in_row"]
+        self._first_loss, self._snapshot = state_dict["first_loss"], [kept.cpu() for kept in state_dict["snapshot"]]
+
     def _copy(self) -> None:
-        self._state = [p.detach().to("cpu", copy=True) for p in self._student.parameters()]
+        self._snapshot = [p.detach().to("cpu", copy=True) for p in self._student.parameters()]
 
     @torch.no_grad()
     def _roll_back(self, step: int, value: float, what: str) -> None:
@@ -184,7 +199,7 @@ class Guard:
                 f"fine-tuning diverged at step {step} ({what} {value:g}) although its rates had been lowered once; "
                 "nothing was saved. Lower learning_rate and quantizer_rate, or raise the bits"
             )
-        for parameter, kept in zip(self._student.parameters(), self._state):
+        for parameter, kept in zip(self._student.parameters(), self._snapshot):
             parameter.copy_(kept)
         self._optimizer.state.clear()
         self.factor, self._bad_in_row = LOWERED, 0

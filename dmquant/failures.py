@@ -5,7 +5,7 @@ import tempfile
 import traceback
 
 from dmquant import console
-from dmquant.errors import DmquantError, OutOfMemory
+from dmquant.errors import DmquantError, Interrupted, OutOfMemory
 
 INTERRUPTED = 130
 INTERNAL_ERROR = 70
@@ -19,9 +19,10 @@ def explain(error: BaseException) -> int:
     if os.environ.get("DMQUANT_DEBUG", "0") not in ("", "0"):
         console.say("".join(traceback.format_exception(error)))
     # lets go of the loops that the error came out of, so that their progress bars end before anything is said
-    traceback.clear_frames(error.__traceback__)
-    if isinstance(error, KeyboardInterrupt):
-        console.say("interrupted")
+    for link in (error, error.__cause__):
+        traceback.clear_frames(getattr(link, "__traceback__", None))
+    if isinstance(error, KeyboardInterrupt | Interrupted):
+        console.say(str(error) or "interrupted")
         return INTERRUPTED
     if isinstance(error, DmquantError):
         console.fail(str(error))

@@ -119,6 +119,17 @@ def lock(folder: str | Path) -> Iterator[None]:
             os.close(handle)
 
 
+def discard(folder: str | Path) -> None:
+    """Removes a result if it is there, and nothing else: out of sight at once, then from the disk."""
+    folder = check_target(folder, force=True)
+    with lock(folder):
+        repair(folder)
+        if folder.exists():
+            aside = _sibling(folder, "tmp")
+            os.rename(folder, aside)
+            shutil.rmtree(aside)
+
+
 def repair(folder: str | Path) -> None:
     """Undoes what a process that died left behind: brings back a result that was moved aside, removes its litter."""
     folder = Path(os.path.abspath(folder))

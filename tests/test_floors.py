@@ -12,11 +12,11 @@ FLOORS = (
     {"report", "packing", "clock", "storage", "progress", "images"},
     {"quantizers", "kernels", "comparison"},
     {"layers", "packed"},
-    {"denoiser", "generation", "samples", "calibration", "distill", "denoising"},
+    {"denoiser", "generation", "samples", "calibration", "distill", "denoising", "runs"},
     {"methods"},
     {"quantization", "checkpoint", "hf", "metrics", "cost"},
     {"evaluation", "coverage", "environment"},
-    {"console", "failures", "arguments"},
+    {"console", "failures", "arguments", "interruption"},
     {"cli"},
     {"__init__", "__main__"},
 )
@@ -24,8 +24,8 @@ FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in 
 # Same floor, one way: the first may import the second.
 NEIGHBOURS = {
     ("generation", "denoiser"), ("samples", "denoiser"), ("samples", "generation"), ("calibration", "samples"),
-    ("distill", "samples"), ("denoising", "denoiser"), ("denoising", "distill"), ("denoising", "samples"),
-    ("packed", "layers"), ("checkpoint", "hf"), ("failures", "console"),
+    ("distill", "samples"), ("distill", "runs"), ("runs", "samples"), ("denoising", "denoiser"), ("denoising", "distill"), ("denoising", "samples"),
+    ("packed", "layers"), ("checkpoint", "hf"), ("failures", "console"), ("interruption", "console"),
 }  # fmt: skip
 FORBIDDEN = {"torchvision", "torch_fidelity", "click"}
 FILES = sorted(ROOT.rglob("*.py"))

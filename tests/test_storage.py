@@ -304,3 +304,15 @@ def test_one_process_may_publish_while_it_holds_the_lock(tmp_path):
         write(tmp_path / "out", "one")
         assert (tmp_path / ".out.lock").exists()
     assert read(tmp_path / "out") == "one"
+
+
+def test_a_discarded_result_is_gone_and_nothing_else_is(tmp_path):
+    with storage.publish(tmp_path / "out") as folder:
+        (folder / "a.txt").write_text("a")
+    storage.discard(tmp_path / "out")
+    storage.discard(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "diary.txt").write_text("mine")
+    with pytest.raises(InputError, match="does not delete"):
+        storage.discard(tmp_path / "home")

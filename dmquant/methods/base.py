@@ -17,6 +17,7 @@ from dmquant.errors import InputError
 from dmquant.layers import swap
 from dmquant.packed import FLOAT_BITS
 from dmquant.progress import Track
+from dmquant.runs import Run
 from dmquant.samples import Samples
 
 FIRST_LAST_BITS = 8
@@ -132,9 +133,9 @@ class Method:
         observe_weights(student)
         observe_inputs(student, samples.spread(self.calibration_samples), batch=self.batch, track=track)
 
-    def finetune(self, student: nn.Module, objective: Objective, *, seed: int, track: Track) -> None:
+    def finetune(self, student: nn.Module, objective: Objective, *, seed: int, run: Run, track: Track) -> None:
         """Trains weights and grids together."""
-        fit(student, objective, self.training(), seed=seed, track=track)
+        fit(student, objective, self.training(), seed=seed, run=run, track=track)
 
     def training(self) -> Training:
         shared = {f.name for f in dataclasses.fields(Training)} & {f.name for f in dataclasses.fields(self)}

@@ -1,0 +1,211 @@
+"""A run that survives: the state of fine-tuning, in a folder of its own until the result is published.
+
+    FOLDER/start/   what the run is made of (facts.json) and its recorded samples: written once
+    FOLDER/state/   one step: everything with a state_dict, as safetensors and JSON, never pickle
+
+Both are published whole, so a process may die at any moment: the state is the old one or the new one. Random numbers are a
+function of seed, step and rank, so none are saved, and a continued run ends with the weights of one that never stopped.
+Continuing on another device, with another number of ranks or another version would end elsewhere: it is refused.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dmquant import __version__, storage
+from dmquant.errors import DamagedFile, DmquantError, InputError, Interrupted
+from dmquant.samples import Samples
+
+PERIOD_S = 120.0  # between two saves
+SHARE = 0.01  # of the time at most goes into saving: a large state is saved less often
+START, STATE = "start", "state"
+
+
+class Part(Protocol):
+    """What a run consists of, as torch's own modules and optimizers write it down."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
+
+
+class Numbered(Protocol):
+    number: int
+
+
+Step = TypeVar("Step", bound=Numbered)
+
+
+class Run:
+    """A run that leaves nothing behind."""
+
+    def open(self, facts: Mapping[str, Any], tensors: Mapping[str, Iterable[Tensor]]) -> None:
+        """What the run is made of: settings and such, and the tensors that it starts from."""
+
+    def recall(self, record: Callable[[], Samples]) -> Samples:
+        """The samples of this run, recorded if they were not."""
+        return record()
+
+    def restore(self, parts: Mapping[str, Part], device: torch.device) -> int:
+        """Brings the parts to where they were when saved; returns the number of the next step."""
+        return 0
+
+    def keep(self, steps: Iterable[Step], parts: Mapping[str, Part]) -> Iterator[Step]:
+        """The steps, one by one; between two of them the parts may be saved, or the run stopped."""
+        yield from steps
+
+
+class SavedRun(Run):
+    """The same, except that it saves itself now and then, and continues what it finds in its folder.
+
+    `should_stop` is asked before each step: once it is true on any rank, the state is saved and Interrupted raised. Only
+    rank 0 writes.
+    """
+
+    def __init__(self, folder: str | Path, *, should_stop: Callable[[], bool] = lambda: False, period_s: float = PERIOD_S):
+        self.folder = Path(os.path.abspath(folder))
+        self._start, self._state = self.folder / START, self.folder / STATE
+        self._should_stop, self._period_s = should_stop, period_s
+        self._samples: Samples | None = None
+        self._is_writer, self._has_begun = os.environ.get("RANK", "0") == "0", False
+
+    def is_there(self) -> bool:
+        """True if there is something to continue."""
+        if self._is_writer and self.folder.is_dir():
+            with storage.lock(self._state):
+                storage.repair(self._state)
+        return self._state.exists()
+
+    def remove(self) -> None:
+        """Removes the saved run, and nothing that dmquant did not write."""
+        if self._is_writer and self.folder.is_dir():
+            storage.discard(self._state)
+            storage.discard(self._start)
+            if not any(self.folder.iterdir()):
+                self.folder.rmdir()
+
+    def open(self, facts: Mapping[str, Any], tensors: Mapping[str, Iterable[Tensor]]) -> None:
+        """Raises InputError if the folder holds a run of other facts, DamagedFile if what it holds is not what was written."""
+        here = {"dmquant": __version__, "ranks": int(os.environ.get("WORLD_SIZE", "1"))}
+        hashes = {name: _hash(values) for name, values in tensors.items()}
+        # through JSON: a tuple comes back as a list
+        self._facts = json.loads(json.dumps({**facts, **hashes, **here}))
+        self._has_begun = self.is_there()
+        if self._has_begun:
+            self._verify()
+            self._refuse_others()
+        else:
+            storage.check_target(self._state, force=True)
+
+    def recall(self, record: Callable[[], Samples]) -> Samples:
+        self._samples = Samples(**_read(self._start, "samples", torch.device("cpu"))) if self._has_begun else record()
+        return self._samples
+
+    def restore(self, parts: Mapping[str, Part], device: torch.device) -> int:
+        if not self._has_begun:
+            return 0
+        for name, part in parts.items():
+            part.load_state_dict(_read(self._state, name, device))
+        return json.loads((self._state / "step.json").read_text(encoding="utf-8"))
+
+    def keep(self, steps: Iterable[Step], parts: Mapping[str, Part]) -> Iterator[Step]:
+        due = time.monotonic() + self._period_s
+        for step in steps:
+            if any(gather_object([self._should_stop()])):
+                self._save(step.number, parts)
+                # a rank that exits takes the others with it: not before the state is on the disk
+                PartialState().wait_for_everyone()
+                raise Interrupted(f"stopped before step {step.number}; the run is saved in {self.folder}")
+            if time.monotonic() >= due:
+                begin = time.monotonic()
+                self._save(step.number, parts)
+                end = time.monotonic()
+                due = end + max(self._period_s, (end - begin) / SHARE)
+            yield step
+
+    def _save(self, next_step: int, parts: Mapping[str, Part]) -> None:
+        if not self._is_writer:
+            return
+        if not self._has_begun:
+            with storage.publish(self._start, force=True) as temporary:
+                _write_json(temporary / "facts.json", self._facts)
+                if self._samples is not None:
+                    _write(temporary, "samples", vars(self._samples))
+        with storage.publish(self._state, force=True) as temporary:
+            _write_json(temporary / "step.json", next_step)
+            for name, part in parts.items():
+                _write(temporary, name, part.state_dict())
+        self._has_begun = True
+
+    def _verify(self) -> None:
+        try:
+            storage.verify_manifest(self._start)
+            storage.verify_manifest(self._state)
+        except DamagedFile as error:
+            raise DamagedFile(f"{error}. This run cannot be continued: start over with --force") from error
+
+    def _refuse_others(self) -> None:
+        saved, facts = json.loads((self._start / "facts.json").read_text(encoding="utf-8")), self._facts
+        names = [name for name in sorted(saved.keys() | facts.keys()) if saved.get(name) != facts.get(name)]
+        if names:
+            changes = "; ".join(f"{name} was {saved.get(name)}, now {facts.get(name)}" for name in names)
+            raise InputError(f"{self.folder} holds another run: {changes}. Ask for the same, or start over with --force")
+
+
+def _hash(tensors: Iterable[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def _write(folder: Path, name: str, tree: dict[str, Any]) -> None:
+    """A state_dict as two files: its tensors, and its shape with everything that is no tensor."""
+    tensors: dict[str, Tensor] = {}
+    _write_json(folder / f"{name}.json", _split(tree, tensors))
+    try:
+        save_file(tensors, folder / f"{name}.safetensors")
+    except SafetensorError as error:
+        raise DmquantError(f"{folder} was not written: {error}") from error
+
+
+def _read(folder: Path, name: str, device: torch.device) -> dict[str, Any]:
+    tensors = load_file(folder / f"{name}.safetensors", device=str(device))
+    return _join(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")), tensors)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def _split(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """The value as JSON; its tensors go into the dict and leave their names behind. Keys of dicts may be numbers."""
+    if isinstance(value, Tensor):
+        name = str(len(tensors))
+        # a copy: tied weights share memory, which safetensors refuses
+        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {"dict": [[key, _split(item, tensors)] for key, item in value.items()]}
+    if isinstance(value, list | tuple):
+        return [_split(item, tensors) for item in value]
+    return value
+
+
+def _join(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_join(item, tensors) for item in value]
+    if isinstance(value, dict):
+        return tensors[value["tensor"]] if "tensor" in value else {key: _join(item, tensors) for key, item in value["dict"]}
+    return value

@@ -1,0 +1,294 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from PIL import Image
+
+from dmquant import runs
+from dmquant.denoiser import find_denoiser, open_pipeline
+from dmquant.distill import Distillation, Step, Training, fit
+from dmquant.errors import DamagedFile, DmquantError, InputError, Interrupted
+from dmquant.layers import swap
+from dmquant.quantization import quantize
+from dmquant.quantizers.uniform import LearnedStep
+from dmquant.runs import SavedRun
+from dmquant.samples import Samples
+
+QUICK = dict(trajectories=1, sampling_steps=2, calibration_samples=2, max_steps=6, batch=2, init="minmax")
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_folder):
+    return open_pipeline(tiny_folder)
+
+
+def weights(pipeline):
+    return find_denoiser(pipeline)[1].state_dict()
+
+
+def assert_equal(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def after(count):
+    """A `should_stop` that is true once it was asked `count` times before."""
+    asked = iter(range(1 << 30))
+    return lambda: next(asked) >= count
+
+
+def interrupt(pipeline, folder, *, count=2, **settings):
+    """A run stopped after `count` steps, its state saved."""
+    with pytest.raises(Interrupted, match=f"stopped before step {count}"):
+        quantize(pipeline, run=SavedRun(folder, should_stop=after(count)), **{**QUICK, **settings})
+
+
+# Continuing
+
+
+@pytest.mark.parametrize(("stops", "settings"), [((3,), {}), ((0, 1, 4), {"ema_decay": 0.9})], ids=["once", "thrice"])
+def test_a_stopped_run_ends_with_the_weights_of_one_that_never_stopped(stops, settings, pipeline, tmp_path):
+    expected = weights(quantize(pipeline, **QUICK, **settings))
+    for taken in stops:
+        with pytest.raises(Interrupted):
+            quantize(pipeline, run=SavedRun(tmp_path / "run", should_stop=after(taken)), **QUICK, **settings)
+    assert json.loads((tmp_path / "run" / "state" / "step.json").read_text()) == sum(stops)
+    torch.manual_seed(123)
+    assert_equal(weights(quantize(pipeline, run=SavedRun(tmp_path / "run"), **QUICK, **settings)), expected)
+
+
+def test_an_interrupt_in_the_middle_of_a_step_costs_the_steps_since_the_last_save(pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "SHARE", math.inf)
+
+    def press(steps, label):
+        for step in steps:
+            yield step
+            if label == "fine-tune" and step.number == 3:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(pipeline, run=SavedRun(tmp_path / "run", period_s=0), track=press, **QUICK)
+    assert json.loads((tmp_path / "run" / "state" / "step.json").read_text()) == 3
+    assert_equal(weights(quantize(pipeline, run=SavedRun(tmp_path / "run"), **QUICK)), weights(quantize(pipeline, **QUICK)))
+
+
+def test_samples_are_recorded_once(pipeline, tmp_path, monkeypatch):
+    interrupt(pipeline, tmp_path / "run")
+    monkeypatch.setattr("dmquant.quantization.record", None)
+    quantize(pipeline, run=SavedRun(tmp_path / "run"), **QUICK)
+
+
+class Line(torch.nn.Module):
+    """A denoiser of one layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = torch.nn.Linear(6, 6)
+
+    def forward(self, sample, timestep, return_dict=True):
+        return (self.body(sample),)
+
+
+class Faulty(Distillation):
+    """Answers NaN at steps 4, 5 and 6: the guard rolls back."""
+
+    def __init__(self, samples):
+        super().__init__(samples)
+        object.__setattr__(self, "calls", iter(range(1 << 30)))
+
+    def loss(self, student, batch, *, generator, device):
+        loss = super().loss(student, batch, generator=generator, device=device)
+        return loss * math.nan if next(self.calls) in (4, 5, 6) else loss
+
+
+@pytest.mark.parametrize("stop", [5, 6, 7, 9])
+def test_the_guard_remembers_what_it_saw_before_the_stop(stop, tmp_path):
+    torch.manual_seed(0)
+    x, start = torch.randn(32, 6), Line()
+    samples, training = Samples(x, torch.zeros(32), x, {}, {}), Training(12, 4, 1e-2, 1e-2)
+
+    def student():
+        line = Line()
+        line.load_state_dict(start.state_dict())
+        swap(line, lambda name, layer: (LearnedStep(3, num_channels=6, ndim=2), torch.nn.Identity()))
+        line.body.weight_quantizer.observe(line.body.weight)
+        return line
+
+    whole, stopped, continued = student(), student(), student()
+    losses = fit(whole, Faulty(samples), training, seed=0)
+    objective = Faulty(samples)
+    for line, should_stop in ((stopped, after(stop)), (continued, after(99))):
+        run = SavedRun(tmp_path / "run", should_stop=should_stop)
+        run.open({}, {})
+        try:
+            rest = fit(line, objective, training, seed=0, run=run)
+        except Interrupted:
+            pass
+    assert_equal(continued.state_dict(), whole.state_dict())
+    assert len(rest) == 12 - stop and rest[3:] == losses[stop + 3 :]
+
+
+CHILD = """
+import sys
+from dmquant import runs
+from dmquant.denoiser import open_pipeline
+from dmquant.quantization import quantize
+runs.SHARE = float("inf")
+quantize(open_pipeline(sys.argv[1]), run=runs.SavedRun(sys.argv[2], period_s=0), **eval(sys.argv[3]))
+"""
+
+
+def test_a_killed_run_continues_with_the_same_weights(pipeline, tiny_folder, tmp_path):
+    settings = {**QUICK, "max_steps": 400}
+    step = tmp_path / "run" / "state" / "step.json"
+    child = subprocess.Popen([sys.executable, "-c", CHILD, str(tiny_folder), str(tmp_path / "run"), repr(settings)])
+    while not step.exists() and child.poll() is None:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    child.kill()
+    assert child.wait() == -signal.SIGKILL
+    run = SavedRun(tmp_path / "run", should_stop=after(2))
+    assert run.is_there()
+    begin = json.loads(step.read_text())
+    with pytest.raises(Interrupted):
+        quantize(pipeline, run=run, **settings)
+    with pytest.raises(Interrupted):
+        quantize(pipeline, run=SavedRun(tmp_path / "whole", should_stop=after(begin + 2)), **settings)
+    for name in ("student", "optimizer", "guard"):
+        continued, whole = (tmp_path / where / "state" / f"{name}.safetensors" for where in ("run", "whole"))
+        assert continued.read_bytes() == whole.read_bytes()
+    run.remove()
+    assert not run.folder.exists()
+
+
+# Refusing
+
+
+def test_other_facts_are_refused_by_name(pipeline, tmp_path, monkeypatch):
+    def refuses(match, pipeline=pipeline, **settings):
+        with pytest.raises(InputError, match=match):
+            quantize(pipeline, run=SavedRun(tmp_path / "run"), **{**QUICK, **settings})
+
+    interrupt(pipeline, tmp_path / "run")
+    refuses("seed was 0, now 1", seed=1)
+    refuses("batch was 2, now 3; learning_rate was 0.0003, now 0.1", batch=3, learning_rate=0.1)
+    (tmp_path / "data").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "data" / "a.png")
+    refuses("data was", data=tmp_path / "data")
+    other = open_pipeline(pipeline.config._name_or_path)
+    torch.nn.init.zeros_(other.unet.conv_in.bias)
+    refuses("model was", pipeline=other)
+    monkeypatch.setattr(runs, "__version__", "0.0.7")
+    refuses("dmquant was .*, now 0.0.7")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refuses("ranks was 1, now 2")
+
+
+@pytest.mark.parametrize("name", ["state/optimizer.safetensors", "state/step.json", "start/samples.safetensors"])
+def test_a_damaged_state_is_refused_and_can_be_removed(name, pipeline, tmp_path):
+    interrupt(pipeline, tmp_path / "run")
+    file = tmp_path / "run" / name
+    file.write_bytes(file.read_bytes()[:-1])
+    run = SavedRun(tmp_path / "run")
+    with pytest.raises(DamagedFile, match=f"{file.name} is damaged.*--force"):
+        quantize(pipeline, run=run, **QUICK)
+    run.remove()
+    assert not run.is_there() and not run.folder.exists()
+
+
+def test_what_somebody_else_put_there_is_not_removed(pipeline, tmp_path):
+    interrupt(pipeline, tmp_path / "run")
+    (tmp_path / "run" / "diary.txt").write_text("mine")
+    SavedRun(tmp_path / "run").remove()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["diary.txt"]
+    (tmp_path / "run" / "state").mkdir()
+    (tmp_path / "run" / "state" / "diary.txt").write_text("mine too")
+    with pytest.raises(InputError, match="does not delete"):
+        SavedRun(tmp_path / "run").remove()
+
+
+# Saving
+
+
+def test_a_run_that_is_not_interrupted_leaves_no_files(pipeline, tmp_path):
+    quantize(pipeline, run=SavedRun(tmp_path / "run"), **QUICK)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_before_the_first_step_leaves_no_files(pipeline, tmp_path):
+    def press(work, label):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(pipeline, run=SavedRun(tmp_path / "run", period_s=0), track=press, **QUICK)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_save_that_fails_leaves_the_state_before_it(pipeline, tmp_path, monkeypatch):
+    expected = weights(quantize(pipeline, **QUICK))
+    interrupt(pipeline, tmp_path / "run")
+    save, done = runs.save_file, []
+    while True:
+        calls = iter(range(1 << 30))
+
+        def fail(tensors, path):
+            if next(calls) == len(done):
+                raise runs.SafetensorError("No space left on device")
+            save(tensors, path)
+
+        monkeypatch.setattr(runs, "save_file", fail)
+        try:
+            quantize(pipeline, run=SavedRun(tmp_path / "run", should_stop=after(1)), **QUICK)
+        except Interrupted:
+            break
+        except DmquantError as error:
+            done.append(str(error))
+    assert len(done) == 3 and all("No space left" in text for text in done)
+    assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
+    assert_equal(weights(quantize(pipeline, run=SavedRun(tmp_path / "run"), **QUICK)), expected)
+
+
+def test_a_large_state_is_saved_less_often(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(runs.time, "monotonic", lambda: now[0])
+    run, saved = SavedRun(tmp_path / "run", period_s=10), []
+    steps = [Step(number) for number in range(200)]
+
+    def save(number, parts):
+        saved.append(number)
+        now[0] += 0.5
+
+    monkeypatch.setattr(run, "_save", save)
+    for _ in run.keep(steps, {}):
+        now[0] += 1.0
+    assert saved == [10, 60, 110, 160]
+
+
+def test_all_ranks_stop_when_one_is_asked_and_only_the_first_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "gather_object", lambda wishes: [*wishes, True])
+    for rank, is_writer in ((1, False), (0, True)):
+        monkeypatch.setenv("RANK", str(rank))
+        run = SavedRun(tmp_path / "run")
+        run.open({}, {})
+        with pytest.raises(Interrupted):
+            list(run.keep([Step(0)], {}))
+        assert run.is_there() == is_writer
+
+
+def test_files_follow_the_umask_and_hold_no_pickle(pipeline, tmp_path):
+    interrupt(pipeline, tmp_path / "run")
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".json", ".safetensors"}
+    assert {oct(path.stat().st_mode & 0o777) for path in files} == {oct(0o666 & ~_umask())}
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
