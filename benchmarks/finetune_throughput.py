@@ -35,7 +35,7 @@ def main() -> None:
     method.prepare(student, Clock(samples.timestep.unique()))
     observe_weights(student)
     observe_inputs(student, samples, batch=args.batch)
-    objective, training = Distillation(samples), method.training()
+    objective, training = Distillation(samples, torch.ones(len(samples))), method.training()
     models = {"float": copy.deepcopy(teacher), "quantized": student}
     steps = {name: make_step(model, objective, training) for name, model in models.items()}
     seconds = time_in_turns(steps, args.repeats)

@@ -32,9 +32,13 @@ class Clock(nn.Module):
         values = torch.as_tensor(timestep, device=self.timesteps.device).float().reshape(-1).expand(batch)
         distance = (values.unsqueeze(1) - self.timesteps).abs()
         self.step = distance.argmin(1)
-        if not torch.compiler.is_compiling() and not self.has_warned and bool(distance.amin(1).max() > 0.5):
+        if not torch.compiler.is_compiling() and not self.has_warned and bool(distance.amin(1).max() > self._tolerance()):
             self.has_warned = True
             warnings.warn("sampling at timesteps that were not calibrated: each uses the scales of the nearest one", stacklevel=2)
+
+    def _tolerance(self) -> Tensor:
+        """Distance that counts as the same step: half a timestep of 1000, or as much of a range that ends at 1."""
+        return 0.5 * (self.timesteps.abs().max() / 1000).clamp(max=1)
 
     @contextmanager
     def at(self, timestep: Tensor, batch: int) -> Iterator[None]:
@@ -49,7 +53,7 @@ class Clock(nn.Module):
     def read(self, denoiser: nn.Module, args: tuple, kwargs: dict) -> None:
         """Forward pre-hook: finds sample and timestep among the call's arguments."""
         arguments = inspect.signature(denoiser.forward).bind_partial(*args, **kwargs).arguments
-        self.set(find_timestep(arguments), next(iter(arguments.values())).shape[0])
+        self.set(arguments[find_timestep_name(arguments)], next(iter(arguments.values())).shape[0])
 
 
 def attach(clock: Clock, denoiser: nn.Module) -> None:
@@ -58,9 +62,9 @@ def attach(clock: Clock, denoiser: nn.Module) -> None:
     denoiser.register_forward_pre_hook(clock.read, with_kwargs=True)
 
 
-def find_timestep(arguments: dict) -> Tensor:
-    """The timestep among a denoiser's named arguments."""
+def find_timestep_name(arguments: dict) -> str:
+    """What a denoiser calls its timestep, among its named arguments."""
     for name in TIMESTEP_NAMES:
         if arguments.get(name) is not None:
-            return arguments[name]
+            return name
     raise ValueError(f"the denoiser was called without a timestep; its arguments are {', '.join(arguments)}")

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, SchedulerMixin
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 
 from dmquant.denoiser import find_denoiser
 from dmquant.errors import InputError
+from dmquant.generation import convert_scheduler
 from dmquant.images import list_images, load_images
 
 CONDITIONS = {"prompt", "prompt_embeds", "class_labels", "image"}  # what a call of a conditional pipeline takes
@@ -54,12 +55,16 @@ def open_denoising(pipeline: DiffusionPipeline, data: str | Path) -> Denoising:
     asked = CONDITIONS & set(inspect.signature(pipeline.__call__).parameters)
     if asked or getattr(denoiser, "class_embedding", None) is not None:
         raise InputError("training on images needs an unconditional pipeline; leave --data out to follow the teacher instead")
-    config = getattr(pipeline.scheduler, "config", {})
-    if config.get("prediction_type") not in TARGETS:
-        raise InputError(f"training on images does not know {type(pipeline.scheduler).__name__}; leave --data out")
-    vae = getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
-    if vae is not None and not hasattr(vae.config, "scaling_factor"):
+    scheduler, vae = pipeline.scheduler, getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
+    if not hasattr(scheduler, "alphas_cumprod") or scheduler.config.get("prediction_type") not in TARGETS:
+        raise InputError(f"training on images does not know {type(scheduler).__name__}; leave --data out")
+    if not isinstance(vae, AutoencoderKL | None):
         raise InputError(f"training on images does not know {type(vae).__name__}; leave --data out")
+    channels = (denoiser.config.in_channels, denoiser.config.out_channels)
+    if len(set(channels)) > 1 or (vae is None and channels[0] != 3):
+        raise InputError(f"training on images does not know {channels[0]} channels in and {channels[1]} out; leave --data out")
     factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+    if not isinstance(denoiser.config.sample_size, int):
+        raise InputError(f"training on images needs square ones, not {denoiser.config.sample_size}; leave --data out")
     images, _ = load_images(list_images(data), size=denoiser.config.sample_size * factor)
-    return Denoising(images, DDPMScheduler.from_config(config), vae)
+    return Denoising(images, convert_scheduler(scheduler, DDPMScheduler), vae)

@@ -1,4 +1,4 @@
-"""The training loop: one step, one function of (seed, step, rank). The only user of accelerate.
+"""The training loop: one step, one function of (seed, step, rank).
 
 Two objectives: `Distillation` follows the teacher's recorded answers (data-free), `Denoising` is the loss of the model's
 own training on images. No hidden random state and no counters: whatever changes during a run is a function of its step.
@@ -10,8 +10,9 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
+from diffusers import SchedulerMixin
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
@@ -24,7 +25,8 @@ from dmquant.samples import Samples
 WARM_UP_STEPS = 10
 PATIENCE = 3  # bad steps in a row before rolling back
 SNAPSHOT_EVERY = 50  # steps between the states that a rollback returns to
-DIVERGED = 100.0  # a loss this many times the first one is as bad as a NaN
+DIVERGED = 100.0  # a loss this many times the first one is as bad as a NaN,
+LOSS_OF_SILENCE = 1.0  # if it is also above what an answer of zero would have: noise has unit variance
 LOWERED = 0.1  # factor on all rates after a rollback
 
 
@@ -40,10 +42,28 @@ class Distillation:
     """Mean squared distance to the teacher's answers at recorded points of its own trajectories."""
 
     samples: Samples
+    weight: Tensor  # (N,) how much each sample counts
 
     def loss(self, student: nn.Module, batch: int, *, generator: torch.Generator, device: torch.device) -> Tensor:
-        part = self.samples[torch.randint(len(self.samples), (batch,), generator=generator)].on(device)
-        return nn.functional.mse_loss(part.call(student).float(), part.target.float())
+        index = torch.randint(len(self.samples), (batch,), generator=generator)
+        part = self.samples[index].on(device)
+        error = (part.call(student).float() - part.target.float()).square().flatten(1).mean(1)
+        return (self.weight[index].to(device) * error).mean()
+
+
+def weigh(samples: Samples, scheduler: SchedulerMixin, cap: float) -> Tensor:
+    """Weight of each sample (N,): min(SNR, cap) / SNR of its timestep, for noise predictions. Min-SNR (Hang et al., 2023).
+
+    An error at a nearly noise-free step hardly shows in the image, but rounding the inputs makes it the largest of all:
+    unweighted it would drown the others. Velocity predictions divide by SNR + 1, image predictions by 1. Samplers without
+    a noise schedule of this kind (flow matching) count every sample alike.
+    """
+    alphas, kind = getattr(scheduler, "alphas_cumprod", None), scheduler.config.get("prediction_type")
+    if alphas is None or kind not in ("epsilon", "v_prediction", "sample"):
+        return torch.ones(len(samples))
+    alpha = alphas.cpu()[samples.timestep.long().clamp(0, len(alphas) - 1)]
+    snr = alpha / (1 - alpha)
+    return snr.clamp(max=cap) / {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[kind]
 
 
 @dataclass
@@ -79,22 +99,22 @@ def fit(
     optimizer = torch.optim.AdamW(parameter_groups(student, training), fused=device.type in ("cpu", "cuda"))
     model, optimizer = accelerator.prepare(student.requires_grad_(True).eval(), optimizer)
     average = EMAModel(student.parameters(), decay=training.ema_decay) if training.ema_decay else None
-    guard = Guard(student, optimizer)
-    parts = {"student": student, "optimizer": optimizer, "guard": guard, "average": average, "scaler": accelerator.scaler}
+    guard = Guard([*student.parameters(), *(average.shadow_params if average else ())], optimizer)
+    parts = {"student": student, "optimizer": optimizer, "guard": guard, "average": average}
     parts = {name: part for name, part in parts.items() if part is not None}
     steps = [Step(number) for number in range(run.restore(parts, device), training.max_steps)]
     for step in run.keep(track(steps, "fine-tune"), parts):
         set_rates(optimizer, guard.factor * schedule(step.number, training.max_steps))
         generator = draw(seed, step.number, accelerator.process_index)
-        loss = objective.loss(model, training.batch, generator=generator, device=accelerator.device)
+        loss = objective.loss(model, training.batch, generator=generator, device=device)
         step.loss = accelerator.gather(loss.detach().reshape(1)).mean().item()
         if guard.refuses(step.number, step.loss):
             continue
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(student.parameters(), training.clip_norm)
         if not guard.refuses(step.number, float(norm), is_gradient=True):
+            guard.accept(step.number)
             optimizer.step()
-            guard.keep(step.number)
             if average is not None:
                 average.step(student.parameters())
         optimizer.zero_grad()
@@ -107,9 +127,16 @@ def fit(
 
 
 def start_accelerator(device: torch.device, precision: str) -> Accelerator:
-    """An accelerator for one run. accelerate keeps one state per process, which a second run may need otherwise."""
-    AcceleratorState._reset_state()
-    return Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
+    """An accelerator for one run on the student's own device.
+
+    accelerate keeps one state per process, which a second run may need otherwise: another device, another precision.
+    """
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    # a layer that never runs gets no gradient, which DDP refuses unless told
+    spare = DistributedDataParallelKwargs(find_unused_parameters=True)
+    return Accelerator(
+        cpu=device.type == "cpu", mixed_precision=precision, device_placement=False, kwargs_handlers=[spare]
+    )
 
 
 def parameter_groups(student: nn.Module, training: Training) -> list[dict]:
@@ -157,15 +184,16 @@ class Guard:
     Every rank sees the same gathered loss and the same reduced gradient norm, so all decide alike.
     """
 
-    def __init__(self, student: nn.Module, optimizer: torch.optim.Optimizer):
-        self._student, self._optimizer = student, optimizer
+    def __init__(self, tensors: list[Tensor], optimizer: torch.optim.Optimizer):
+        self._tensors, self._optimizer = tensors, optimizer
         self._bad_in_row, self._first_loss = 0, None
         self.factor = 1.0
         self._copy()
 
     def refuses(self, step: int, value: float, *, is_gradient: bool = False) -> bool:
         """True if the step must be skipped. After too many in a row it rolls back; a second time it raises DmquantError."""
-        limit = math.inf if is_gradient or self._first_loss is None else DIVERGED * self._first_loss
+        is_free = is_gradient or self._first_loss is None
+        limit = math.inf if is_free else max(DIVERGED * self._first_loss, LOSS_OF_SILENCE)
         if math.isfinite(value) and value <= limit:
             self._first_loss = value if self._first_loss is None else self._first_loss
             return False
@@ -174,10 +202,10 @@ class Guard:
             self._roll_back(step, value, "gradient norm" if is_gradient else "loss")
         return True
 
-    def keep(self, step: int) -> None:
-        """Notes a good step; now and then its state is what a rollback will return to."""
+    def accept(self, step: int) -> None:
+        """Notes a good loss and gradient, before the update: now and then the state that gave them is what to return to."""
         self._bad_in_row = 0
-        if (step + 1) % SNAPSHOT_EVERY == 0:
+        if step % SNAPSHOT_EVERY == 0:
             self._copy()
 
     def state_dict(self) -> dict[str, Any]:
@@ -190,7 +218,7 @@ class Guard:
         self._first_loss, self._snapshot = state_dict["first_loss"], [kept.cpu() for kept in state_dict["snapshot"]]
 
     def _copy(self) -> None:
-        self._snapshot = [p.detach().to("cpu", copy=True) for p in self._student.parameters()]
+        self._snapshot = [p.detach().to("cpu", copy=True) for p in self._tensors]
 
     @torch.no_grad()
     def _roll_back(self, step: int, value: float, what: str) -> None:
@@ -199,7 +227,7 @@ class Guard:
                 f"fine-tuning diverged at step {step} ({what} {value:g}) although its rates had been lowered once; "
                 "nothing was saved. Lower learning_rate and quantizer_rate, or raise the bits"
             )
-        for parameter, kept in zip(self._student.parameters(), self._snapshot):
-            parameter.copy_(kept)
+        for tensor, kept in zip(self._tensors, self._snapshot):
+            tensor.copy_(kept)
         self._optimizer.state.clear()
         self.factor, self._bad_in_row = LOWERED, 0

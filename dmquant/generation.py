@@ -67,7 +67,7 @@ def set_sampler(pipeline: DiffusionPipeline, name: str | None = None) -> str:
     if name is not None:
         if name not in SAMPLERS:
             raise InputError(f"no sampler {name!r}; choose from {', '.join(SAMPLERS)}")
-        pipeline.scheduler = _convert(pipeline.scheduler, getattr(diffusers, SAMPLERS[name]))
+        pipeline.scheduler = convert_scheduler(pipeline.scheduler, getattr(diffusers, SAMPLERS[name]))
     used = type(pipeline.scheduler).__name__
     return next((short for short, full in SAMPLERS.items() if full == used), used)
 
@@ -195,7 +195,7 @@ def _silence(pipeline: DiffusionPipeline) -> Iterator[None]:
         pipeline.set_progress_bar_config(**before)
 
 
-def _convert(scheduler: SchedulerMixin, target: type[SchedulerMixin]) -> SchedulerMixin:
+def convert_scheduler(scheduler: SchedulerMixin, target: type[SchedulerMixin]) -> SchedulerMixin:
     """The target scheduler with the settings of this one, where the two speak of the same noise schedule."""
     if type(scheduler) is not target and target not in scheduler.compatibles:
         names = f"{type(scheduler).__name__} and {target.__name__}"

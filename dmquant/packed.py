@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from dmquant.layers import find_layers, quantized_layers
 from dmquant.packing import check_bits, pack, unpack
-from dmquant.quantizers.base import Codes, FixedGrid
+from dmquant.quantizers.base import Codes, FixedGrid, Float32Buffers
 
 FLOAT_BITS = 32
 Bits = tuple[int, int]  # of weights, of activations
 FLOAT: Bits = (FLOAT_BITS, FLOAT_BITS)
 
 
-class PackedWeight(nn.Module):
+class PackedWeight(Float32Buffers):
     """Bit planes with one scale and one zero per slice of dimension 0: value = (code - zero) * scale."""
 
     def __init__(self, shape: torch.Size, bits: int, *, dtype: torch.dtype, device: torch.device | str | None = None):

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
@@ -13,10 +14,12 @@ from dmquant import methods
 from dmquant.clock import Clock
 from dmquant.denoiser import find_denoiser, find_roles, with_denoiser
 from dmquant.denoising import Denoising, open_denoising
-from dmquant.distill import Distillation
+from dmquant.distill import Distillation, weigh
 from dmquant.errors import InputError
 from dmquant.generation import Conditioning
+from dmquant.layers import find_layers
 from dmquant.methods.base import Method
+from dmquant.packed import FLOAT_BITS
 from dmquant.progress import Track, plain
 from dmquant.runs import Run
 from dmquant.samples import Samples, record
@@ -34,41 +37,63 @@ def quantize(
     interruption. Raises InputError for what cannot be quantized as asked.
     """
     method = resolve(method, settings)
+    refuse_unfit(pipeline, method, seed)
     name, teacher = find_denoiser(pipeline)
-    refuse_quantized(teacher)
     objective = None if data is None else open_denoising(pipeline, data)
-    facts = {"method": method.name, "seed": seed, "device": pipeline.device.type, **asdict(conditioning), **method.settings()}
-    run.open(facts, list_tensors(teacher, objective, samples))
+    run.open(list_facts(pipeline, method, seed, conditioning), list_tensors(teacher, objective, samples))
     if samples is None:
         how = {"steps": method.sampling_steps, "seed": seed, "conditioning": conditioning}
         samples = run.recall(lambda: record(pipeline, method.trajectories, **how, track=track))
     student = copy.deepcopy(teacher)
     method.prepare(student, Clock(samples.timestep.unique().flip(0)))
     method.calibrate(student, samples, track=track)
-    method.finetune(student, objective or Distillation(samples), seed=seed, run=run, track=track)
+    objective = objective or Distillation(samples, weigh(samples, pipeline.scheduler, method.snr_cap))
+    method.finetune(student, objective, seed=seed, run=run, track=track)
     student.dmquant_record = describe_run(pipeline, method, seed)
     return with_denoiser(pipeline, name, student.eval().requires_grad_(False))
 
 
 def plan(pipeline: DiffusionPipeline, method: str | Method = "lsq", **settings: Any) -> dict[str, tuple[int, int]]:
     """Weight and activation bits that each layer would get, by name; 32 means it stays in float."""
-    method, denoiser = resolve(method, settings), find_denoiser(pipeline)[1]
-    refuse_quantized(denoiser)
-    return {name: method.bits(role) for name, role in find_roles(denoiser).items()}
+    method = resolve(method, settings)
+    refuse_unfit(pipeline, method)
+    denoiser = find_denoiser(pipeline)[1]
+    swappable = find_layers(denoiser)  # a subclass of Linear may do anything: it stays as it is
+    roles = find_roles(denoiser).items()
+    return {name: method.bits(role) if name in swappable else (FLOAT_BITS, FLOAT_BITS) for name, role in roles}
 
 
 def resolve(method: str | Method, settings: Mapping[str, Any]) -> Method:
     """The method with its settings, validated."""
     if isinstance(method, str):
         return methods.get(method).parse(settings)
+    if not isinstance(method, Method):
+        raise InputError(f"method must be a name ({', '.join(methods.names())}) or a Method, got {method!r}")
     if settings:
         raise InputError(f"give settings either in the method or by name, not both: {', '.join(settings)}")
     return method
 
 
-def refuse_quantized(denoiser: nn.Module) -> None:
+def refuse_unfit(pipeline: DiffusionPipeline, method: Method, seed: int = 0) -> None:
+    """Raises InputError, before any work, for what cannot be quantized."""
+    if not isinstance(pipeline, DiffusionPipeline):
+        raise InputError(f"give a diffusers pipeline, as dmquant.load returns it, not {type(pipeline).__name__}")
+    denoiser = find_denoiser(pipeline)[1]
     if getattr(denoiser, "is_quantized", False) or hasattr(denoiser, "dmquant_record"):
         raise InputError("this pipeline is quantized already; quantize the float pipeline that it came from")
+    if denoiser.dtype != torch.float32:
+        raise InputError(f"the denoiser is in {denoiser.dtype}; load the pipeline in float32 to quantize it")
+    if all(method.bits(role) == (FLOAT_BITS, FLOAT_BITS) for role in find_roles(denoiser).values()):
+        raise InputError("these settings leave every layer in float; lower weight_bits or act_bits, or keep fewer roles")
+    if type(seed) is not int or not 0 <= seed < 1 << 63:
+        raise InputError(f"seed must be a whole number from 0 to 2^63 - 1, got {seed!r}")
+
+
+def list_facts(pipeline: DiffusionPipeline, method: Method, seed: int, conditioning: Conditioning) -> dict[str, Any]:
+    """What a run is made of, beside tensors: an interrupted one is continued only by the same."""
+    scheduler = {"scheduler": type(pipeline.scheduler).__name__, "schedule": dict(pipeline.scheduler.config)}
+    settings = {"method": method.name, "seed": seed, **method.settings()}
+    return {**settings, **asdict(conditioning), **scheduler, "device": pipeline.device.type}
 
 
 def list_tensors(teacher: nn.Module, objective: Denoising | None, samples: Samples | None) -> dict[str, list[Tensor]]:

@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from dmquant.clock import TIMESTEP_NAMES, find_timestep
+from dmquant.clock import find_timestep_name
 from dmquant.denoiser import find_denoiser
 from dmquant.generation import Conditioning, generate
 from dmquant.progress import Track, plain
@@ -30,6 +30,7 @@ class Samples:
     target: Tensor  # (N, ...) the teacher's answers
     conditioning: dict[str, Tensor]  # one row per sample; nested arguments are written "outer.inner"
     shared: dict[str, Tensor]  # arguments that have no batch dimension, the same for every sample
+    names: tuple[str, str] = ("sample", "timestep")  # what the denoiser calls x and timestep
 
     def __len__(self) -> int:
         return len(self.x)
@@ -40,20 +41,22 @@ class Samples:
         return replace(self, **picked, conditioning=rows)
 
     def spread(self, count: int) -> Self:
-        """At most `count` samples, evenly over the recording: every timestep is among them."""
-        return self[torch.linspace(0, len(self) - 1, min(count, len(self))).round().long()]
+        """At most `count` samples, evenly over the timesteps: with at least as many as there are steps, each is among them."""
+        order = self.timestep.argsort(stable=True)
+        return self[order[torch.linspace(0, len(self) - 1, min(count, len(self))).round().long()]]
 
     def split(self, batch: int) -> list[Self]:
         return [self[slice(start, start + batch)] for start in range(0, len(self), batch)]
 
     def on(self, device: torch.device) -> Self:
-        moved = {f.name: _move(getattr(self, f.name), device) for f in fields(self)}
+        moved = {f.name: _move(getattr(self, f.name), device) for f in fields(self) if f.name != "names"}
         return replace(self, **moved)
 
     def call(self, denoiser: nn.Module) -> Tensor:
         """The denoiser's answer to these samples."""
-        arguments = _nest({**self.conditioning, **self.shared})
-        return denoiser(self.x, self.timestep, **arguments, return_dict=False)[0]
+        # by name: in some denoisers the second argument is not the timestep
+        arguments = dict(zip(self.names, (self.x, self.timestep))) | _nest({**self.conditioning, **self.shared})
+        return denoiser(**arguments, return_dict=False)[0]
 
 
 def record(
@@ -63,12 +66,14 @@ def record(
     """Every denoiser call of `trajectories` runs of the pipeline's own sampler with `steps` steps."""
     denoiser, recorder = find_denoiser(pipeline)[1], Recorder()
     seeds, how = recording_seeds(seed, trajectories), dict(steps=steps, batch=batch, conditioning=conditioning, track=track)
-    hook = denoiser.register_forward_hook(recorder.note, with_kwargs=True)
+    hook, was_training = denoiser.register_forward_hook(recorder.note, with_kwargs=True), denoiser.training
+    denoiser.eval()  # dropout would make a teacher that answers differently each time
     try:
         for _ in generate(pipeline, seeds, **how):
             pass  # the hook keeps what is wanted
     finally:
         hook.remove()
+        denoiser.train(was_training)
     return recorder.samples()
 
 
@@ -87,12 +92,13 @@ class Recorder:
     def note(self, denoiser: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         arguments = inspect.signature(denoiser.forward).bind_partial(*args, **kwargs).arguments
         name, x = next(iter(arguments.items()))
-        extra = _flatten({k: v for k, v in arguments.items() if k != name and k not in TIMESTEP_NAMES})
-        rows = {k: v.cpu() for k, v in extra.items() if v.ndim and len(v) == len(x)}
-        shared = {k: v.cpu() for k, v in extra.items() if k not in rows}
-        timestep = torch.as_tensor(find_timestep(arguments)).reshape(-1).expand(len(x)).cpu()
+        clock = find_timestep_name(arguments)
+        extra = _flatten({k: v for k, v in arguments.items() if k not in (name, clock)})
+        rows = {k: _keep(v) for k, v in extra.items() if v.ndim and len(v) == len(x) and not k.endswith("_ids")}
+        shared = {k: _keep(v) for k, v in extra.items() if k not in rows}
+        timestep = torch.as_tensor(arguments[clock]).reshape(-1).expand(len(x))
         answer = output[0] if isinstance(output, tuple) else output.sample
-        self._calls.append(Samples(x.cpu(), timestep, answer.cpu(), rows, shared))
+        self._calls.append(Samples(_keep(x), _keep(timestep), _keep(answer), rows, shared, (name, clock)))
 
     def samples(self) -> Samples:
         """All calls so far, in the order they were made."""
@@ -101,7 +107,13 @@ class Recorder:
 
         first = self._calls[0]
         rows = {name: joined(lambda call: call.conditioning[name]) for name in first.conditioning}
-        return Samples(joined(lambda c: c.x), joined(lambda c: c.timestep), joined(lambda c: c.target), rows, first.shared)
+        main = {name: joined(lambda call: getattr(call, name)) for name in ("x", "timestep", "target")}
+        return Samples(**main, conditioning=rows, shared=first.shared, names=first.names)
+
+
+def _keep(value: Tensor) -> Tensor:
+    """A copy on the CPU: samplers write into their tensors."""
+    return value.detach().to("cpu", copy=True)
 
 
 def _flatten(arguments: dict[str, Any], prefix: str = "") -> dict[str, Tensor]:

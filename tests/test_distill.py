@@ -1,10 +1,12 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import nn
 
-from dmquant.distill import SNAPSHOT_EVERY, Distillation, Training, draw, fit, parameter_groups, schedule
+from dmquant.distill import SNAPSHOT_EVERY, Distillation, Guard, Training, draw, fit, parameter_groups, schedule, weigh
 from dmquant.errors import DmquantError
 from dmquant.layers import swap
 from dmquant.quantizers.uniform import LearnedStep
@@ -37,6 +39,10 @@ def make(seed=0):
     return student, samples
 
 
+def follow(samples):
+    return Distillation(samples, torch.ones(len(samples)))
+
+
 def distance(student, samples):
     with torch.no_grad():
         return nn.functional.mse_loss(samples.call(student), samples.target).item()
@@ -45,7 +51,7 @@ def distance(student, samples):
 def test_training_brings_the_student_nearer_to_the_teacher():
     student, samples = make()
     before = distance(student, samples)
-    losses = fit(student, Distillation(samples), Training(max_steps=150, **RATES), seed=0)
+    losses = fit(student, follow(samples), Training(max_steps=150, **RATES), seed=0)
     assert len(losses) == 150 and distance(student, samples) < 0.5 * before
 
 
@@ -54,7 +60,7 @@ def test_equal_seeds_train_alike_whatever_was_drawn_before():
     for noise in (1, 2):
         student, samples = make()
         torch.manual_seed(noise)
-        fit(student, Distillation(samples), Training(max_steps=5, **RATES), seed=3)
+        fit(student, follow(samples), Training(max_steps=5, **RATES), seed=3)
         states.append(student.state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
@@ -62,7 +68,7 @@ def test_equal_seeds_train_alike_whatever_was_drawn_before():
 def test_zero_steps_change_nothing():
     student, samples = make()
     before = {name: value.clone() for name, value in student.state_dict().items()}
-    assert fit(student, Distillation(samples), Training(max_steps=0, **RATES), seed=0) == []
+    assert fit(student, follow(samples), Training(max_steps=0, **RATES), seed=0) == []
     assert all(torch.equal(before[name], value) for name, value in student.state_dict().items())
 
 
@@ -95,7 +101,7 @@ class Faulty(Distillation):
     bad: range = range(0)
 
     def __init__(self, samples, bad):
-        super().__init__(samples)
+        super().__init__(samples, torch.ones(len(samples)))
         object.__setattr__(self, "bad", bad)
         object.__setattr__(self, "calls", [])
 
@@ -112,12 +118,40 @@ def test_single_bad_steps_are_skipped():
     assert all(torch.isfinite(value).all() for value in student.state_dict().values())
 
 
-def test_many_bad_steps_roll_back_once_and_the_run_goes_on():
+@pytest.mark.parametrize("start", [SNAPSHOT_EVERY - 1, SNAPSHOT_EVERY, SNAPSHOT_EVERY + 10])
+def test_many_bad_steps_roll_back_once_and_the_run_goes_on(start):
     student, samples = make()
-    start = SNAPSHOT_EVERY + 10
     losses = fit(student, Faulty(samples, range(start, start + 3)), Training(max_steps=start + 40, **RATES), seed=0)
     assert all(map(math.isfinite, losses[start + 3 :]))
     assert distance(student, samples) < losses[0]
+
+
+def test_a_student_that_starts_almost_perfect_is_not_taken_for_one_that_diverges():
+    # one batch's first loss may be thousands of times below the next one's: both are tiny against an answer of zero
+    student, samples = make()
+    losses = [1e-9] + [1e-5] * 20
+    guard = Guard(list(student.parameters()), torch.optim.SGD(student.parameters()))
+    assert not any(guard.refuses(step, loss) for step, loss in enumerate(losses))
+    assert guard.refuses(21, 2.0)
+
+
+@pytest.mark.parametrize("destroyed_at", [SNAPSHOT_EVERY - 2, SNAPSHOT_EVERY - 1, SNAPSHOT_EVERY])
+def test_a_rollback_never_returns_to_a_state_that_one_update_destroyed(destroyed_at):
+    student, samples = make()
+
+    class Destroying(Distillation):
+        calls = []
+
+        def loss(self, student, batch, *, generator, device):
+            self.calls.append(None)
+            if len(self.calls) == destroyed_at:
+                with torch.no_grad():
+                    student.body.bias.add_(1e6)  # as an update gone wrong would
+            return super().loss(student, batch, generator=generator, device=device)
+
+    objective = Destroying(samples, torch.ones(len(samples)))
+    losses = fit(student, objective, Training(max_steps=destroyed_at + 60, ema_decay=0.5, **RATES), seed=0)
+    assert max(losses) > 1e6 and distance(student, samples) < 2 * max(losses[:destroyed_at - 1])
 
 
 def test_a_second_divergence_stops_with_a_diagnosis():
@@ -129,7 +163,7 @@ def test_a_second_divergence_stops_with_a_diagnosis():
 def test_a_moving_average_trails_the_weights():
     plain, samples = make()
     averaged, _ = make()
-    objective = Distillation(samples)
+    objective = follow(samples)
     before = plain.body.weight.detach().clone()
     fit(plain, objective, Training(max_steps=30, **RATES), seed=0)
     fit(averaged, objective, Training(max_steps=30, ema_decay=0.99, **RATES), seed=0)
@@ -139,5 +173,29 @@ def test_a_moving_average_trails_the_weights():
 
 def test_bf16_training_leaves_a_float32_student_without_wrappers():
     student, samples = make()
-    fit(student, Distillation(samples), Training(max_steps=3, precision="bf16", **RATES), seed=0)
+    fit(student, follow(samples), Training(max_steps=3, precision="bf16", **RATES), seed=0)
     assert "forward" not in vars(student) and student.body.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_weights_make_every_prediction_type_count_as_the_image_it_leads_to(kind):
+    # a small error d of the image is d * sqrt(SNR) in the noise and d * sqrt(SNR + 1) in the velocity (Salimans & Ho, 2022)
+    _, samples = make()
+    samples = replace(samples, timestep=torch.arange(64) * 15)
+    scheduler = DDIMScheduler(prediction_type=kind)
+    alpha = scheduler.alphas_cumprod[samples.timestep]
+    snr = alpha / (1 - alpha)
+    size = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones(64)}[kind]
+    assert torch.allclose(weigh(samples, scheduler, 5.0) * size, snr.clamp(max=5.0), rtol=1e-4)
+
+
+def test_flow_matching_counts_every_sample_alike():
+    _, samples = make()
+    assert torch.equal(weigh(samples, FlowMatchEulerDiscreteScheduler(), 5.0), torch.ones(64))
+
+
+def test_a_sample_of_no_weight_teaches_nothing():
+    student, samples = make()
+    spoilt = replace(samples, target=torch.where(torch.arange(64).view(-1, 1) < 32, samples.target, 100.0))
+    fit(student, Distillation(spoilt, (torch.arange(64) < 32).float()), Training(max_steps=100, **RATES), seed=0)
+    assert distance(student, samples) < 1 < spoilt.target[32:].square().mean() / 100

@@ -24,14 +24,14 @@ def test_a_quantized_pipeline_draws_and_shares_all_but_the_denoiser(pipeline):
 
 
 def test_high_bits_hardly_change_an_image_and_low_bits_do(pipeline):
-    def answer(**settings):
+    def answer(pipeline):
         torch.manual_seed(0)
-        denoiser = find_denoiser(quantize(pipeline, "lsq", **{**QUICK, "max_steps": 0, "trajectories": 8}, **settings))[1]
         with torch.no_grad():
-            return denoiser(torch.randn(4, 3, 8, 8), 500).sample
+            return find_denoiser(pipeline)[1](torch.randn(4, 3, 8, 8), 500).sample
 
-    exact = answer(weight_bits=32, act_bits=32)
-    error = [(answer(weight_bits=bits, act_bits=bits) - exact).square().mean() for bits in (8, 4, 2)]
+    calibrated, exact = {**QUICK, "max_steps": 0, "trajectories": 8}, answer(pipeline)
+    students = [quantize(pipeline, "lsq", weight_bits=bits, act_bits=bits, **calibrated) for bits in (8, 4, 2)]
+    error = [(answer(student) - exact).square().mean() for student in students]
     assert error[0] < 0.01 * exact.square().mean() and error[0] < error[1] < error[2]
 
 
@@ -61,6 +61,31 @@ def test_quantizing_twice_is_refused(pipeline):
     for again in (quantize, plan):
         with pytest.raises(InputError, match="quantized already"):
             again(once, "lsq")
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"weight_bits": 32, "act_bits": 32}, "every layer in float"),
+        ({"seed": -1}, "seed must be"),
+        ({"seed": 1.5}, "seed must be"),
+        ({"method": None}, "method must be a name"),
+        ({"weight_bits": True}, "valid integer"),
+    ],
+)
+def test_what_cannot_be_quantized_is_refused_before_any_work(pipeline, changes, message):
+    def track(work, label):
+        raise AssertionError("work was begun")
+
+    with pytest.raises(InputError, match=message):
+        quantize(pipeline, **{**QUICK, **changes}, track=track)
+
+
+def test_half_precision_and_things_that_are_no_pipeline_are_refused(tiny_folder):
+    with pytest.raises(InputError, match="float32"):
+        quantize(open_pipeline(tiny_folder).to(torch.float16), **QUICK)
+    with pytest.raises(InputError, match="not UNet2DModel"):
+        quantize(open_pipeline(tiny_folder).unet, **QUICK)
 
 
 def test_settings_beside_a_method_object_are_refused(pipeline):

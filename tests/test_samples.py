@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from dmquant.denoiser import find_denoiser, open_pipeline
-from dmquant.samples import Recorder, record, recording_seeds
+from dmquant.samples import Recorder, Samples, record, recording_seeds
 
 
 @pytest.fixture
@@ -57,9 +57,11 @@ def test_a_spread_is_even_and_never_longer_than_the_recording(pipeline):
 
 
 class Conditional(nn.Module):
-    def forward(self, hidden_states, timestep, encoder_hidden_states, added_cond_kwargs, img_ids, return_dict=True):
+    """Like PixArt and others: the second argument is not the timestep."""
+
+    def forward(self, hidden_states, encoder_hidden_states, timestep, added_cond_kwargs, img_ids, return_dict=True):
         total = hidden_states + encoder_hidden_states.mean() + added_cond_kwargs["text_embeds"].mean() + img_ids.sum()
-        return (total,)
+        return (total * timestep.view(-1, 1, 1, 1) if timestep.ndim else total * timestep,)
 
 
 def test_nested_and_shared_arguments_are_recorded_and_given_back():
@@ -69,10 +71,37 @@ def test_nested_and_shared_arguments_are_recorded_and_given_back():
         encoder_hidden_states=torch.randn(2, 5, 3), added_cond_kwargs={"text_embeds": torch.randn(2, 4)}, img_ids=torch.ones(7, 3)
     )
     for timestep in (900, 100):
-        denoiser(torch.randn(2, 3, 4, 4), torch.tensor(timestep), **arguments, return_dict=False)
+        denoiser(torch.randn(2, 3, 4, 4), timestep=torch.tensor(timestep), **arguments, return_dict=False)
     hook.remove()
     samples = recorder.samples()
     assert len(samples) == 4 and samples.timestep.tolist() == [900, 900, 100, 100]
     assert set(samples.conditioning) == {"encoder_hidden_states", "added_cond_kwargs.text_embeds"}
     assert set(samples.shared) == {"img_ids"}
     assert torch.allclose(samples[slice(0, 2)].call(denoiser), samples.target[:2])
+
+
+def test_a_spread_misses_no_timestep_whatever_the_counts():
+    for steps, trajectories, count in ((20, 50, 21), (20, 200, 64), (50, 30, 256)):
+        timestep = torch.arange(steps).repeat_interleave(trajectories)
+        empty = torch.zeros(len(timestep), 1)
+        samples = Samples(empty, timestep, empty, {}, {})
+        assert len(samples.spread(count).timestep.unique()) == steps
+
+
+def test_a_sampler_that_reuses_its_tensors_does_not_change_the_recording():
+    denoiser, recorder = nn.Identity(), Recorder()
+    denoiser.forward = lambda sample, timestep: (sample,)
+    x, timestep = torch.ones(1, 3), torch.ones(1)
+    recorder.note(denoiser, (x, timestep), {}, (x,))
+    x.zero_(), timestep.zero_()
+    assert recorder.samples().x.sum() == 3 and recorder.samples().target.sum() == 3 and recorder.samples().timestep == 1
+
+
+def test_a_teacher_with_dropout_is_recorded_without_and_left_in_its_mode(tiny_folder):
+    pipeline = open_pipeline(tiny_folder)
+    denoiser = find_denoiser(pipeline)[1]
+    for block in denoiser.mid_block.resnets:
+        block.dropout.p = 0.5
+    denoiser.train()
+    one, two = (record(pipeline, 1, steps=2, seed=0) for _ in range(2))
+    assert torch.equal(one.target, two.target) and denoiser.training

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self, get_args
@@ -53,21 +54,30 @@ class Method:
     calibration_samples: int = setting(128, "recorded samples that set the grids")
     max_steps: int = setting(600, "optimiser steps of fine-tuning; 0 only calibrates")
     batch: int = setting(16, "samples per optimiser step")
-    learning_rate: float = setting(3e-4, "AdamW rate of weights, biases and norms, decaying to zero along a cosine")
-    quantizer_rate: float = setting(1e-2, "AdamW rate of scales and offsets, relative to each one's size at the start")
+    snr_cap: float = setting(5.0, "a recorded sample counts min(SNR, cap) / SNR (Min-SNR)")
+    learning_rate: float = setting(1e-4, "AdamW rate of weights, biases and norms, decaying to zero along a cosine")
+    quantizer_rate: float = setting(5e-3, "AdamW rate of scales and offsets, relative to each one's size at the start")
     weight_decay: float = setting(0.0, "AdamW decay of the weights")
     clip_norm: float = setting(1.0, "largest gradient norm; larger ones are scaled down")
     ema_decay: float = setting(0.0, "decay of a moving average of the latent weights; 0 uses none")
-    precision: Literal["no", "bf16", "fp16"] = setting("no", "mixed precision of fine-tuning")
+    precision: Literal["no", "bf16"] = setting("no", "mixed precision of fine-tuning")
 
     def __post_init__(self) -> None:
         for name, least in (("weight_bits", 1), ("act_bits", 2)):
             bits = getattr(self, name)
+            if type(bits) is not int:
+                raise ValueError(f"{name} must be a whole number, got {bits!r}")
             if bits != FLOAT_BITS and not least <= bits <= 8:
                 raise ValueError(f"{name} must be {least} to 8, or 32 for float, got {bits}")
         for name in ("trajectories", "sampling_steps", "calibration_samples", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "quantizer_rate", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        for name in ("snr_cap", "clip_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above 0 (a large number switches it off), got {getattr(self, name)}")
         if self.max_steps < 0:
             raise ValueError(f"max_steps must be 0 or more, got {self.max_steps}")
         if not 0 <= self.ema_decay < 1:
@@ -143,7 +153,9 @@ class Method:
 
 
 def _split(value: Any, known: dataclasses.Field) -> Any:
-    """Lists are written with commas on a command line; an empty text is an empty list."""
+    """Lists are written with commas on a command line; an empty text is an empty list. True is no number."""
+    if isinstance(value, bool) and known.type is not bool:
+        return str(value)
     if isinstance(value, str) and isinstance(known.default, tuple):
         return tuple(part.strip() for part in value.split(",") if part.strip())
     return value

@@ -3,7 +3,9 @@
 The law:  q(x) == q.encode(x).decode(), bit for bit. It makes export one function for every method.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +59,18 @@ class Quantizer(nn.Module):
         return fixed
 
 
-class FixedGrid(nn.Module):
+class Float32Buffers(nn.Module):
+    """A module that moves between devices and never changes the dtype of its buffers: a cast would move the grid."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
+
+
+class FixedGrid(Float32Buffers):
     """A per-tensor activation quantizer for inference: scale and zero are buffers that stay float32."""
 
     def __init__(self, bits: int, device: torch.device | str | None = None):

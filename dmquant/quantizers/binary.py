@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from dmquant.quantizers.base import SMALLEST_SCALE, Codes, Quantizer
+from dmquant.quantizers.base import SMALLEST_SCALE, Codes, Quantizer, widen
 
 
 class Binary(Quantizer):
@@ -22,14 +22,15 @@ class Binary(Quantizer):
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
-        self.scale.copy_(x.abs().mean(tuple(range(1, x.ndim)), keepdim=True))
+        self.scale.copy_(x.abs().reshape(self.scale.numel(), -1).mean(1).view_as(self.scale))
 
     def forward(self, x: Tensor) -> Tensor:
         return _ScaledSign.apply(x, self.scale)
 
     def grid(self) -> tuple[Tensor, Tensor]:
         """Codes {0, 1} mean {-scale, +scale}: a step of twice the scale around one half."""
-        return 2 * self.scale.clamp(min=SMALLEST_SCALE), torch.full_like(self.scale, 0.5)
+        scale = widen(self.scale).clamp(min=SMALLEST_SCALE)
+        return 2 * scale, torch.full_like(scale, 0.5)
 
     def encode(self, x: Tensor) -> Codes:
         scale, zero = self.grid()
@@ -39,12 +40,12 @@ class Binary(Quantizer):
 class _ScaledSign(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, scale: Tensor) -> Tensor:
-        scale = scale.clamp(min=SMALLEST_SCALE)
+        scale = widen(scale).clamp(min=SMALLEST_SCALE)
         ctx.save_for_backward(x, scale)
-        return torch.where(x >= 0, scale, -scale)
+        return torch.where(x >= 0, scale, -scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, Tensor]:
         x, scale = ctx.saved_tensors
         by_scale = torch.where(x >= 0, gradient, -gradient).sum_to_size(scale.shape)
-        return torch.where(x.abs() <= 1, gradient * scale, 0), by_scale
+        return torch.where(x.abs() <= 1, gradient * scale, 0).to(x.dtype), by_scale

@@ -52,10 +52,10 @@ class Uniform(Quantizer):
         self.scale.copy_(scale.clamp(min=SMALLEST_SCALE).view_as(self.scale))
 
     def grid(self) -> tuple[Tensor, Tensor]:
-        scale = self.scale.clamp(min=SMALLEST_SCALE)
+        scale = widen(self.scale).clamp(min=SMALLEST_SCALE)  # a model cast to half precision keeps whole steps
         if self.symmetric:
             return scale, torch.full_like(scale, 1 << (self.bits - 1))
-        return scale, (-self.offset / scale).round().clamp(0, self.max_code)
+        return scale, (-widen(self.offset) / scale).round().clamp(0, self.max_code)
 
     def forward(self, x: Tensor) -> Tensor:
         scale, zero = self.grid()
@@ -92,6 +92,8 @@ class _FakeQuantize(torch.autograd.Function):
 
     With y the output and g* the incoming gradient where x lies inside the range (zero elsewhere), the LSQ gradients are
     d scale = sum(g y - g* x) / scale  and  d offset = sum(g - g*): two dot products instead of elementwise chains.
+    With an offset, which stays put when the scale moves, clipped values count 0 and max_code instead of -zero and
+    max_code - zero: d scale grows by zero * sum(g - g*). LSQ+, eq. 5.
     """
 
     @staticmethod
@@ -112,9 +114,10 @@ class _FakeQuantize(torch.autograd.Function):
         by_scale = by_offset = None
         if wanted[1]:
             by_scale = (_inner(gradient, y, scale) - _inner(inside, x, scale)) / scale * ctx.gradient_scale
-        if ctx.has_offset and wanted[2]:
+        if ctx.has_offset and (wanted[1] or wanted[2]):
             by_offset = (_total(gradient, scale) - _total(inside, scale)) * ctx.gradient_scale
-        return inside, by_scale, by_offset, None, None
+            by_scale = by_scale + zero * by_offset if wanted[1] else None
+        return inside, by_scale, by_offset if wanted[2] else None, None, None
 
 
 def clip_gradient(gradient: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -122,7 +125,7 @@ def clip_gradient(gradient: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Ten
     if low.numel() == 1 and x.device.type == "cpu":
         # one vectorised pass; torch.where with a mask is six times slower on CPU, item() would stall a GPU
         return torch.ops.aten.hardtanh_backward(gradient, x, low.item(), high.item())
-    return torch.where((x > low) & (x < high), gradient, 0)
+    return torch.where((widen(x) > low) & (widen(x) < high), gradient, 0)
 
 
 def _inner(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:

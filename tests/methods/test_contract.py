@@ -56,6 +56,9 @@ def test_settings_survive_being_written_and_read(cls):
         ({"act_bits": 1}, "act_bits must be 2 to 8"),
         ({"max_steps": "many"}, "max_steps"),
         ({"keep": "roof"}, "keep"),
+        ({"learning_rate": -1}, "learning_rate must be 0 or more"),
+        ({"quantizer_rate": "nan"}, "quantizer_rate must be 0 or more"),
+        ({"clip_norm": "inf"}, "clip_norm must be above 0"),
         ({"batch": 0}, "batch must be at least 1"),
     ],
 )

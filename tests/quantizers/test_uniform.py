@@ -44,11 +44,12 @@ def test_zero_is_always_on_the_grid(symmetric):
     assert quantizer(torch.zeros(3)).abs().max() == 0
 
 
-def reference_gradients(x, scale, zero, max_code, gradient):
-    """LSQ's gradients in float64, term by term (papers: LSQ eq. 3, LSQ+ eq. 5-6)."""
+def reference_gradients(x, scale, zero, max_code, gradient, symmetric):
+    """The gradients in float64, term by term: LSQ, eq. 3, and with an offset LSQ+, eq. 5 and 6."""
     level = x / scale
     inside = (level > -zero) & (level < max_code - zero)
-    by_scale = torch.where(inside, torch.round(level) - level, torch.where(level <= -zero, -zero, max_code - zero))
+    low, high = (-zero, max_code - zero) if symmetric else (torch.zeros_like(zero), torch.full_like(zero, max_code))
+    by_scale = torch.where(inside, torch.round(level) - level, torch.where(level <= -zero, low, high))
     by_offset = torch.where(inside, 0.0, 1.0)
     return gradient * inside, (gradient * by_scale).sum(), (gradient * by_offset).sum()
 
@@ -62,7 +63,7 @@ def test_gradients_equal_the_papers_formulas_inside_and_outside_the_range(symmet
     gradient = torch.randn_like(x)
     quantizer(x).backward(gradient)
     scale, zero = (t.detach() for t in quantizer.grid())
-    by_x, by_scale, by_offset = reference_gradients(x.detach(), scale, zero, 7, gradient)
+    by_x, by_scale, by_offset = reference_gradients(x.detach(), scale, zero, 7, gradient, symmetric)
     factor = (40 * (3 if symmetric else 7)) ** -0.5
     assert torch.allclose(x.grad, by_x)
     assert torch.allclose(quantizer.scale.grad, by_scale * factor)
@@ -85,6 +86,32 @@ def test_gradients_of_clipped_values_equal_finite_differences():
             values.append((quantizer(x) * weight).sum())
     numeric = (values[0] - values[1]) / (2 * step)
     assert torch.allclose(quantizer.scale.grad, numeric * (2 * 7) ** -0.5, rtol=1e-6)
+
+
+def test_with_an_offset_the_step_gradient_is_the_mean_slope_over_many_zero_points():
+    # the rounded zero point makes the output jump: its secant over several jumps is what a gradient must follow
+    quantizer = LearnedStep(4, symmetric=False).double()
+    for value, expected in ((-9.0, 0.0), (9.0, 15.0)):
+        x, outputs = torch.full((1, 1), value, dtype=torch.float64), []
+        for scale in (0.2, 0.4):
+            with torch.no_grad():
+                quantizer.scale.fill_(scale)
+                quantizer.offset.fill_(-2.1)
+                outputs.append(quantizer(x))
+        secant = ((outputs[1] - outputs[0]) / 0.2).item()
+        with torch.no_grad():
+            quantizer.scale.fill_(0.3)
+        quantizer.scale.grad = None
+        quantizer(x).sum().backward()
+        slope = quantizer.scale.grad.item() * 15**0.5
+        assert slope == pytest.approx(expected, abs=1e-5) and abs(secant - slope) < 2
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_quantizer_cast_to_half_precision_still_keeps_the_law(symmetric):
+    quantizer, x = make(LearnedStep, 4, symmetric, 5)
+    quantizer, x = quantizer.bfloat16(), x.bfloat16()
+    assert torch.equal(quantizer(x), quantizer.encode(x).decode().bfloat16())
 
 
 def test_per_channel_gradients_equal_channels_one_by_one():

@@ -54,6 +54,16 @@ def test_one_bit_is_the_learnable_scale_sign(denoiser):
         assert isinstance(layer.weight_quantizer, Binary) == (roles[name] not in LSQ().eight_bit)
 
 
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("bits", [1, 2, 8])
+def test_every_width_runs_with_a_step_per_channel_or_per_layer(denoiser, bits, per_channel):
+    for layer in prepared(denoiser, weight_bits=bits, per_channel=per_channel, eight_bit=()).values():
+        quantizer = layer.weight_quantizer
+        quantizer.observe(layer.weight)
+        assert torch.equal(quantizer(layer.weight), quantizer.encode(layer.weight).decode())
+        assert quantizer.scale.numel() == (len(layer.weight) if per_channel else 1)
+
+
 def test_settings_choose_steps_per_layer_and_signed_activations(denoiser):
     for layer in prepared(denoiser, per_channel=False, act_offset=False).values():
         assert layer.weight_quantizer.scale.numel() == 1 and layer.input_quantizer.symmetric
