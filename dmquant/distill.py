@@ -99,7 +99,7 @@ def fit(
     optimizer = torch.optim.AdamW(parameter_groups(student, training), fused=device.type in ("cpu", "cuda"))
     model, optimizer = accelerator.prepare(student.requires_grad_(True).eval(), optimizer)
     average = EMAModel(student.parameters(), decay=training.ema_decay) if training.ema_decay else None
-    guard = Guard([*student.parameters(), *(average.shadow_params if average else ())], optimizer)
+    guard = Guard(student, optimizer, average)
     parts = {"student": student, "optimizer": optimizer, "guard": guard, "average": average}
     parts = {name: part for name, part in parts.items() if part is not None}
     steps = [Step(number) for number in range(run.restore(parts, device), training.max_steps)]
@@ -184,8 +184,8 @@ class Guard:
     Every rank sees the same gathered loss and the same reduced gradient norm, so all decide alike.
     """
 
-    def __init__(self, tensors: list[Tensor], optimizer: torch.optim.Optimizer):
-        self._tensors, self._optimizer = tensors, optimizer
+    def __init__(self, student: nn.Module, optimizer: torch.optim.Optimizer, average: EMAModel | None = None):
+        self._student, self._optimizer, self._average = student, optimizer, average
         self._bad_in_row, self._first_loss = 0, None
         self.factor = 1.0
         self._copy()
@@ -217,8 +217,11 @@ class Guard:
         self.factor, self._bad_in_row = state_dict["factor"], state_dict["bad_in_row"]
         self._first_loss, self._snapshot = state_dict["first_loss"], [kept.cpu() for kept in state_dict["snapshot"]]
 
+    def _tensors(self) -> list[Tensor]:
+        return [*self._student.parameters(), *(self._average.shadow_params if self._average else ())]
+
     def _copy(self) -> None:
-        self._snapshot = [p.detach().to("cpu", copy=True) for p in self._tensors]
+        self._snapshot = [p.detach().to("cpu", copy=True) for p in self._tensors()]
 
     @torch.no_grad()
     def _roll_back(self, step: int, value: float, what: str) -> None:
@@ -227,7 +230,7 @@ class Guard:
                 f"fine-tuning diverged at step {step} ({what} {value:g}) although its rates had been lowered once; "
                 "nothing was saved. Lower learning_rate and quantizer_rate, or raise the bits"
             )
-        for tensor, kept in zip(self._tensors, self._snapshot):
+        for tensor, kept in zip(self._tensors(), self._snapshot):
             tensor.copy_(kept)
         self._optimizer.state.clear()
         self.factor, self._bad_in_row = LOWERED, 0

@@ -130,7 +130,7 @@ def test_a_student_that_starts_almost_perfect_is_not_taken_for_one_that_diverges
     # one batch's first loss may be thousands of times below the next one's: both are tiny against an answer of zero
     student, samples = make()
     losses = [1e-9] + [1e-5] * 20
-    guard = Guard(list(student.parameters()), torch.optim.SGD(student.parameters()))
+    guard = Guard(student, torch.optim.SGD(student.parameters()))
     assert not any(guard.refuses(step, loss) for step, loss in enumerate(losses))
     assert guard.refuses(21, 2.0)
 
