@@ -9,14 +9,16 @@ list continues where it stopped. The table and the reports' JSON go to benchmark
 import argparse
 import json
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import dmquant
-from dmquant import checkpoint
+from dmquant import checkpoint, methods
 from dmquant.console import Tracker, say
 from dmquant.denoiser import open_pipeline
 from dmquant.report import Report
+from dmquant.samples import Samples, record
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -41,10 +43,12 @@ def evaluate_float(model: str | None, folder: Path, protocol: dict[str, Any]) ->
 
 def run(model: str | None, experiment: dict[str, Any], output: Path, protocol: dict[str, Any]) -> Report:
     settings = dict(experiment)
-    folder = output / settings.pop("name")
+    folder, seed = output / settings.pop("name"), settings.pop("seed", 0)
     if not (folder / "MANIFEST.json").exists():
+        method = methods.get(settings.pop("method")).parse(settings)
+        samples = share_recording(model, method.trajectories, method.sampling_steps, seed)
         started = time.monotonic()
-        quantized = dmquant.quantize(open_pipeline(model), track=Tracker(), **settings)
+        quantized = dmquant.quantize(open_pipeline(model), method, seed=seed, samples=samples, track=Tracker())
         dmquant.save(quantized, folder)
         say(f"{folder.name}: quantized in {time.monotonic() - started:.0f} s")
     if not (folder / "report.json").exists():
@@ -52,6 +56,12 @@ def run(model: str | None, experiment: dict[str, Any], output: Path, protocol: d
         report.save(folder)
         say(f"{folder.name}: {report.metrics}")
     return Report.load(folder)
+
+
+@cache
+def share_recording(model: str | None, trajectories: int, steps: int, seed: int) -> Samples:
+    """The teacher's calls that all experiments of one seed learn from, recorded once."""
+    return record(open_pipeline(model), trajectories, steps=steps, seed=seed, track=Tracker())
 
 
 def write(name: str, reports: list[Report]) -> None:

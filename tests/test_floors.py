@@ -24,8 +24,8 @@ FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in 
 # Same floor, one way: the first may import the second.
 NEIGHBOURS = {
     ("generation", "denoiser"), ("samples", "denoiser"), ("samples", "generation"), ("calibration", "samples"),
-    ("distill", "samples"), ("distill", "runs"), ("runs", "samples"), ("denoising", "denoiser"), ("denoising", "distill"), ("denoising", "samples"), ("denoising", "generation"), ("quantization", "hf"),
-    ("packed", "layers"), ("checkpoint", "hf"), ("failures", "console"), ("interruption", "console"),
+    ("distill", "samples"), ("distill", "runs"), ("runs", "samples"), ("denoising", "denoiser"), ("denoising", "generation"),
+    ("packed", "layers"), ("quantization", "hf"), ("checkpoint", "hf"), ("failures", "console"), ("interruption", "console"),
 }  # fmt: skip
 FORBIDDEN = {"torchvision", "torch_fidelity", "click"}
 FILES = sorted(ROOT.rglob("*.py"))
