@@ -6,7 +6,15 @@ from pathlib import Path
 from dmquant.errors import InputError
 
 RUNS = Path("runs")
-PICTURES = (".png", ".jpg", ".webp")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def refuse_empty(line: list[str]) -> None:
+    """An argument without text is a variable that was not set: as a path it would be the working folder."""
+    for before, argument in zip(["", *line], line):
+        name, equals, value = argument.partition("=")
+        if not argument or (name.startswith("--") and equals and not value):
+            raise InputError(f"{name or before or 'the first argument'} is empty; give a value or leave it out")
 
 
 def merge_settings(options: dict[str, int | None], pairs: list[str]) -> dict[str, int | str]:
@@ -37,13 +45,12 @@ def name_evaluation(model: str | None) -> Path:
 
 
 def require_writable(folder: Path) -> Path:
-    """The folder, made if it was not there: hours of work must not end before a closed door."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder} cannot be made: {error.strerror}; choose another with -o") from error
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"{folder} cannot be written; choose another with -o")
+    """The folder, which need not exist yet: hours of work must not end before a closed door."""
+    home = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not home.is_dir():
+        raise InputError(f"{folder} cannot be made: {home} is a file; choose another with -o")
+    if not os.access(home, os.W_OK | os.X_OK):
+        raise InputError(f"{folder} cannot be written: no permission in {home}; choose another with -o")
     return folder
 
 

@@ -7,13 +7,14 @@ is missing; 4 out of memory; 70 a bug of ours; 130 interrupted. DMQUANT_DEBUG=1 
 import json
 import math
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
-from dmquant import __version__, arguments, console
+from dmquant import __version__, arguments, console, ranks
 from dmquant.failures import INTERRUPTED, explain
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-REPORT_FOLDER = "Folder for report.json; default: beside a quantized MODEL, else runs/eval-NAME."
+REPORT = "File NAME.json, or folder for report.json; default: beside a quantized MODEL, else runs/eval-NAME."
 HIDDEN = {"show_default": False}
 
 Model = Annotated[str | None, typer.Argument(help="Pipeline folder or hub id; without it, the embedded pipeline.", **HIDDEN)]
@@ -47,8 +48,10 @@ def main() -> NoReturn:
 def run(line: list[str] | None = None) -> int:
     """Run one command line and return its exit code; every failure becomes one line on stderr."""
     console.show_warnings()
+    line = sys.argv[1:] if line is None else line
     try:
-        code = app(args=line, prog_name="dmquant", standalone_mode=False, obj=sys.argv[1:] if line is None else line) or 0
+        arguments.refuse_empty(line)
+        code = app(args=line, prog_name="dmquant", standalone_mode=False, obj=line) or 0
     except (Exception, KeyboardInterrupt) as error:
         return explain(error)
     if code == INTERRUPTED:
@@ -90,16 +93,22 @@ def quantize(
     chosen = get(method).parse(arguments.merge_settings(given, settings or []))
     folder = output or arguments.name_run(model, method, chosen.weight_bits, chosen.act_bits)
 
-    from dmquant import checkpoint, interruption, quantization, storage
+    from dmquant import checkpoint, denoiser, interruption, quantization, storage
 
     if dry_run:
         pipeline = _open(model, "cpu")
         _show_coverage(pipeline, chosen.weight_bits, chosen.act_bits, bits=quantization.plan(pipeline, chosen))
         return
-    storage.check_target(folder, force=force)
-    with storage.lock(folder), interruption.resumable(folder, context.obj, resume=resume, force=force) as run:
+    denoiser.locate(model)
+    if ranks.is_first():
+        storage.check_target(folder, force=force)
+    with (
+        storage.lock(folder) if ranks.is_first() else nullcontext(),
+        interruption.resumable(folder, context.obj, resume=resume, force=force) as run,
+    ):
         quantized = quantization.quantize(_open(model, device), chosen, seed=seed, data=data, run=run, track=console.Tracker())
-        checkpoint.save(quantized, folder, force=force)
+        if ranks.is_first():
+            checkpoint.save(quantized, folder, force=force)
     _say_size(quantized, folder)
     console.say(f"wrote {folder}; next: dmquant eval {folder} --fid")
 
@@ -117,20 +126,23 @@ def evaluate(
     reference: Annotated[str | None, typer.Option(help="Built-in name, npz, or images.", show_default="the extractor's")] = None,
     extractor: Annotated[str, typer.Option(help="resnet-cifar10 or inception.")] = "resnet-cifar10",
     inception_weights: Annotated[Path | None, typer.Option(help="File of the FID Inception.", **HIDDEN)] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help=REPORT_FOLDER, **HIDDEN)] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help=REPORT, **HIDDEN)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The report as JSON on stdout.")] = False,
     device: Device = None,
 ) -> None:
     """Draw images of a float or quantized pipeline, measure them, and write a report."""
-    from dmquant import comparison, evaluation
+    from dmquant import comparison, denoiser, evaluation
+    from dmquant.report import name_file
 
     metrics = tuple(name for name, is_wanted in (("fid", fid), ("psnr", psnr)) if is_wanted) or None
-    folder = arguments.require_writable(output or arguments.name_evaluation(model))
+    denoiser.locate(model)
+    file = name_file(output or arguments.name_evaluation(model))
+    arguments.require_writable(file.parent)
     report = evaluation.evaluate(
         _open(model, device), metrics=metrics, num_images=num_images, seed=seed, steps=steps, sampler=sampler, batch=batch,
         extractor=extractor, inception_weights=inception_weights, reference=reference, track=console.Tracker(),
     )  # fmt: skip
-    file = report.save(folder)
+    report.save(file)
     if as_json:
         console.show(report.to_json())
     else:
@@ -205,6 +217,7 @@ def sample(
         images = generation.generate(pipeline, range(seed, seed + count), steps=steps, batch=batch, track=track)
         rows[name] = torch.cat(list(images))
     picture = generation.beside(rows) if beside else generation.make_grid(rows[model], math.ceil(count**0.5))
+    output.parent.mkdir(parents=True, exist_ok=True)
     picture.save(output)
     console.say(f"wrote {output}")
 

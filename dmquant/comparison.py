@@ -96,11 +96,13 @@ class Comparison:
         return json.dumps(document, indent=2, allow_nan=False) + "\n"
 
 
-def compare(reports: Sequence[Report | str | Path], *, mixed: bool = False) -> Comparison:
+def compare(reports: Report | str | Path | Sequence[Report | str | Path], *, mixed: bool = False) -> Comparison:
     """The table of `reports` (or of the files or folders that hold them), float models first.
 
     Reports taken under different protocols are refused, unless `mixed`: then what differs becomes a column.
     """
+    if isinstance(reports, Report | str | Path):
+        reports = [reports]
     loaded = [report if isinstance(report, Report) else Report.load(report) for report in reports]
     if not loaded:
         raise InputError("nothing to compare; give report files or folders that hold a report.json")
@@ -180,10 +182,15 @@ def _changes(report: Report, baseline: Report | None) -> dict[str, float]:
 
 
 def _find_baseline(report: Report, reports: Sequence[Report]) -> Report | None:
-    """The float report of the model that this one was made from; None where it is not among them."""
+    """The float report of the model that this one was made from; None where it is not among them.
+
+    A pipeline that was made in memory names no origin: then the float report is meant if there is one only.
+    """
     base = report.base_model
-    alike = (other for other in reports if other.is_float and base is not None and _is_same(base, other.model))
-    return next((other for other in alike if not report.protocol.differences(other.protocol)), None)
+    alike = [other for other in reports if other.is_float and not report.protocol.differences(other.protocol)]
+    if base is None:
+        return alike[0] if len(alike) == 1 else None
+    return next((other for other in alike if _is_same(base, other.model)), None)
 
 
 def _is_same(model: str, other: str) -> bool:

@@ -1,15 +1,18 @@
 """The only module that prints. Results go to stdout; talk, progress, warnings and errors go to stderr.
 
 A table that is piped keeps its full width: squeezed into 80 columns it would lose digits. Text from users and files is
-never read as markup, and its control characters are dropped, so that a file name cannot drive the terminal.
+never read as markup, and its control characters are dropped, so that a file name cannot drive the terminal. Of several
+ranks only the first speaks, except of errors. A closed stream takes what comes and keeps nothing.
 """
 
+import io
 import operator
 import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
+from typing import TextIO
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -17,16 +20,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from dmquant import ranks
 from dmquant.comparison import IDENTITY, Comparison
 
 PIPED_WIDTH = 100_000  # columns; nothing is cut or wrapped
 QUIET_PERIOD_S = 10.0
-PLAIN_SIGNS = str.maketrans({"↓": "v", "↑": "^", "–": "-"})
+PLAIN_SIGNS = str.maketrans({"↓": "v", "↑": "^", "–": "-", "─": "-"})
 
 
 def show(text: str) -> None:
-    """A result, as it is, on stdout."""
-    _write(text.rstrip("\n") + "\n")
+    """A result on stdout."""
+    _write(clean(text.rstrip("\n")) + "\n")
 
 
 def show_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, align: str, notes: Iterable[str] = ()) -> None:
@@ -47,12 +51,13 @@ def show_comparison(comparison: Comparison) -> None:
 
 def say(text: str) -> None:
     """Talk: one line on stderr."""
-    _console(sys.stderr).print(Text(clean(text)), soft_wrap=True)
+    if ranks.is_first():
+        _talk(text)
 
 
 def fail(text: str) -> None:
-    """An error: one line on stderr, whatever the message holds."""
-    say("error: " + " ".join(text.split()))
+    """An error: one line on stderr, whatever the message holds. A rank that fails alone is heard too."""
+    _talk(("error: " if ranks.is_first() else f"error: rank {ranks.number()}: ") + " ".join(text.split()))
 
 
 def show_warnings() -> None:
@@ -77,6 +82,8 @@ class Tracker:
         self._bars: Progress | None = None
 
     def __call__(self, work: Iterable, label: str) -> Iterator:
+        if not ranks.is_first():
+            return iter(work)
         total = operator.length_hint(work) or None
         return self._draw(work, clean(label), total) if self._console.is_terminal else self._report(work, clean(label), total)
 
@@ -161,13 +168,20 @@ def _format_seconds(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def _console(stream) -> Console:
+def _talk(text: str) -> None:
+    _console(sys.stderr).print(Text(clean(text)), soft_wrap=True)
+
+
+def _console(stream: TextIO | None) -> Console:
+    stream = stream or io.StringIO()
     console = Console(file=stream, markup=False, highlight=False, emoji=False)
     return console if console.is_terminal else Console(file=stream, markup=False, highlight=False, emoji=False, width=PIPED_WIDTH)
 
 
 def _write(text: str) -> None:
     """To stdout and out of the buffer, so that a closed pipe shows here and not at exit."""
+    if sys.stdout is None or not ranks.is_first():
+        return
     encoding = sys.stdout.encoding or "ascii"
     if not encoding.lower().startswith("utf"):
         text = text.translate(PLAIN_SIGNS)

@@ -46,7 +46,7 @@ class Yardstick:
 
 @torch.no_grad()
 def evaluate(
-    pipeline: DiffusionPipeline, *, metrics: Sequence[str] | None = None, num_images: int = 1000, seed: int = 0, steps: int = 20,
+    pipeline: DiffusionPipeline, *, metrics: str | Sequence[str] | None = None, num_images: int = 1000, seed: int = 0, steps: int = 20,
     sampler: str | None = None, batch: int = 50, extractor: str = EMBEDDED, inception_weights: str | Path | None = None,
     reference: str | Path | None = None, float_pipeline: DiffusionPipeline | None = None, track: Track = plain,
 ) -> Report:
@@ -56,25 +56,37 @@ def evaluate(
     first 64 seeds with those of the float model: `float_pipeline`, or the one that a quantized pipeline says it came from.
     None measures what can be measured: "fid", and "psnr" where the float model is at hand.
     """
+    refuse_others(pipeline, float_pipeline)
     denoiser = find_denoiser(pipeline)[1]
-    has_twin = float_pipeline is not None or has_base(denoiser)
-    kinds = choose_metrics((("fid", "psnr") if has_twin else ("fid",)) if metrics is None else metrics, num_images)
+    if metrics is None:
+        metrics = ("fid", "psnr") if float_pipeline is not None or has_base(denoiser) else ("fid",)
+    kinds = choose_metrics([metrics] if isinstance(metrics, str) else metrics, num_images)
+    refuse_unused(kinds, extractor, inception_weights, reference, float_pipeline)
     cost = measure_cost(denoiser)
     yardstick, twins = None, None
     seeds, how = range(seed, seed + num_images), {"steps": steps, "batch": batch, "track": track}
     with keep_scheduler(pipeline):
         sampler = set_sampler(pipeline, sampler)
         if any(kind.needs_features for kind in kinds):
-            network = load_extractor(extractor, inception_weights).to(denoiser.device)
-            yardstick = Yardstick(network, open_reference(reference, network, size=find_image_size(pipeline), track=track))
+            network, size = load_extractor(extractor, inception_weights).to(denoiser.device), find_image_size(pipeline)
+            if size is not None:
+                network.refuse_size(size, size)
+            yardstick = Yardstick(network, open_reference(reference, network, size=size, track=track))
         if any(kind.needs_float_images for kind in kinds):
-            twins = draw_twins(float_pipeline or open_base(denoiser), pipeline.scheduler, seeds[:MAX_PAIRS], how)
+            twins = draw_twins(float_pipeline or open_base(pipeline), pipeline.scheduler, seeds[:MAX_PAIRS], how)
         meters = [kind(yardstick.extractor.name, yardstick.reference) if kind.needs_features else kind() for kind in kinds]
         images = Stopwatch(generate(pipeline, seeds, **how))
         size = stream(images, meters, yardstick, twins)
     protocol = Protocol(num_images, seed, steps, sampler, batch, size, **describe(yardstick))
     numbers = {name: value for meter in meters for name, value in meter.compute().items()}
     return write_report(pipeline, cost, numbers, protocol, images.seconds / num_images)
+
+
+def refuse_others(*pipelines: DiffusionPipeline | None) -> None:
+    """Raises InputError for what is no pipeline; None is one that was not given."""
+    for pipeline in pipelines:
+        if not isinstance(pipeline, DiffusionPipeline | None):
+            raise InputError(f"give a diffusers pipeline, as dmquant.load returns it, not {type(pipeline).__name__}")
 
 
 def choose_metrics(names: Sequence[str], num_images: int) -> list[type[Metric]]:
@@ -89,6 +101,20 @@ def choose_metrics(names: Sequence[str], num_images: int) -> list[type[Metric]]:
     if num_images < least:
         raise InputError(f"num_images must be at least {least} for {', '.join(names)}, got {num_images}")
     return [METRICS[name] for name in dict.fromkeys(names)]
+
+
+def refuse_unused(
+    kinds: Sequence[type[Metric]], extractor: str, inception_weights: str | Path | None, reference: str | Path | None,
+    float_pipeline: DiffusionPipeline | None,
+) -> None:
+    """Raises InputError for an argument that no metric asked for would look at."""
+    given = {"extractor": extractor != EMBEDDED, "inception_weights": inception_weights is not None,
+             "reference": reference is not None}  # fmt: skip
+    unused = [name for name, is_given in given.items() if is_given]
+    if unused and not any(kind.needs_features for kind in kinds):
+        raise InputError(f"{', '.join(unused)}: without effect, as fid is not among the metrics; add it or leave them out")
+    if float_pipeline is not None and not any(kind.needs_float_images for kind in kinds):
+        raise InputError("float_pipeline: without effect, as psnr is not among the metrics; add it or leave it out")
 
 
 def find_image_size(pipeline: DiffusionPipeline) -> int | None:
@@ -110,17 +136,23 @@ def keep_scheduler(pipeline: DiffusionPipeline) -> Iterator[None]:
 
 
 def has_base(denoiser: nn.Module) -> bool:
-    """Whether a quantized denoiser names a float pipeline that lies on this machine."""
+    """Whether a quantized denoiser names a float pipeline that lies on this machine, still float."""
     base = read_record(denoiser).get("base_model")
-    return base is not None and (base == EMBEDDED_MODEL or Path(base).is_dir())
+    if base is None or base == EMBEDDED_MODEL:
+        return base is not None
+    return (Path(base) / "model_index.json").is_file() and not is_quantized(base)
 
 
-def open_base(denoiser: nn.Module) -> DiffusionPipeline:
-    """The float pipeline that a quantized denoiser was made from, on its device."""
+def open_base(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """The float pipeline that a quantized one was made from, on its device."""
+    denoiser = find_denoiser(pipeline)[1]
     base = read_record(denoiser).get("base_model")
     if base is None:
         raise InputError("psnr compares a quantized pipeline with its float model; give float_pipeline")
-    return open_pipeline(base, device=str(denoiser.device))
+    try:
+        return open_pipeline(base, device=str(denoiser.device))
+    except DmquantError as error:
+        raise type(error)(f"the float model recorded in {name_model(pipeline)}, {base!r}, cannot be opened: {error}") from error
 
 
 def draw_twins(pipeline: DiffusionPipeline, scheduler: SchedulerMixin, seeds: Sequence[int], how: dict[str, Any]) -> Tensor:
@@ -179,7 +211,7 @@ def write_report(
 ) -> Report:
     """Everything that was measured, with what a reader needs to compare it."""
     name, denoiser = find_denoiser(pipeline)
-    record, model = read_record(denoiser), str(pipeline.config.get("_name_or_path") or type(pipeline).__name__)
+    record, model = read_record(denoiser), name_model(pipeline)
     size_bytes = measure_size(Path(model) / name, cost) if record else cost.float_size_bytes
     return Report(
         model=model, method=record.get("method", FLOAT_METHOD), settings=record.get("settings", {}),
@@ -189,6 +221,11 @@ def write_report(
         versions={"dmquant": __version__, **{package: version(package) for package in PACKAGES}},
         base_model=record.get("base_model"),
     )
+
+
+def name_model(pipeline: DiffusionPipeline) -> str:
+    """Where a pipeline came from; its kind, where it was made in memory."""
+    return str(pipeline.config.get("_name_or_path") or type(pipeline).__name__)
 
 
 def measure_size(folder: Path, cost: Cost) -> int:

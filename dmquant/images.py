@@ -41,6 +41,8 @@ class ImageFile:
 
 def list_images(*paths: str | Path) -> list[ImageFile]:
     """Picture files of the folders and zips named, sorted by name. Raises InputError where there are none."""
+    if "" in paths:
+        raise InputError("an empty text names no images; give a folder or a zip")
     files = [file for path in paths for file in _list_one(Path(path))]
     if not files:
         raise InputError(f"no images in {', '.join(map(str, paths))}; give a folder or a zip of png, jpg, webp ... files")

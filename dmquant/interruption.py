@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Self
 
-from dmquant import console
+from dmquant import console, ranks
 from dmquant.errors import InputError, Interrupted
 from dmquant.runs import SavedRun
 
@@ -20,7 +20,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 def resumable(folder: Path, line: list[str], *, resume: bool, force: bool) -> Iterator[SavedRun]:
     """The saved run beside a result folder: continued, begun or refused; removed when the block ends well.
 
-    `line` is the command line that a user repeats to continue.
+    `line` is the command line that a user repeats to continue. Several ranks leave the block together.
     """
     folder = Path(os.path.abspath(folder))
     with Stop() as stop:
@@ -29,7 +29,10 @@ def resumable(folder: Path, line: list[str], *, resume: bool, force: bool) -> It
             choose(run, resume=resume, force=force)
             yield run
         except (KeyboardInterrupt, Interrupted) as error:
+            if isinstance(error, Interrupted):
+                ranks.leave_together()
             raise Interrupted(advise(run, line)) from error
+        ranks.leave_together()
         run.remove()
 
 

@@ -98,8 +98,7 @@ class Report:
 
     def save(self, path: str | Path) -> Path:
         """Write to `path` (a .json file, else a folder that gets a report.json), all or nothing; the file written."""
-        path = Path(path)
-        file = path if path.suffix == ".json" and not path.is_dir() else path / FILE_NAME
+        file = name_file(path)
         file.parent.mkdir(parents=True, exist_ok=True)
         _write_whole(file, self.to_json())
         return file
@@ -119,6 +118,12 @@ class Report:
             raise InputError(f"{file} does not exist; give a report file or a folder that holds one") from error
         except (OSError, UnicodeDecodeError) as error:
             raise DamagedFile(f"{file} cannot be read: {error}") from error
+
+
+def name_file(path: str | Path) -> Path:
+    """The file that a report is saved to: `path` itself if it ends in .json and is no folder, else a file inside it."""
+    path = Path(path)
+    return path if path.suffix == ".json" and not path.is_dir() else path / FILE_NAME
 
 
 def _parse(text: str, source: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dmquant import __version__, storage
+from dmquant import __version__, ranks, storage
 from dmquant.errors import DamagedFile, DmquantError, InputError, Interrupted
 from dmquant.samples import Samples
 
@@ -78,17 +78,19 @@ class SavedRun(Run):
         self._start, self._state = self.folder / START, self.folder / STATE
         self._should_stop, self._period_s = should_stop, period_s
         self._samples: Samples | None = None
-        self._is_writer, self._has_begun = os.environ.get("RANK", "0") == "0", False
+        self._is_writer, self._is_removed, self._has_begun = ranks.is_first(), False, False
 
     def is_there(self) -> bool:
         """True if there is something to continue."""
         if self._is_writer and self.folder.is_dir():
             with storage.lock(self._state):
                 storage.repair(self._state)
-        return self._state.exists()
+        return self._state.exists() and not self._is_removed
 
     def remove(self) -> None:
         """Removes the saved run, and nothing that dmquant did not write."""
+        # another rank may look before the writer has removed it
+        self._is_removed = not self._is_writer
         if self._is_writer and self.folder.is_dir():
             storage.discard(self._state)
             storage.discard(self._start)

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "dmquant"
 FLOORS = (
     {"errors"},
-    {"report", "packing", "clock", "storage", "progress", "images"},
+    {"report", "packing", "clock", "storage", "progress", "images", "ranks"},
     {"quantizers", "kernels", "comparison"},
     {"layers", "packed"},
     {"denoiser", "generation", "samples", "calibration", "distill", "denoising", "runs"},

@@ -37,26 +37,29 @@ class Extractor(NamedTuple):
     def features(self, images: Tensor) -> Tensor:
         """Features (B, D), float64 on the CPU, computed in float32 on the network's device whatever the autocast around."""
         device = next(self.network.parameters()).device
-        self._check(images)
+        if images.dtype != torch.uint8:
+            raise InputError(f"{self.name} takes uint8 images, got {images.dtype}")
+        self.refuse_size(*images.shape[-2:])
         with torch.autocast(device.type, enabled=False):
             return self.network(images.to(device)).cpu().double()  # some devices have no float64
 
-    def _check(self, images: Tensor) -> None:
-        size, expected = tuple(images.shape[-2:]), getattr(self.network, "image_size", None)
-        if images.dtype != torch.uint8:
-            raise InputError(f"{self.name} takes uint8 images, got {images.dtype}")
-        if expected and size != (expected, expected):
-            raise InputError(f"{self.name} takes {expected}x{expected} images, got {size[1]}x{size[0]}; try extractor inception")
+    def refuse_size(self, height: int, width: int) -> None:
+        """Raises InputError where the network takes images of another size in pixels."""
+        expected = getattr(self.network, "image_size", None)
+        if expected and (height, width) != (expected, expected):
+            raise InputError(f"{self.name} takes {expected}x{expected} images, got {width}x{height}; try extractor inception")
 
 
 def load_extractor(name: str, inception_weights: str | Path | None = None) -> Extractor:
-    """The extractor of that name, on the CPU, in eval mode. `inception_weights` is read for "inception" only."""
+    """The extractor of that name, on the CPU, in eval mode. `inception_weights` is for "inception" only."""
     if name == INCEPTION:
         network, sha256 = load_inception(inception_weights)
         return Extractor(network, name, sha256)
     if name != EMBEDDED:
         near = difflib.get_close_matches(name, NAMES, n=1)
         raise InputError(f"no extractor {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(NAMES)}"))
+    if inception_weights is not None:
+        raise InputError(f"inception weights are for the extractor 'inception', not {name!r}; leave them out")
     return load_embedded(EMBEDDED_FOLDER)
 
 

@@ -48,6 +48,8 @@ def open_reference(
     source: str | Path | None, extractor: Extractor, *, size: int | None = None, track: Track = plain
 ) -> Reference:
     """The reference that `source` names; None is the built-in default. `size` is the side to bring images to."""
+    if source == "":
+        raise InputError(f"an empty text names no reference; {_known(extractor)}, or give an npz or images")
     source = DEFAULT if source is None else source
     built_in = FOLDER / f"{source}.{extractor.name}.npz"
     if str(source) in built_in_names() and built_in.is_file():
