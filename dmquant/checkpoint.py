@@ -39,26 +39,32 @@ def save(pipeline: DiffusionPipeline, folder: str | Path, *, force: bool = False
 def load(
     folder: str | Path, *, device: str | None = None, dtype: torch.dtype | None = None, verify: bool = True
 ) -> DiffusionPipeline:
-    """The quantized pipeline in a folder, its hashes checked first. Scales stay float32 in every dtype."""
+    """The quantized pipeline in a folder, hashes checked first where it has any. Scales stay float32 in every dtype."""
     folder = locate(_recover(Path(folder)))
-    if verify:
+    if verify and (folder / storage.MANIFEST).is_file():  # save_pretrained writes none
         storage.verify_manifest(folder)
     _read_config(folder)
     return place(load_folder(folder, dtype=dtype), device)
 
 
-def open_any(model: str | Path | None = None, *, device: str | None = None) -> DiffusionPipeline:
+def open_any(
+    model: str | Path | None = None, *, device: str | None = None, dtype: torch.dtype | None = None
+) -> DiffusionPipeline:
     """A quantized or a float pipeline: a local folder, a hub id, or the embedded one (None)."""
     folder = locate(model)
     if not is_quantized(folder):
-        return open_pipeline(model, device=device)
+        return open_pipeline(model, device=device, dtype=dtype)
     # a snapshot of the hub has hashes of its own, and no file that diffusers does not ask for
-    return load(folder, device=device, verify=model is not None and Path(model).exists())
+    return load(folder, device=device, dtype=dtype, verify=model is not None and Path(model).exists())
 
 
 def verify(folder: str | Path) -> list[str]:
     """Checks everything there is to check, reading all of it; the names of the files, or a DamagedFile."""
-    folder = _recover(Path(folder))
+    folder = locate(_recover(Path(folder)))
+    if not (folder / storage.MANIFEST).is_file():
+        _read_config(folder)  # a float pipeline never has one
+        way_out = "write the folder anew with dmquant.save(dmquant.load(folder), new_folder)"
+        raise DamagedFile(f"{folder} has no {storage.MANIFEST} to compare its files with; {way_out}")
     names = storage.verify_manifest(folder)
     load(folder, verify=False)
     for name in names:
@@ -132,7 +138,7 @@ def _parse_config(path: Path) -> hf.DmquantConfig:
         config = json.loads(path.read_text(encoding="utf-8")).get("quantization_config")
     except (ValueError, AttributeError, RecursionError) as error:
         raise DamagedFile(f"{path} is no JSON object: {error}") from error
-    if not isinstance(config, dict):
+    if config is None:
         raise InputError(f"{path.parent} is not quantized; open it with dmquant.denoiser.open_pipeline")
     return hf.DmquantConfig.from_dict(config)
 

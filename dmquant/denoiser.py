@@ -19,9 +19,10 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils.import_utils import DummyObject
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from dmquant.errors import DamagedFile, DmquantError, InputError, MissingResource
@@ -71,16 +72,20 @@ class Block:
     modules: tuple[str, ...]
 
 
-def open_pipeline(model: str | Path | None = None, *, device: str | None = None) -> DiffusionPipeline:
-    """A float32 pipeline from a local folder, a hub id "org/name", or the embedded one (None or "embedded")."""
+def open_pipeline(
+    model: str | Path | None = None, *, device: str | None = None, dtype: torch.dtype | None = None
+) -> DiffusionPipeline:
+    """A float pipeline, float32 unless a dtype is given: a local folder, a hub id "org/name", or the embedded one (None)."""
     folder = locate(model)
     tool = _find_quantizer(folder)
     if tool is not None:
         way_out = "open it with dmquant.load" if tool == "dmquant" else "give the float pipeline that it was made from"
         raise InputError(f"{folder}: this is a {tool} checkpoint; {way_out}")
-    pipeline = load_folder(folder)
+    pipeline = load_folder(folder, dtype=dtype)
     pipeline.register_to_config(_name_or_path=EMBEDDED if model is None else str(model))  # not the cache folder behind it
-    _check_weights(folder, *find_denoiser(pipeline))
+    name, denoiser = find_denoiser(pipeline)
+    _check_size(folder / name, denoiser)
+    _check_weights(folder / name, denoiser)
     return place(pipeline, device)
 
 
@@ -111,6 +116,10 @@ def load_folder(folder: Path, *, dtype: torch.dtype | None = None) -> DiffusionP
         raise MissingResource(f"{folder} needs a library that is not installed: {str(error).strip()}") from error
     except (OSError, ValueError, SafetensorError) as error:
         raise DamagedFile(f"{folder} cannot be loaded: {str(error).strip()}") from error
+    except (TypeError, AttributeError, LookupError, ArithmeticError) as error:  # what diffusers trips over in a bad config
+        configs = ["model_index.json", *(file.as_posix() for file in files if file.name.endswith("config.json"))]
+        reason = f"{type(error).__name__}: {error}"
+        raise DamagedFile(f"{folder} cannot be loaded; a value in one of {', '.join(configs)} is wrong ({reason})") from error
 
 
 def choose_device() -> str:
@@ -120,14 +129,12 @@ def choose_device() -> str:
 
 def place(pipeline: DiffusionPipeline, device: str | None) -> DiffusionPipeline:
     """The pipeline on the device given, or where it is."""
-    if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {device!r} is not available here; torch {torch.__version__} sees no CUDA device")
-    return pipeline if device is None else pipeline.to(device)
+    return pipeline if device is None else pipeline.to(_check_device(device))
 
 
 def is_quantized(folder: str | Path) -> bool:
     """Whether a local pipeline folder holds a denoiser packed by dmquant. Reads JSON only."""
-    return _find_quantizer(Path(folder)) == "dmquant"
+    return (Path(folder) / "model_index.json").is_file() and _find_quantizer(Path(folder)) == "dmquant"
 
 
 def find_denoiser(pipeline: DiffusionPipeline) -> tuple[str, nn.Module]:
@@ -211,6 +218,23 @@ def _pair(prefix: str, level: nn.Module) -> tuple[list[tuple[str, ...]], list[st
     return pairs, rest
 
 
+def _check_device(name: str) -> torch.device:
+    """The device of that name, where it is one that holds numbers."""
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise InputError(f"device {name!r} is not available here; torch {torch.__version__} sees no CUDA device")
+        torch.empty(1, device=device)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError, ImportError) as error:  # the last two from backends that torch was built without
+        reason = re.split(r"\n|\. ", str(error))[0]
+        raise InputError(f"device {name!r} cannot be used: {reason}; try cpu, cuda or cuda:1") from error
+    if device.type == "meta" or (device.type == "cpu" and device.index):
+        raise InputError(f"device {name!r} cannot be used; try cpu, cuda or cuda:1")
+    return device
+
+
 def _check_folder(folder: Path) -> Path:
     """The folder, where it holds a pipeline."""
     if not folder.exists():
@@ -251,8 +275,13 @@ def _find_quantizer(folder: Path) -> str | None:
     """quant_method of the denoiser in a pipeline folder; None for a float one."""
     index = _read_json(folder / "model_index.json")
     configs = (folder / name / "config.json" for name in DENOISERS if name in index)
-    found = (_read_json(path).get("quantization_config") for path in configs if path.is_file())
-    return next((str(entry.get("quant_method", "unnamed")) for entry in found if isinstance(entry, dict)), None)
+    for path in filter(Path.is_file, configs):
+        entry = _read_json(path).get("quantization_config")
+        if entry is not None and not isinstance(entry, dict):
+            raise DamagedFile(f"{path}: quantization_config should be a JSON object, not a {type(entry).__name__}")
+        if entry is not None:
+            return str(entry.get("quant_method", "unnamed"))
+    return None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -268,21 +297,35 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _list_components(folder: Path) -> list[PurePath]:
     """Files of the components that model_index.json names, relative to the folder."""
     index = _read_json(folder / "model_index.json")
-    names = [name for name, entry in index.items() if isinstance(entry, list) and not name.startswith("_")]
+    public = {name: entry for name, entry in index.items() if not name.startswith("_")}
+    names = [name for name, entry in public.items() if isinstance(entry, list) or (folder / name).is_dir()]
     strange = [name for name in names if not name.isidentifier()]
     if strange:
         raise DamagedFile(f"{folder}/model_index.json names impossible components: {', '.join(map(repr, strange))}")
+    for name in names:  # a list without a folder of its name is a setting
+        if (folder / name).is_dir() and not _is_class_entry(index[name]):
+            raise DamagedFile(f"{folder}/model_index.json: {name} should be [library, class], not {json.dumps(index[name])}")
     return sorted(path.relative_to(folder) for name in names for path in (folder / name).glob("*"))
+
+
+def _is_class_entry(entry: object) -> bool:
+    """Whether an entry of model_index.json is [library, class], or [null, null] for a component left out."""
+    is_pair = isinstance(entry, list) and len(entry) == 2
+    return is_pair and (all(isinstance(part, str) for part in entry) or entry == [None, None])
 
 
 def _refuse_foreign_code(folder: Path, files: Iterable[PurePath]) -> None:
     """Only pipeline classes of diffusers, and no Python file beside a component, for which diffusers would want trust."""
     name = _read_json(folder / "model_index.json").get("_class_name")
     scripts = [file.as_posix() for file in files if file.suffix == ".py"]
-    if not isinstance(name, str) or scripts:
+    if isinstance(name, list) or scripts:  # [file, class]
         raise InputError(f"{folder} wants to run its own code ({', '.join(scripts) or name}), which dmquant never does")
-    if not hasattr(diffusers, name):
-        raise InputError(f"{folder}: diffusers {diffusers.__version__} knows no pipeline class {name!r}")
+    if not isinstance(name, str):
+        raise DamagedFile(f"{folder}/model_index.json: _class_name should name a pipeline class, not {json.dumps(name)}")
+    kind = getattr(diffusers, name, None)
+    # a DummyObject stands for a pipeline whose libraries are missing, and names them when it is loaded
+    if not isinstance(kind, DummyObject) and not (isinstance(kind, type) and issubclass(kind, DiffusionPipeline)):
+        raise InputError(f"{folder}/model_index.json: diffusers {diffusers.__version__} knows no pipeline class {name!r}")
 
 
 def _refuse_pickles(files: Iterable[PurePath]) -> None:
@@ -296,11 +339,37 @@ def _refuse_pickles(files: Iterable[PurePath]) -> None:
         raise InputError(f"only pickle weights (.bin), which can run any code, in {', '.join(pickled)}; {way_out}")
 
 
-def _check_weights(folder: Path, name: str, denoiser: nn.Module) -> None:
-    """diffusers only warns about tensors that a file lacks (they stay on meta), and nobody looks for NaN."""
+def _check_size(folder: Path, denoiser: nn.Module) -> None:
+    """Whether the config, where it speaks of sample_size, says one that images can be drawn in."""
+    size = denoiser.config.get("sample_size", 1)
+    sides = size if isinstance(size, list | tuple) else [size]
+    if not all(type(side) is int and side > 0 for side in sides):
+        raise DamagedFile(f"{folder}/config.json: sample_size cannot be {json.dumps(size)}; give the side of the images in pixels")
+
+
+def _check_weights(folder: Path, denoiser: nn.Module) -> None:
+    """diffusers only warns about tensors that a file lacks (they stay on meta) or has too many, and nobody looks for NaN."""
     damaged = [key for key, value in denoiser.state_dict().items() if value.is_meta or not value.isfinite().all()]
     if damaged:
-        raise DamagedFile(f"{folder}/{name}: {len(damaged)} tensors are missing or not finite: {', '.join(damaged[:5])}")
+        raise DamagedFile(f"{folder}: {len(damaged)} tensors are missing or not finite: {', '.join(damaged[:5])}")
+    extra = _find_extra(folder, denoiser)
+    if extra:
+        is_student = any("_quantizer." in key for key in extra)
+        reason = "; it was saved with save_pretrained before dmquant.save" if is_student else ""
+        raise DamagedFile(f"{folder}: {len(extra)} tensors have no place in the model: {', '.join(extra[:5])}{reason}")
+
+
+def _find_extra(folder: Path, denoiser: nn.Module) -> list[str]:
+    """Names of stored tensors that the model does not have."""
+    stored: dict[str, None] = {}
+    for pattern in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*-of-*.safetensors"):
+        for path in folder.glob(pattern):
+            with safe_open(path, "pt") as file:
+                stored |= dict.fromkeys(file.keys())
+    denoiser._fix_state_dict_keys_on_load(stored)  # the names of early versions of diffusers
+    ignored = denoiser._keys_to_ignore_on_load_unexpected or ()
+    extra = stored.keys() - denoiser.state_dict().keys()
+    return sorted(key for key in extra if not any(re.search(pattern, key) for pattern in ignored))
 
 
 @contextmanager

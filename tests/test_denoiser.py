@@ -1,4 +1,5 @@
 import json
+import re
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ from torch import nn
 from dmquant import denoiser
 from dmquant.cost import example_inputs
 from dmquant.denoiser import (
-    Role, find_blocks, find_denoiser, find_roles, is_layer, is_quantized, locate, named_layers, open_pipeline,
+    Role, find_blocks, find_denoiser, find_roles, is_layer, is_quantized, locate, named_layers, open_pipeline, place,
 )  # fmt: skip
 from dmquant.errors import DamagedFile, DmquantError, InputError, MissingResource
 from tests.conftest import TINY_UNET
@@ -250,6 +251,50 @@ def test_missing_and_broken_tensors_are_named(folder, kind):
         open_pipeline(folder)
 
 
+@pytest.mark.parametrize("name, words", [("conv_in.extra", "$"), ("conv_in.weight_quantizer.scale", "before dmquant.save")])
+def test_tensors_without_a_place_in_the_model_are_refused(folder, name, words):
+    weights = folder / "unet/diffusion_pytorch_model.safetensors"
+    save_file(load_file(weights) | {name: torch.ones(1)}, weights)
+    with pytest.raises(DamagedFile, match=f"unet: 1 tensors have no place in the model: {name}.*{words}"):
+        open_pipeline(folder)
+
+
+def test_attention_under_its_early_names_still_opens(saved, folder):
+    weights = folder / "unet/diffusion_pytorch_model.safetensors"
+    early = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    tensors = load_file(weights).items()
+    save_file({re.sub("to_[qkv]|to_out.0", lambda hit: early[hit[0]], key): value for key, value in tensors}, weights)
+    found, expected = open_pipeline(folder).unet.state_dict(), open_pipeline(saved).unet.state_dict()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+UNET, INDEX = "unet/config.json", "model_index.json"
+BAD_VALUES = [
+    (INDEX, {"_class_name": "UNet2DModel"}, InputError, "no pipeline class 'UNet2DModel'"),
+    (INDEX, {"_class_name": "__doc__"}, InputError, "no pipeline class '__doc__'"),
+    (INDEX, {"_class_name": None}, DamagedFile, "_class_name should name a pipeline class, not null"),
+    (INDEX, {"_class_name": 3}, DamagedFile, "_class_name should name a pipeline class, not 3"),
+    (INDEX, {"unet": None}, DamagedFile, "unet should be .library, class., not null"),
+    (INDEX, {"unet": [1, 2]}, DamagedFile, "unet should be"),
+    (INDEX, {"scheduler": {}}, DamagedFile, "scheduler should be"),
+    (INDEX, {"unet": ["diffusers", "NoSuchModel"]}, DamagedFile, "NoSuchModel"),
+    ("scheduler/scheduler_config.json", {"num_train_timesteps": "x"}, DamagedFile, "cannot be loaded"),
+    (UNET, {"sample_size": None}, DamagedFile, "sample_size cannot be null"),
+    (UNET, {"sample_size": "x"}, DamagedFile, "sample_size cannot be"),
+    (UNET, {"norm_num_groups": 0}, DamagedFile, "cannot be loaded"),
+    (UNET, {"quantization_config": []}, DamagedFile, "quantization_config should be a JSON object, not a list"),
+    (UNET, {"quantization_config": "int4"}, DamagedFile, "quantization_config should be a JSON object, not a str"),
+]
+
+
+@pytest.mark.parametrize("file, changes, error, words", BAD_VALUES)
+def test_a_wrong_value_is_named_with_its_file(folder, file, changes, error, words):
+    edit(folder / file, **changes)
+    with pytest.raises(error, match=words) as caught:
+        open_pipeline(folder)
+    assert file in str(caught.value)
+
+
 def test_quantized_folders_are_recognised_by_their_json(folder):
     assert not is_quantized(folder)
     edit(folder / "unet/config.json", quantization_config={"quant_method": "torchao"})
@@ -260,6 +305,20 @@ def test_quantized_folders_are_recognised_by_their_json(folder):
     assert is_quantized(folder)
     with pytest.raises(InputError, match="dmquant.load"):
         open_pipeline(folder)
+
+
+def test_a_folder_without_a_pipeline_is_not_quantized(tmp_path):
+    assert not is_quantized(tmp_path) and not is_quantized(tmp_path / "missing")
+
+
+def test_a_dtype_is_that_of_the_weights(saved):
+    assert open_pipeline(saved, dtype=torch.bfloat16).unet.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("device", ["banana", "cuda:x", "meta", "", "cpu:7", "mps:9", "hpu"])
+def test_a_device_that_no_one_has_is_refused(device):
+    with pytest.raises(InputError, match=f"device {device!r} cannot be used"):
+        place(SimpleNamespace(to=lambda device: pytest.fail("moved")), device)
 
 
 def test_a_device_that_is_not_there_is_refused(saved, monkeypatch):
