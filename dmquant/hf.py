@@ -157,8 +157,19 @@ class DmquantQuantizer(DiffusersQuantizer):
         """Plain float layers, under a config that does not call them quantized any more."""
         restore_float(model)
         model._internal_dict = FrozenDict({key: value for key, value in model.config.items() if key != "quantization_config"})
-        del model.quantization_method
+        del model.quantization_method, model.dmquant_record
         return model
+
+
+class UnpackedQuantizer(DmquantQuantizer):
+    """Keeps diffusers from writing, or calling plain, a model whose layers still hold float weights and their quantizers."""
+
+    @property
+    def is_serializable(self) -> bool:
+        raise InputError("this denoiser is not packed yet; write it with dmquant.save(pipeline, folder)")
+
+    def _dequantize(self, model: nn.Module) -> nn.Module:
+        raise InputError("this denoiser is not packed yet; dequantize what dmquant.load(folder) gives after dmquant.save")
 
 
 def register() -> None:
@@ -189,6 +200,11 @@ def mark(model: nn.Module) -> None:
     model.dmquant_record = config.run
 
 
+def mark_unpacked(model: nn.Module) -> None:
+    """Makes diffusers' own save_pretrained refuse a model that is quantized and not packed yet."""
+    model.hf_quantizer = UnpackedQuantizer(None)
+
+
 def check_tensor(module: nn.Module, leaf: str, tensor: Tensor, *, name: str) -> None:
     """A DamagedFile if a stored tensor cannot be this parameter or buffer of this module."""
     expected = getattr(module, leaf)
@@ -202,8 +218,18 @@ def check_tensor(module: nn.Module, leaf: str, tensor: Tensor, *, name: str) -> 
         raise DamagedFile(f"{name} holds values that are not finite")
     if is_grid and leaf == "scale" and not (tensor > 0).all():
         raise DamagedFile(f"{name} holds a scale that is not positive")
+    if is_grid and leaf == "zero" and not _is_on_grid(tensor, module):
+        raise DamagedFile(f"{name} holds a zero that is no code of {module.bits} bits")
     if leaf == "codes" and is_grid and not _has_zero_padding(tensor, module.numel()):
         raise DamagedFile(f"{name} has bits set after its last code")
+
+
+def _is_on_grid(zero: Tensor, grid: PackedWeight | FixedGrid) -> bool:
+    """Whether every zero is a code. One half is allowed between the two of a binary weight, {-1, +1}."""
+    is_code = (zero == zero.round()) & (zero >= 0) & (zero < 1 << grid.bits)
+    if isinstance(grid, PackedWeight) and grid.bits == 1:
+        is_code |= zero == 0.5
+    return bool(is_code.all())
 
 
 def _has_zero_padding(planes: Tensor, count: int) -> bool:
@@ -212,6 +238,8 @@ def _has_zero_padding(planes: Tensor, count: int) -> bool:
 
 def _check_config(config: dict[str, Any]) -> None:
     """Every key is there, known, and of its type; a newer format is refused by the version that can read it."""
+    if not isinstance(config, dict):
+        raise DamagedFile(f"quantization_config should be a JSON object, not a {type(config).__name__}")
     if config.get("quant_method") != QuantMethod.DMQUANT.value:
         raise InputError(f"this is a {config.get('quant_method')} checkpoint, not one of dmquant")
     version = config.get("format_version")

@@ -4,6 +4,8 @@ import copy
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dmquant import checkpoint, storage
+from dmquant import checkpoint, hf, storage
 from dmquant.errors import DamagedFile, DmquantError, InputError, MissingResource
 from dmquant.layers import swap
 from dmquant.packed import packed_layers
@@ -172,6 +174,8 @@ def test_the_record_of_the_run_can_be_read_from_the_folder_and_the_model(folder)
 def test_any_pipeline_opens_by_its_folder(folder, tiny_folder):
     assert packed_layers(checkpoint.open_any(folder).unet)
     assert not packed_layers(checkpoint.open_any(tiny_folder).unet)
+    for name in (folder, tiny_folder):
+        assert checkpoint.open_any(name, dtype=torch.bfloat16).unet.dtype == torch.bfloat16
 
 
 def test_verify_names_every_file_that_it_checked(folder):
@@ -238,21 +242,70 @@ def test_a_folder_that_is_not_there_is_said_to_be_missing(tmp_path):
         checkpoint.load(tmp_path / "org" / "name")
 
 
-def test_a_folder_of_diffusers_own_save_opens_without_hashes(folder, tmp_path):
+def test_a_folder_of_diffusers_own_save_opens_without_hashes_and_is_not_verified(folder, tmp_path):
     checkpoint.load(folder).save_pretrained(tmp_path / "plain")
-    with pytest.raises(DamagedFile, match="no MANIFEST.json"):
-        checkpoint.load(tmp_path / "plain")
-    assert torch.equal(run(checkpoint.load(tmp_path / "plain", verify=False)), run(checkpoint.load(folder)))
+    assert torch.equal(run(checkpoint.open_any(tmp_path / "plain")), run(checkpoint.load(folder)))
+    with pytest.raises(DamagedFile, match="no MANIFEST.json.*dmquant.save"):
+        checkpoint.verify(tmp_path / "plain")
+
+
+def test_what_is_no_quantized_pipeline_cannot_be_verified(folder, tiny_folder, tmp_path):
+    with pytest.raises(MissingResource, match="does not exist"):
+        checkpoint.verify(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="is a file"):
+        checkpoint.verify(folder / "model_index.json")
+    with pytest.raises(InputError, match="not quantized"):
+        checkpoint.verify(tiny_folder)
+
+
+def test_a_model_that_is_not_packed_is_written_by_dmquant_only(pipeline, tmp_path):
+    hf.mark_unpacked(pipeline.unet)
+    with pytest.raises(InputError, match="not packed yet.*dmquant.save"):
+        pipeline.save_pretrained(tmp_path / "float")
+    with pytest.raises(InputError, match="not packed yet"):
+        pipeline.unet.dequantize()
+    assert torch.equal(copy.deepcopy(pipeline.unet).to("cpu").conv_in.weight, pipeline.unet.conv_in.weight)
+    packed = checkpoint.pack(pipeline)
+    packed.save_pretrained(tmp_path / "packed")
+    assert torch.equal(run(packed), run(checkpoint.load(checkpoint.save(pipeline, tmp_path / "out"))))
+
+
+FRESH = """
+import sys, torch
+from diffusers import DiffusionPipeline
+try:
+    DiffusionPipeline.from_pretrained(sys.argv[1])
+except ValueError as error:
+    assert "Unknown quantization type, got dmquant" in str(error), error
+else:
+    raise AssertionError("an unregistered process should not know dmquant")
+import dmquant.hf
+unet = DiffusionPipeline.from_pretrained(sys.argv[1]).unet
+expected = torch.load(sys.argv[2], weights_only=True)
+with torch.no_grad():
+    output = unet(expected["x"], torch.tensor([1, 9])).sample
+assert torch.equal(output, expected["y"]), (output - expected["y"]).abs().max()
+"""
+
+
+def test_a_fresh_process_reads_a_folder_after_one_import(pipeline, folder, tmp_path):
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        torch.save({"x": x, "y": pipeline.unet(x, torch.tensor([1, 9])).sample}, tmp_path / "expected.pt")
+    command = [sys.executable, "-c", FRESH, str(folder), str(tmp_path / "expected.pt")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize(
     "change, error, message",
     [
         (lambda config: config.pop("quantization_config"), InputError, "not quantized"),
+        (lambda config: config.update(quantization_config=[]), DamagedFile, "should be a JSON object, not a list"),
         (lambda config: config["quantization_config"].update(quant_method="torchao"), InputError, "this is a torchao checkpoint"),
         (lambda config: config["quantization_config"].update(format_version=9), InputError, "needs dmquant >="),
         (lambda config: config["quantization_config"].pop("overrides"), DamagedFile, "overrides is missing"),
-        (lambda config: config["quantization_config"].update(weight_bits=3), DamagedFile, "codes has shape"),
+        (lambda config: config["quantization_config"].update(weight_bits=3), DamagedFile, "codes has shape|of 3 bits"),
         (lambda config: config.update(block_out_channels=[8, 32]), DamagedFile, "shape"),
         (lambda config: config.update(layers_per_block=2), DamagedFile, "missing"),
     ],
