@@ -10,9 +10,9 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from dmquant import methods
+from dmquant import hf, methods
 from dmquant.clock import Clock
-from dmquant.denoiser import find_denoiser, find_roles, with_denoiser
+from dmquant.denoiser import EMBEDDED, find_denoiser, find_roles, with_denoiser
 from dmquant.denoising import Denoising, open_denoising
 from dmquant.distill import Distillation, weigh
 from dmquant.errors import InputError
@@ -50,6 +50,7 @@ def quantize(
     objective = objective or Distillation(samples, weigh(samples, pipeline.scheduler, method.snr_cap))
     method.finetune(student, objective, seed=seed, run=run, track=track)
     student.dmquant_record = describe_run(pipeline, method, seed)
+    hf.mark_unpacked(student)
     return with_denoiser(pipeline, name, student.eval().requires_grad_(False))
 
 
@@ -109,5 +110,14 @@ def describe_run(pipeline: DiffusionPipeline, method: Method, seed: int) -> dict
     """What a checkpoint records of how it was made."""
     return {
         "method": method.name, "settings": method.settings(), "seed": seed,
-        "weight_bits": method.weight_bits, "act_bits": method.act_bits, "base_model": pipeline.config.get("_name_or_path"),
+        "weight_bits": method.weight_bits, "act_bits": method.act_bits, "base_model": _name_base(pipeline),
     }
+
+
+def _name_base(pipeline: DiffusionPipeline) -> str | None:
+    """Where the pipeline came from: "embedded", a hub id, or a folder under its absolute name."""
+    name = pipeline.config.get("_name_or_path")
+    if name is None or name == EMBEDDED:
+        return name
+    folder = Path(name).expanduser()
+    return str(folder.resolve()) if folder.exists() else name

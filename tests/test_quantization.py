@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from dmquant.denoiser import find_denoiser, find_roles, open_pipeline
+from dmquant.denoiser import find_denoiser, find_roles, open_pipeline, with_denoiser
 from dmquant.errors import InputError
 from dmquant.generation import generate
 from dmquant.methods.lsq.method import LSQ
-from dmquant.quantization import plan, quantize
+from dmquant.quantization import describe_run, plan, quantize
 
 QUICK = dict(trajectories=2, sampling_steps=2, calibration_samples=4, max_steps=2, batch=2)
 
@@ -35,10 +35,23 @@ def test_high_bits_hardly_change_an_image_and_low_bits_do(pipeline):
     assert error[0] < 0.01 * exact.square().mean() and error[0] < error[1] < error[2]
 
 
+def test_a_quantized_pipeline_is_not_saved_as_a_float_one(pipeline, tmp_path):
+    with pytest.raises(InputError, match="not packed yet.*dmquant.save"):
+        quantize(pipeline, "lsq", **QUICK).save_pretrained(tmp_path)
+
+
 def test_the_record_says_how_it_was_made(pipeline):
     record = find_denoiser(quantize(pipeline, "lsq", seed=7, **QUICK))[1].dmquant_record
     assert (record["method"], record["seed"], record["weight_bits"], record["act_bits"]) == ("lsq", 7, 4, 8)
     assert LSQ.parse(record["settings"]).max_steps == 2
+
+
+def test_a_base_model_is_recorded_by_its_absolute_path(pipeline, tiny_folder, monkeypatch):
+    monkeypatch.chdir(tiny_folder.parent)
+    for name, expected in ((tiny_folder.name, str(tiny_folder.resolve())), ("embedded", "embedded"), ("org/x", "org/x")):
+        named = with_denoiser(pipeline, "unet", pipeline.unet)
+        named.register_to_config(_name_or_path=name)
+        assert describe_run(named, LSQ(), 0)["base_model"] == expected
 
 
 def test_images_can_be_trained_on(pipeline, tmp_path):
