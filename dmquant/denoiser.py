@@ -344,7 +344,7 @@ def _check_size(folder: Path, denoiser: nn.Module) -> None:
     size = denoiser.config.get("sample_size", 1)
     sides = size if isinstance(size, list | tuple) else [size]
     if not all(type(side) is int and side > 0 for side in sides):
-        raise DamagedFile(f"{folder}/config.json: sample_size cannot be {json.dumps(size)}; give the side of the images in pixels")
+        raise DamagedFile(f"{folder}/config.json: sample_size cannot be {json.dumps(size)}; give a positive whole number")
 
 
 def _check_weights(folder: Path, denoiser: nn.Module) -> None:
