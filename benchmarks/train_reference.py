@@ -120,7 +120,8 @@ def update_average(average: UNet2DModel, model: UNet2DModel, decay: float) -> No
 
 def write(average: UNet2DModel, record: dict, folder: Path) -> None:
     scheduler = DDIMScheduler(num_train_timesteps=1000, beta_schedule="linear")
-    unet = copy.deepcopy(average).to("cpu", torch.float16, memory_format=torch.contiguous_format)
+    unet = copy.deepcopy(average).half().to("cpu", memory_format=torch.contiguous_format)
+    unet.register_to_config(_name_or_path="")  # a warm start's path is no fact about the result
     DDIMPipeline(unet, scheduler).save_pretrained(folder)
     (folder / "record.json").write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
 
