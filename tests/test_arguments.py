@@ -28,6 +28,21 @@ def test_settings_keep_everything_after_the_first_equals_sign():
     assert arguments.merge_settings({"max_steps": None, "act_bits": 8}, ["a=b=c", "d="]) == {"act_bits": 8, "a": "b=c", "d": ""}
 
 
+@pytest.mark.parametrize("line", [["eval", ""], ["eval", "--data="], ["eval", "--reference", ""], [""]])
+def test_an_empty_argument_is_refused_by_name(line):
+    with pytest.raises(InputError, match=f"{line[-1].rstrip('=') or line[-2:][0] or 'the first argument'} is empty"):
+        arguments.refuse_empty(line)
+    arguments.refuse_empty(["eval", "a=", "--set=a=", "--", "-o"])
+
+
+def test_a_folder_is_asked_for_and_not_made(tmp_path):
+    assert arguments.require_writable(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file is a file; choose another with -o"):
+        arguments.require_writable(tmp_path / "file" / "b")
+
+
 @pytest.mark.parametrize("pairs", [["a"], ["=a"], ["a=1", "a=2"], ["act_bits=4"]])
 def test_settings_that_are_no_pair_or_come_twice_are_refused(pairs):
     with pytest.raises(InputError):

@@ -153,6 +153,9 @@ def test_doctor_reports_versions_as_table_and_json(capsys):
         (["sample", "embedded", "-o", "grid.txt"], ".png"),
         (["fetch", "everything"], "inception"),
         (["quantise"], "quantize"),
+        (["eval", "--reference", ""], "--reference is empty"),
+        (["eval", "--psnr", "--reference", "cifar10-train"], "reference: without effect"),
+        (["eval", "--inception-weights", "x.pth"], "inception weights are for the extractor 'inception'"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, capsys):
@@ -209,6 +212,25 @@ def test_a_folder_that_cannot_be_made_is_refused(tiny_folder, capsys):
     for command in (["eval", tiny_folder, "-o", "file/x"], ["sample", tiny_folder, "-o", "file/x.png"]):
         code, err = fails(capsys, *command)
         assert code == 2 and "file" in err and "-o" in err
+
+
+def test_nothing_is_made_for_a_model_that_is_not_there(tmp_path, capsys):
+    Path("empty").mkdir()
+    for line in (["eval", "nosuch"], ["sample", "nosuch", "-o", "new/x.png"], ["quantize", "nosuch"]):
+        assert fails(capsys, *line)[0] == 3
+    code, err = fails(capsys, "eval", "empty")
+    assert code == 2 and "model_index.json" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+def test_a_report_is_written_to_the_json_file_that_is_named(quantized, capsys):
+    assert cli.run(["eval", str(quantized), "--psnr", "--num-images", "2", "--steps", "1", "-o", "new/named.json"]) == 0
+    assert Path("new/named.json").is_file() and capsys.readouterr().err == f"wrote {Path('new/named.json')}\n"
+
+
+def test_a_picture_may_be_a_jpeg_in_a_new_folder(tiny_folder):
+    assert cli.run(["sample", str(tiny_folder), "-n", "1", "--steps", "1", "-o", "new/a.jpeg"]) == 0
+    assert Image.open("new/a.jpeg").format == "JPEG"
 
 
 # Failures

@@ -50,6 +50,16 @@ def test_a_baseline_of_another_model_gives_no_difference():
     assert compare([FLOAT, stranger]).rows[1]["fd-resnet-cifar10_change"] is None
 
 
+def test_a_pipeline_made_in_memory_is_measured_against_the_only_float_one():
+    made = replace(QUANTIZED, base_model=None)
+    assert compare([FLOAT, made]).rows[1]["fd-resnet-cifar10_change"] == pytest.approx(10.0)
+    assert compare([FLOAT, replace(FLOAT, model="b"), made]).rows[2]["fd-resnet-cifar10_change"] is None
+
+
+def test_one_report_is_a_table_too(tmp_path):
+    assert compare(FLOAT) == compare(FLOAT.save(tmp_path)) == compare(str(tmp_path)) == compare([FLOAT])
+
+
 def test_different_protocols_are_refused_and_every_difference_is_named():
     other = replace(QUANTIZED, protocol=replace(PROTOCOL, steps=50, sampler="euler"))
     with pytest.raises(InputError, match=r"steps is 20 and 50; sampler is ddim and euler.*--mixed"):

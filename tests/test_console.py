@@ -64,6 +64,23 @@ def test_a_locale_without_arrows_still_gets_its_table():
     assert b"FID v" in done.stdout and b"n ^" in done.stdout and b"-" in done.stdout and done.stdout.isascii()
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_the_rule_of_a_table_survives_every_encoding(encoding):
+    done = run("console.show_table(['ab'], [['cd']], align='l')", env={**os.environ, "PYTHONIOENCODING": encoding})
+    assert b"?" not in done.stdout and b"--" in done.stdout, done
+
+
+def test_results_lose_their_control_characters(capsys):
+    console.show("a\x1b[31mb\tc\nd\x07\n")
+    assert capsys.readouterr().out == "a[31mb\tc\nd\n"
+
+
+def test_closed_streams_are_no_error():
+    code = "import sys\nsys.stdout = sys.stderr = None\nconsole.show('x')\nconsole.say('x')\n"
+    code += "console.show_table(['a'], [['b']], align='l')\nassert list(console.Tracker(period_s=0.0)(range(2), 'w')) == [0, 1]"
+    assert run(code).returncode == 0
+
+
 def test_a_closed_pipe_raises_at_the_write_and_not_at_exit():
     code = "import os, sys\nos.close(os.dup2(os.pipe()[1], 1))\ntry:\n console.show('x')\nexcept OSError:\n os._exit(7)"
     assert run(code).returncode == 7

@@ -137,6 +137,12 @@ def test_a_saved_pipeline_is_as_large_as_its_file(tmp_path, images):
         ({"metrics": ["fid"], "num_images": 1}, "at least 2 for fid, got 1"),
         ({"metrics": ["psnr"], "num_images": 0}, "at least 1"),
         ({"metrics": ["psnr"]}, "give float_pipeline"),
+        ({"metrics": "fdi"}, "did you mean 'fid'"),
+        ({"metrics": "psnr", "reference": "cifar10-train", "extractor": "inception"}, "^extractor, reference: without effect"),
+        ({"metrics": "fid", "float_pipeline": make_pipeline()}, "float_pipeline: without effect"),
+        ({"inception_weights": "x.pth"}, "inception weights are for the extractor 'inception'"),
+        ({"reference": ""}, "an empty text names no reference"),
+        ({"float_pipeline": "here"}, "give a diffusers pipeline, .* not str"),
         ({"extractor": "vgg"}, "known: resnet-cifar10, inception"),
         ({"reference": "birds"}, "built in: cifar10-train"),
         ({"sampler": "magic"}, "no sampler 'magic'"),
@@ -148,7 +154,23 @@ def test_what_cannot_be_measured_is_refused_before_an_image_is_drawn(pipeline, m
         evaluate(pipeline, **arguments)
 
 
-def test_images_of_another_size_than_the_extractors_are_refused(images):
+def test_only_a_pipeline_is_measured(pipeline):
+    with pytest.raises(InputError, match="give a diffusers pipeline, .* not UNet2DModel"):
+        evaluate(pipeline.unet)
+
+
+def test_a_float_model_that_is_gone_is_not_compared_with_unless_asked(tmp_path, images):
+    make_pipeline().save_pretrained(tmp_path / "float")
+    base = open_pipeline(tmp_path / "float")
+    quantized = quantize(base, "lsq", weight_bits=4, act_bits=8, max_steps=0, trajectories=2, sampling_steps=2)
+    (tmp_path / "float" / "model_index.json").unlink()
+    assert set(evaluate(quantized, reference=images, **QUICK).metrics) == {"fd-resnet-cifar10"}
+    with pytest.raises(InputError, match="the float model recorded in .*, '.*float', cannot be opened: .*model_index.json"):
+        evaluate(quantized, metrics="psnr", **QUICK)
+
+
+def test_images_of_another_size_than_the_extractors_are_refused_before_one_is_drawn(monkeypatch):
+    monkeypatch.setattr(evaluation, "generate", lambda *_, **__: pytest.fail("an image was drawn"))
     with pytest.raises(InputError, match="takes 32x32 images, got 16x16"):
         evaluate(make_pipeline(size=16), reference="cifar10-train", **QUICK)
 

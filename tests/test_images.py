@@ -136,3 +136,8 @@ def test_a_place_without_images_is_named(tmp_path):
     for name, message in [("empty", "no images"), ("nowhere", "does not exist"), ("text.zip", "neither a folder nor a zip")]:
         with pytest.raises(InputError, match=message):
             list_images(tmp_path / name)
+
+
+def test_an_empty_text_is_not_the_working_folder():
+    with pytest.raises(InputError, match="an empty text"):
+        list_images("")

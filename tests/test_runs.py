@@ -279,6 +279,15 @@ def test_all_ranks_stop_when_one_is_asked_and_only_the_first_writes(tmp_path, mo
         assert run.is_there() == is_writer
 
 
+def test_a_run_that_another_rank_is_about_to_remove_is_not_continued(tmp_path, monkeypatch):
+    (tmp_path / "run" / "state").mkdir(parents=True)
+    monkeypatch.setenv("RANK", "1")
+    run = SavedRun(tmp_path / "run")
+    assert run.is_there()
+    run.remove()
+    assert not run.is_there() and (tmp_path / "run" / "state").is_dir()
+
+
 def test_files_follow_the_umask_and_hold_no_pickle(pipeline, tmp_path):
     interrupt(pipeline, tmp_path / "run")
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
