@@ -47,8 +47,9 @@ class Yardstick:
 @torch.no_grad()
 def evaluate(
     pipeline: DiffusionPipeline, *, metrics: str | Sequence[str] | None = None, num_images: int = 1000, seed: int = 0,
-    steps: int = 20, sampler: str | None = None, batch: int = 50, extractor: str = EMBEDDED, inception_weights: str | Path | None = None,
-    reference: str | Path | None = None, float_pipeline: DiffusionPipeline | None = None, track: Track = plain,
+    steps: int = 20, sampler: str | None = None, batch: int = 50, extractor: str = EMBEDDED,
+    inception_weights: str | Path | None = None, reference: str | Path | None = None,
+    float_pipeline: DiffusionPipeline | None = None, track: Track = plain,
 ) -> Report:
     """Draws `num_images` images from seeds seed, seed + 1, ... and measures them; the pipeline is left as it is.
 
