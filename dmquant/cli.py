@@ -109,7 +109,7 @@ def quantize(
         quantized = quantization.quantize(_open(model, device), chosen, seed=seed, data=data, run=run, track=console.Tracker())
         if ranks.is_first():
             checkpoint.save(quantized, folder, force=force)
-    _say_size(quantized, folder)
+            _say_size(quantized, folder)
     console.say(f"wrote {folder}; next: dmquant eval {folder} --fid")
 
 
