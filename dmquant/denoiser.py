@@ -7,7 +7,6 @@ import copy
 import json
 import os
 import re
-import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -107,9 +106,8 @@ def load_folder(folder: Path, *, dtype: torch.dtype | None = None) -> DiffusionP
     _refuse_foreign_code(folder, files)
     _refuse_pickles(files)
     try:
-        with _no_bars(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch_dtype is old in 0.42, its successor unknown to 0.38
-            return DiffusionPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True, torch_dtype=dtype)
+        with _no_bars():
+            return DiffusionPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True, dtype=dtype)
     except DmquantError:
         raise
     except ImportError as error:  # diffusers stands in for pipelines whose libraries are missing
