@@ -62,7 +62,7 @@ def make_step(model: nn.Module, objective: Distillation, training: Training) -> 
     optimizer = torch.optim.AdamW(parameter_groups(model.requires_grad_(True), training), fused=True)
 
     def step(number: int) -> None:
-        loss = objective.loss(model, training.batch, generator=draw(0, number, 0), device=torch.device("cpu"))
+        loss = objective.loss(model, training.batch, step=number, generator=draw(0, number, 0), device=torch.device("cpu"))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip_norm)
         optimizer.step()

@@ -1,4 +1,4 @@
-"""The denoiser of a diffusers pipeline: open the pipeline, find the network, name its layers' roles and its blocks in order.
+"""The denoiser of a diffusers pipeline: open the pipeline, find the network, name the roles of its layers.
 
 Weights come from safetensors only and a pipeline never brings its own code: the rest is refused by name before it is loaded.
 """
@@ -10,7 +10,6 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path, PurePath
 from typing import Any
@@ -61,14 +60,6 @@ ROLES = [(role, re.compile(pattern)) for role, pattern in (
     (Role.RESAMPLE, r"\b(down|up)samplers\.\d+\.conv$"),
     (Role.BODY, r""),
 )]
-
-
-@dataclass(frozen=True)
-class Block:
-    """Modules of the denoiser that run one after the other and make one TimestepEmbed or transformer block."""
-
-    name: str
-    modules: tuple[str, ...]
 
 
 def open_pipeline(
@@ -156,6 +147,17 @@ def with_denoiser(pipeline: DiffusionPipeline, name: str, denoiser: nn.Module) -
     return twin
 
 
+@contextmanager
+def evaluating(denoiser: nn.Module) -> Iterator[None]:
+    """The denoiser in evaluation mode while inside: dropout would make a teacher that answers differently each time."""
+    was_training = denoiser.training
+    denoiser.eval()
+    try:
+        yield
+    finally:
+        denoiser.train(was_training)
+
+
 def is_layer(module: nn.Module) -> bool:
     """Whether a module is, or stands for, a Conv1d, Conv2d or Linear: float, fake-quantized or packed."""
     if getattr(module, "weight", None) is None:
@@ -177,43 +179,6 @@ def find_roles(denoiser: nn.Module) -> dict[str, Role]:
         if role not in roles.values():
             roles[name] = role
     return roles
-
-
-def find_blocks(denoiser: nn.Module) -> list[Block]:
-    """Blocks in order of execution.
-
-    UNet: conv_in, each residual + attention pair, each downsampler, the middle, each up pair (the last with its upsampler);
-    LDM-4 has 12 + 1 + 12. These are the "TimestepEmbed blocks" of BinaryDM (sec. 3.2). Otherwise: the entries of the
-    module lists at the root, which are the transformer blocks.
-    """
-    if hasattr(denoiser, "down_blocks") and hasattr(denoiser, "up_blocks"):
-        return list(_unet_blocks(denoiser))
-    lists = ((name, child) for name, child in denoiser.named_children() if isinstance(child, nn.ModuleList))
-    names = (f"{name}.{index}" for name, child in lists for index, entry in enumerate(child) if named_layers(entry))
-    return [Block(name, (name,)) for name in names]
-
-
-def _unet_blocks(unet: nn.Module) -> Iterator[Block]:
-    yield Block("conv_in", ("conv_in",))
-    for index, level in enumerate(unet.down_blocks):
-        pairs, rest = _pair(f"down_blocks.{index}", level)
-        yield from (Block(pair[0], pair) for pair in pairs)
-        yield from (Block(name, (name,)) for name in rest)
-    if getattr(unet, "mid_block", None) is not None:
-        yield Block("mid_block", ("mid_block",))
-    for index, level in enumerate(unet.up_blocks):
-        pairs, rest = _pair(f"up_blocks.{index}", level)
-        pairs[-1] += tuple(rest)
-        yield from (Block(pair[0], pair) for pair in pairs)
-
-
-def _pair(prefix: str, level: nn.Module) -> tuple[list[tuple[str, ...]], list[str]]:
-    """(residual block, its attention) pairs of one resolution level, and the names of the resamplers."""
-    counts = {name: len(child) for name, child in level.named_children() if isinstance(child, nn.ModuleList)}
-    kinds = [kind for kind in ("resnets", "attentions") if counts.get(kind) == counts["resnets"]]
-    pairs = [tuple(f"{prefix}.{kind}.{index}" for kind in kinds) for index in range(counts["resnets"])]
-    rest = [f"{prefix}.{name}.{index}" for name in counts if name not in kinds for index in range(counts[name])]
-    return pairs, rest
 
 
 def _check_device(name: str) -> torch.device:

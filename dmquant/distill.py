@@ -33,8 +33,13 @@ LOWERED = 0.1  # factor on all rates after a rollback
 class Objective(Protocol):
     """What a student is trained for."""
 
-    def loss(self, student: nn.Module, batch: int, *, generator: torch.Generator, device: torch.device) -> Tensor:
-        """Mean loss of a batch drawn with the generator."""
+    def loss(
+        self, student: nn.Module, batch: int, *, step: int, generator: torch.Generator, device: torch.device
+    ) -> Tensor:
+        """Mean loss of a batch drawn with the generator. What changes during a run is a function of its step.
+
+        An objective that is a module has a state, which an interrupted run finds again.
+        """
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,9 @@ class Distillation:
     samples: Samples
     weight: Tensor  # (N,) how much each sample counts
 
-    def loss(self, student: nn.Module, batch: int, *, generator: torch.Generator, device: torch.device) -> Tensor:
+    def loss(
+        self, student: nn.Module, batch: int, *, step: int, generator: torch.Generator, device: torch.device
+    ) -> Tensor:
         index = torch.randint(len(self.samples), (batch,), generator=generator)
         part = self.samples[index].on(device)
         error = (part.call(student).float() - part.target.float()).square().flatten(1).mean(1)
@@ -100,13 +107,13 @@ def fit(
     model, optimizer = accelerator.prepare(student.requires_grad_(True).eval(), optimizer)
     average = EMAModel(student.parameters(), decay=training.ema_decay) if training.ema_decay else None
     guard = Guard(student, optimizer, average)
-    parts = {"student": student, "optimizer": optimizer, "guard": guard, "average": average}
-    parts = {name: part for name, part in parts.items() if part is not None}
+    parts = {"student": student, "optimizer": optimizer, "guard": guard, "average": average, "objective": objective}
+    parts = {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
     steps = [Step(number) for number in range(run.restore(parts, device), training.max_steps)]
     for step in run.keep(track(steps, "fine-tune"), parts):
         set_rates(optimizer, guard.factor * schedule(step.number, training.max_steps))
         generator = draw(seed, step.number, accelerator.process_index)
-        loss = objective.loss(model, training.batch, generator=generator, device=device)
+        loss = objective.loss(model, training.batch, step=step.number, generator=generator, device=device)
         step.loss = accelerator.gather(loss.detach().reshape(1)).mean().item()
         if guard.refuses(step.number, step.loss):
             continue

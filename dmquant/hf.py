@@ -6,7 +6,7 @@ warns about missing, extra or mistyped tensors, so the strictness is in the hook
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from itertools import chain
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dmquant import __version__
 from dmquant.errors import DamagedFile, InputError
 from dmquant.layers import find_layers
-from dmquant.packed import FLOAT_BITS, Layout, PackedWeight, prepare_packed, read_layout, restore_float
+from dmquant.packed import FLOAT_BITS, KINDS, Format, Layout, PackedWeight, prepare_packed, read_layout, restore_float
 from dmquant.quantizers.base import FixedGrid
 
 FORMAT_VERSION = 1
@@ -42,14 +42,15 @@ class DmquantConfig(QuantizationConfigMixin):
     """
 
     def __init__(
-        self, *, weight_bits: int, act_bits: int, overrides: Mapping[str, list[int]] | None = None, method: str | None = None,
+        self, *, weight_bits: int, act_bits: int, kinds: Sequence[str] = (),
+        overrides: Mapping[str, list[int | str]] | None = None, method: str | None = None,
         settings: Mapping[str, Any] | None = None, base_model: str | None = None, record: Mapping[str, Any] | None = None,
         producer: str = f"dmquant {__version__}", format_version: int = FORMAT_VERSION, quant_method: str = "dmquant",
     ):  # fmt: skip
         self.quant_method = QuantMethod(quant_method)
         self.format_version, self.producer = format_version, producer
-        self.weight_bits, self.act_bits = weight_bits, act_bits
-        self.overrides = {name: list(bits) for name, bits in (overrides or {}).items()}
+        self.weight_bits, self.act_bits, self.kinds = weight_bits, act_bits, list(kinds)
+        self.overrides = {name: list(entry) for name, entry in (overrides or {}).items()}
         self.method, self.settings, self.base_model = method, dict(settings or {}), base_model
         self.record = dict(record or {})  # whatever else is known of how it was made: seed, timesteps, ...
 
@@ -67,7 +68,8 @@ class DmquantConfig(QuantizationConfigMixin):
 
     @property
     def layout(self) -> Layout:
-        return Layout(self.weight_bits, self.act_bits, {name: tuple(bits) for name, bits in self.overrides.items()})
+        overrides = {name: Format(*entry[:2], tuple(entry[2:])) for name, entry in self.overrides.items()}
+        return Layout(Format(self.weight_bits, self.act_bits, tuple(self.kinds)), overrides)
 
     @property
     def run(self) -> dict[str, Any]:
@@ -187,11 +189,10 @@ def mark(model: nn.Module) -> None:
     """Tells diffusers that a model packed in this process is quantized: it saves as one and refuses casts."""
     run = dict(getattr(model, "dmquant_record", {}))
     bits = run.pop("weight_bits", None), run.pop("act_bits", None)
-    layout = read_layout(model, default=None if None in bits else bits)
+    layout = read_layout(model, None if None in bits else bits)
+    overrides = {name: [*format[:2], *format.kinds] for name, format in layout.overrides.items()}
     known = {name: run.pop(name) for name in ("method", "settings", "base_model") if name in run}
-    config = DmquantConfig(
-        weight_bits=layout.weight_bits, act_bits=layout.act_bits, overrides=layout.overrides, **known, record=run
-    )
+    config = DmquantConfig(**layout.default._asdict(), overrides=overrides, **known, record=run)
     # through JSON, so that what is refused when read is refused before it is written
     config = DmquantConfig.from_dict(json.loads(json.dumps(config.to_dict(), allow_nan=False)))
     model.register_to_config(quantization_config=config)
@@ -257,9 +258,14 @@ def _is_bits(value: object) -> bool:
     return type(value) is int and (1 <= value <= 8 or value == FLOAT_BITS)
 
 
+def _is_kinds(value: object) -> bool:
+    return isinstance(value, list) and all(kind in KINDS for kind in value) and len(set(value)) == len(value)
+
+
 def _is_overrides(value: object) -> bool:
     return isinstance(value, dict) and all(
-        isinstance(bits, list) and len(bits) == 2 and all(map(_is_bits, bits)) for bits in value.values()
+        isinstance(entry, list) and len(entry) >= 2 and all(map(_is_bits, entry[:2])) and _is_kinds(entry[2:])
+        for entry in value.values()
     )
 
 
@@ -274,7 +280,7 @@ def _is_json_object(value: object) -> bool:
 _IS_VALID = {
     "quant_method": _is_text, "format_version": lambda value: value == FORMAT_VERSION and type(value) is int,
     "producer": lambda value: isinstance(value, str), "weight_bits": _is_bits, "act_bits": _is_bits,
-    "overrides": _is_overrides, "method": _is_text, "settings": _is_json_object, "base_model": _is_text,
+    "kinds": _is_kinds, "overrides": _is_overrides, "method": _is_text, "settings": _is_json_object, "base_model": _is_text,
     "record": _is_json_object,
 }  # fmt: skip
 

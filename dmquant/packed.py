@@ -10,17 +10,30 @@ from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dmquant.layers import find_layers, quantized_layers
 from dmquant.packing import check_bits, pack, unpack
-from dmquant.quantizers.base import Codes, FixedGrid, Float32Buffers
+from dmquant.quantizers.base import BasisCodes, Codes, FixedGrid, Float32Buffers
 
 FLOAT_BITS = 32
 Bits = tuple[int, int]  # of weights, of activations
-FLOAT: Bits = (FLOAT_BITS, FLOAT_BITS)
+BASES = "bases"  # every bit plane of the weight is a binary basis with a scale of its own
+KINDS = (BASES,)
+
+
+class Format(NamedTuple):
+    """How a layer is stored: bits of weights and of activations, and in what its grids are not uniform and static."""
+
+    weight_bits: int
+    act_bits: int
+    kinds: tuple[str, ...] = ()
+
+
+FLOAT = Format(FLOAT_BITS, FLOAT_BITS)
 
 
 class PackedWeight(Float32Buffers):
@@ -48,8 +61,35 @@ class PackedWeight(Float32Buffers):
         values = unpack(self.codes, self.shape).to(torch.float32)
         return values.sub_(self.zero.view(column)).mul_(self.scale.view(column)).to(dtype or self.dtype)
 
+    def fill(self, codes: Codes) -> None:
+        """One grid per tensor is written as the same grid for each slice, so that the shapes follow from the layer alone."""
+        self.codes.copy_(pack(codes.codes, codes.bits))
+        for target, value in ((self.scale, codes.scale), (self.zero, codes.zero)):
+            if value.numel() not in (1, len(target)):
+                raise ValueError(f"a packed weight holds one grid per output channel ({len(target)}), got {tuple(value.shape)}")
+            target.copy_(value.reshape(-1))
+
     def extra_repr(self) -> str:
         return f"{tuple(self.shape)}, bits={self.bits}"
+
+
+class PackedBases(PackedWeight):
+    """Bit planes of signs, each with its own scale per slice of dimension 0: value = sum over planes of scale * sign."""
+
+    kinds = (BASES,)
+
+    def __init__(self, shape: torch.Size, bits: int, *, dtype: torch.dtype, device: torch.device | str | None = None):
+        super().__init__(shape, bits, dtype=dtype, device=device)
+        del self.zero
+        self.register_buffer("scale", torch.ones(bits, shape[0], dtype=torch.float32, device=device))
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        scale = self.scale.view(self.bits, -1, *(1,) * (len(self.shape) - 1))
+        return BasisCodes(unpack(self.codes, self.shape), scale).decode().to(dtype or self.dtype)
+
+    def fill(self, codes: BasisCodes) -> None:
+        self.codes.copy_(pack(codes.codes, codes.bits))
+        self.scale.copy_(codes.scale.reshape(self.scale.shape))
 
 
 class PackedLinear(nn.Linear):
@@ -90,41 +130,46 @@ OPTIONS = {nn.Linear: ("in_features", "out_features"), nn.Conv1d: CONVOLUTION, n
 
 @dataclass(frozen=True)
 class Layout:
-    """How many bits each layer has. The names of the overrides are layers, `*` in them any number: blocks.*.conv1."""
+    """The format of each layer. The names of the overrides are layers, `*` in them any number: blocks.*.conv1."""
 
-    weight_bits: int
-    act_bits: int
-    overrides: Mapping[str, Bits] = field(default_factory=dict)
+    default: Format
+    overrides: Mapping[str, Format] = field(default_factory=dict)
 
-    def bits(self, name: str) -> Bits:
-        default = (self.weight_bits, self.act_bits)
-        return self.overrides.get(name, self.overrides.get(_generalize(name), default))
+    def format(self, name: str) -> Format:
+        return self.overrides.get(name, self.overrides.get(_generalize(name), self.default))
 
     def unused(self, names: list[str]) -> set[str]:
         """Overrides that speak of none of these layers."""
         return set(self.overrides) - set(names) - set(map(_generalize, names))
 
 
-def read_layout(denoiser: nn.Module, default: Bits | None = None) -> Layout:
-    """The bits of every layer of a quantized or packed model. Without a default, the most frequent bits are it."""
-    found = {name: layer_bits(layer) for name, layer in layers_of(denoiser).items()}
-    weight_bits, act_bits = default or Counter(found.values()).most_common(1)[0][0]
-    groups: dict[str, set[Bits]] = {}
-    for name, bits in found.items():
-        groups.setdefault(_generalize(name), set()).add(bits)
+def read_layout(denoiser: nn.Module, bits: Bits | None = None) -> Layout:
+    """The format of every layer of a quantized or packed model. The most frequent one, of those with these bits, is the default."""
+    found = {name: layer_format(layer) for name, layer in layers_of(denoiser).items()}
+    frequent = Counter(format for format in found.values() if bits is None or format[:2] == tuple(bits)).most_common(1)
+    default = frequent[0][0] if frequent else Format(*bits)
+    groups: dict[str, set[Format]] = {}
+    for name, format in found.items():
+        groups.setdefault(_generalize(name), set()).add(format)
     overrides = {
-        _generalize(name) if len(groups[_generalize(name)]) == 1 else name: bits
-        for name, bits in found.items()
-        if bits != (weight_bits, act_bits)
+        _generalize(name) if len(groups[_generalize(name)]) == 1 else name: format
+        for name, format in found.items()
+        if format != default
     }
-    return Layout(weight_bits, act_bits, overrides)
+    return Layout(default, overrides)
 
 
 def layer_bits(layer: nn.Module) -> Bits:
     """Weight and activation bits of a float, quantized or packed layer."""
+    return layer_format(layer)[:2]
+
+
+def layer_format(layer: nn.Module) -> Format:
+    """How a float, quantized or packed layer is or will be stored."""
     weight = getattr(layer, "weight_quantizer", layer.weight)
     grid = getattr(layer, "input_quantizer", getattr(layer, "input", None))
-    return getattr(weight, "bits", FLOAT_BITS), getattr(grid, "bits", FLOAT_BITS)
+    kinds = tuple(kind for kind in KINDS if kind in (*getattr(weight, "kinds", ()), *getattr(grid, "kinds", ())))
+    return Format(getattr(weight, "bits", FLOAT_BITS), getattr(grid, "bits", FLOAT_BITS), kinds)
 
 
 def layers_of(denoiser: nn.Module) -> dict[str, nn.Module]:
@@ -149,13 +194,13 @@ def pack_model(denoiser: nn.Module) -> nn.Module:
 @torch.no_grad()
 def pack_layer(layer: nn.Module) -> nn.Module:
     """The packed layer of a quantized one; a float layer if neither its weight nor its input is quantized."""
-    weight_bits, act_bits = layer_bits(layer)
-    packed = empty_layer(layer, (weight_bits, act_bits), dtype=layer.weight.dtype, device=layer.weight.device)
-    if weight_bits == FLOAT_BITS:
+    format = layer_format(layer)
+    packed = empty_layer(layer, format, dtype=layer.weight.dtype, device=layer.weight.device)
+    if format.weight_bits == FLOAT_BITS:
         packed.weight = _share(layer.weight)
     else:
-        _fill(packed.weight, layer.weight_quantizer.encode(layer.weight))
-    if act_bits != FLOAT_BITS:
+        packed.weight.fill(layer.weight_quantizer.encode(layer.weight))
+    if format.act_bits != FLOAT_BITS:
         packed.input = layer.input_quantizer.freeze()
     if layer.bias is not None:
         packed.bias = _share(layer.bias)
@@ -169,8 +214,8 @@ def prepare_packed(denoiser: nn.Module, layout: Layout, *, dtype: torch.dtype) -
     if unknown:
         raise ValueError(f"no Linear, Conv1d or Conv2d layer named {unknown[0]!r} in {type(denoiser).__name__}")
     for name, layer in layers.items():
-        if layout.bits(name) != FLOAT:
-            _replace(denoiser, name, empty_layer(layer, layout.bits(name), dtype=dtype, device="meta"))
+        if layout.format(name) != FLOAT:
+            _replace(denoiser, name, empty_layer(layer, layout.format(name), dtype=dtype, device="meta"))
 
 
 @torch.no_grad()
@@ -184,28 +229,19 @@ def restore_float(denoiser: nn.Module) -> None:
         _replace(denoiser, name, layer.train(packed.training))
 
 
-def empty_layer(layer: nn.Module, bits: Bits, *, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
+def empty_layer(layer: nn.Module, format: Format, *, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
     """A layer with the options of the one given, its parameters on the meta device: packed, or plain where all is float."""
     kind = next(kind for kind in PACKED if isinstance(layer, kind))
     options = {name: getattr(layer, name) for name in OPTIONS[kind]}
-    new = (kind if bits == FLOAT else PACKED[kind])(**options, bias=layer.bias is not None, dtype=dtype, device="meta")
-    weight_bits, act_bits = bits
-    if bits != FLOAT:
-        new.input = nn.Identity() if act_bits == FLOAT_BITS else FixedGrid(act_bits, device)
-    if weight_bits != FLOAT_BITS:
+    new = (kind if format == FLOAT else PACKED[kind])(**options, bias=layer.bias is not None, dtype=dtype, device="meta")
+    if format != FLOAT:
+        new.input = nn.Identity() if format.act_bits == FLOAT_BITS else FixedGrid(format.act_bits, device)
+    if format.weight_bits != FLOAT_BITS:
         shape = new.weight.shape
         del new.weight
-        new.weight = PackedWeight(shape, weight_bits, dtype=dtype, device=device)
+        holder = PackedBases if BASES in format.kinds else PackedWeight
+        new.weight = holder(shape, format.weight_bits, dtype=dtype, device=device)
     return new
-
-
-def _fill(weight: PackedWeight, codes: Codes) -> None:
-    """One grid per tensor is written as the same grid for each slice, so that the shapes follow from the layer alone."""
-    weight.codes.copy_(pack(codes.codes, codes.bits))
-    for target, value in ((weight.scale, codes.scale), (weight.zero, codes.zero)):
-        if value.numel() not in (1, len(target)):
-            raise ValueError(f"a packed weight holds one grid per output channel ({len(target)}), got {tuple(value.shape)}")
-        target.copy_(value.reshape(-1))
 
 
 def _share(tensor: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dmquant import hf, methods
 from dmquant.clock import Clock
-from dmquant.denoiser import EMBEDDED, find_denoiser, find_roles, with_denoiser
+from dmquant.denoiser import EMBEDDED, evaluating, find_denoiser, with_denoiser
 from dmquant.denoising import Denoising, open_denoising
 from dmquant.distill import Distillation, weigh
 from dmquant.errors import InputError
@@ -48,7 +48,8 @@ def quantize(
     method.prepare(student, Clock(samples.timestep.unique().flip(0)))
     method.calibrate(student, samples, track=track)
     objective = objective or Distillation(samples, weigh(samples, pipeline.scheduler, method.snr_cap))
-    method.finetune(student, objective, seed=seed, run=run, track=track)
+    with evaluating(teacher):
+        method.finetune(student, objective, teacher=teacher, samples=samples, seed=seed, run=run, track=track)
     student.dmquant_record = describe_run(pipeline, method, seed)
     hf.mark_unpacked(student)
     return with_denoiser(pipeline, name, student.eval().requires_grad_(False))
@@ -60,8 +61,8 @@ def plan(pipeline: DiffusionPipeline, method: str | Method = "lsq", **settings: 
     refuse_unfit(pipeline, method)
     denoiser = find_denoiser(pipeline)[1]
     swappable = find_layers(denoiser)  # a subclass of Linear may do anything: it stays as it is
-    roles = find_roles(denoiser).items()
-    return {name: method.bits(role) if name in swappable else (FLOAT_BITS, FLOAT_BITS) for name, role in roles}
+    bits = method.plan(denoiser).items()
+    return {name: pair if name in swappable else (FLOAT_BITS, FLOAT_BITS) for name, pair in bits}
 
 
 def resolve(method: str | Method, settings: Mapping[str, Any]) -> Method:
@@ -84,7 +85,7 @@ def refuse_unfit(pipeline: DiffusionPipeline, method: Method, seed: int = 0) -> 
         raise InputError("this pipeline is quantized already; quantize the float pipeline that it came from")
     if denoiser.dtype != torch.float32:
         raise InputError(f"the denoiser is in {denoiser.dtype}; load the pipeline in float32 to quantize it")
-    if all(method.bits(role) == (FLOAT_BITS, FLOAT_BITS) for role in find_roles(denoiser).values()):
+    if all(bits == (FLOAT_BITS, FLOAT_BITS) for bits in method.plan(denoiser).values()):
         raise InputError("these settings leave every layer in float; lower weight_bits or act_bits, or keep fewer roles")
     if type(seed) is not int or not 0 <= seed < 1 << 63:
         raise InputError(f"seed must be a whole number from 0 to 2^63 - 1, got {seed!r}")

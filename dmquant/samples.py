@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from dmquant.clock import find_timestep_name
-from dmquant.denoiser import find_denoiser
+from dmquant.denoiser import evaluating, find_denoiser
 from dmquant.generation import Conditioning, generate
 from dmquant.progress import Track, plain
 
@@ -66,14 +66,13 @@ def record(
     """Every denoiser call of `trajectories` runs of the pipeline's own sampler with `steps` steps."""
     denoiser, recorder = find_denoiser(pipeline)[1], Recorder()
     seeds, how = recording_seeds(seed, trajectories), dict(steps=steps, batch=batch, conditioning=conditioning, track=track)
-    hook, was_training = denoiser.register_forward_hook(recorder.note, with_kwargs=True), denoiser.training
-    denoiser.eval()  # dropout would make a teacher that answers differently each time
+    hook = denoiser.register_forward_hook(recorder.note, with_kwargs=True)
     try:
-        for _ in generate(pipeline, seeds, **how):
-            pass  # the hook keeps what is wanted
+        with evaluating(denoiser):
+            for _ in generate(pipeline, seeds, **how):
+                pass  # the hook keeps what is wanted
     finally:
         hook.remove()
-        denoiser.train(was_training)
     return recorder.samples()
 
 

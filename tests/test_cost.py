@@ -6,7 +6,8 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 
 from dmquant.cost import Cost, example_inputs, measure_cost
-from dmquant.denoiser import Role, find_blocks, find_roles, named_layers
+from dmquant.blocks import find_ends
+from dmquant.denoiser import Role, find_roles, named_layers
 from dmquant.errors import InputError
 from dmquant.layers import swap
 from dmquant.packed import pack_model
@@ -105,8 +106,8 @@ def test_sizes_of_ldm8_church_are_the_papers_within_half_a_mib(weight_bits, size
 
 
 def test_the_ends_of_ldm4_hold_14_6_percent_of_parameters_and_two_thirds_of_macs(beds):
-    blocks, cost = find_blocks(beds), measure_cost(beds)
-    ends = [module for block in blocks[:6] + blocks[-6:] for module in block.modules]
+    cost = measure_cost(beds)
+    ends = [module for block in find_ends(beds) for module in block.modules]
     params = sum(value.numel() for module in ends for value in beds.get_submodule(module).parameters())
     macs = sum(layer.macs for layer in cost.layers if f"{layer.name}.".startswith(tuple(f"{end}." for end in ends)))
     assert round(100 * params / cost.num_params, 1) == 14.6

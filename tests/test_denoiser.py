@@ -1,6 +1,5 @@
 import json
 import re
-from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,9 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dmquant import denoiser
-from dmquant.cost import example_inputs
 from dmquant.denoiser import (
-    Role, find_blocks, find_denoiser, find_roles, is_layer, is_quantized, locate, named_layers, open_pipeline, place,
+    Role, find_denoiser, find_roles, is_layer, is_quantized, locate, named_layers, open_pipeline, place,
 )  # fmt: skip
 from dmquant.errors import DamagedFile, DmquantError, InputError, MissingResource
 from tests.conftest import TINY_UNET
@@ -372,29 +370,3 @@ def test_every_layer_has_the_role_that_its_name_says(kind):
 def test_without_known_names_module_order_says_first_and_last():
     roles = find_roles(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 3, 3)))
     assert roles == {"0": Role.FIRST, "1": Role.BODY, "2": Role.LAST}
-
-
-def test_ldm4_has_twelve_blocks_down_one_in_the_middle_and_twelve_up():
-    names = [block.name for block in find_blocks(on_meta(UNet2DModel, sample_size=64))]
-    assert len(names) == 25 and names[0] == "conv_in" and names[12] == "mid_block"
-
-
-@every_denoiser
-def test_blocks_hold_every_inner_layer_once(kind):
-    network = on_meta(kind, **TINY[kind])
-    inside = [f"{module}.{name}".removesuffix(".") for block in find_blocks(network) for module in block.modules
-              for name in named_layers(network.get_submodule(module))]  # fmt: skip
-    assert len(inside) == len(set(inside))
-    outside = {name: role for name, role in find_roles(network).items() if name not in inside}
-    assert set(outside.values()) <= {Role.FIRST, Role.LAST, Role.TIME_EMBEDDING}
-
-
-@every_denoiser
-def test_blocks_come_in_the_order_of_execution(kind):
-    network, seen = on_meta(kind, **TINY[kind]), []
-    names = {network.get_submodule(name): name for block in find_blocks(network) for name in block.modules}
-    with ExitStack() as hooks, torch.no_grad():
-        for module in names:
-            hooks.callback(module.register_forward_pre_hook(lambda module, _: seen.append(names[module])).remove)
-        network(**example_inputs(network))
-    assert seen == list(names.values())

@@ -17,7 +17,7 @@ def images(tmp_path):
 
 def draw(objective, denoiser, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return objective.loss(denoiser, 4, generator=generator, device=torch.device("cpu"))
+    return objective.loss(denoiser, 4, step=0, generator=generator, device=torch.device("cpu"))
 
 
 class Oracle(torch.nn.Module):

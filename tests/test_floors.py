@@ -12,7 +12,7 @@ FLOORS = (
     {"report", "packing", "clock", "storage", "progress", "images", "ranks"},
     {"quantizers", "kernels", "comparison"},
     {"layers", "packed"},
-    {"denoiser", "generation", "samples", "calibration", "distill", "denoising", "runs"},
+    {"denoiser", "blocks", "generation", "samples", "calibration", "distill", "denoising", "runs"},
     {"methods"},
     {"quantization", "checkpoint", "hf", "metrics", "cost"},
     {"evaluation", "coverage", "environment"},
@@ -23,7 +23,8 @@ FLOORS = (
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 # Same floor, one way: the first may import the second.
 NEIGHBOURS = {
-    ("generation", "denoiser"), ("samples", "denoiser"), ("samples", "generation"), ("calibration", "samples"),
+    ("blocks", "denoiser"), ("generation", "denoiser"), ("samples", "denoiser"), ("samples", "generation"),
+    ("calibration", "samples"),
     ("distill", "samples"), ("distill", "runs"), ("runs", "samples"), ("denoising", "denoiser"), ("denoising", "generation"),
     ("packed", "layers"), ("quantization", "hf"), ("checkpoint", "hf"), ("failures", "console"), ("interruption", "console"),
 }  # fmt: skip

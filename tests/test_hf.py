@@ -252,6 +252,8 @@ def test_padding_bits_are_zero():
         ({"overrides": {"conv_inn": [8, 8]}}, DamagedFile, "no layer 'conv_inn'"),
         ({"overrides": {"__class__": [8, 8]}}, DamagedFile, "no layer '__class__'"),
         ({"overrides": {"conv_norm_out": [8, 8]}}, DamagedFile, "no layer 'conv_norm_out'"),
+        ({"overrides": {"conv_in": [8, 8, "towers"]}}, DamagedFile, "overrides cannot be"),
+        ({"kinds": ["bases", "bases"]}, DamagedFile, "kinds cannot be"),
         ({"overrides": None}, DamagedFile, "overrides cannot be None"),
         ({"settings": []}, DamagedFile, "settings cannot be"),
         ({"weight_bits": 3}, DamagedFile, "codes has shape|of 3 bits"),

@@ -11,10 +11,10 @@ from torch import nn
 
 from dmquant.layers import quantized, swap
 from dmquant.packed import (
-    FLOAT, FLOAT_BITS, Layout, PackedConv2d, PackedWeight, layer_bits, layers_of, pack_layer, pack_model, packed_layers,
-    prepare_packed, read_layout, restore_float,
+    BASES, FLOAT, FLOAT_BITS, Format, Layout, PackedBases, PackedConv2d, PackedWeight, layer_bits, layer_format, layers_of,
+    pack_layer, pack_model, packed_layers, prepare_packed, read_layout, restore_float,
 )
-from dmquant.quantizers.base import FixedGrid
+from dmquant.quantizers.base import BasisCodes, FixedGrid
 from dmquant.quantizers.binary import Binary
 from dmquant.quantizers.uniform import Uniform
 
@@ -132,14 +132,14 @@ def test_a_packed_model_compiles_to_one_graph():
 
 
 def test_layers_that_stay_in_float_stay_what_they_are():
-    packed = pack_model(tiny_unet({"conv_in": FLOAT, "conv_out": (32, 8), "mid_block.resnets.0.conv1": (1, 32)}))
+    packed = pack_model(tiny_unet({"conv_in": (32, 32), "conv_out": (32, 8), "mid_block.resnets.0.conv1": (1, 32)}))
     assert type(packed.conv_in) is nn.Conv2d
     assert type(packed.conv_out) is PackedConv2d and isinstance(packed.conv_out.weight, nn.Parameter)
     assert isinstance(packed.mid_block.resnets[0].conv1.input, nn.Identity)
 
 
 def test_an_empty_model_of_the_same_layout_takes_the_tensors():
-    packed = pack_model(tiny_unet({"conv_in": FLOAT, "conv_out": (32, 8)}))
+    packed = pack_model(tiny_unet({"conv_in": (32, 32), "conv_out": (32, 8)}))
     with torch.device("meta"):
         empty = UNet2DModel.from_config(packed.config)
     prepare_packed(empty, read_layout(packed), dtype=torch.float32)
@@ -177,7 +177,7 @@ def test_the_layout_says_the_bits_of_every_layer(data):
     swap(model, lambda name, layer: quantizers(layer, *bits[name], torch.randn(9)))
     default = data.draw(st.sampled_from([None, (4, 8), (2, 2)]))
     layout = read_layout(model, default)
-    assert {name: layout.bits(name) for name in names} == bits
+    assert {name: layout.format(name)[:2] for name in names} == bits
     assert layout.unused(names) == set() and layout.unused(["x"]) == set(layout.overrides)
 
 
@@ -186,8 +186,43 @@ def test_repeated_blocks_take_one_override():
     assert len(bits) > 5
     overrides = read_layout(tiny_unet(bits)).overrides
     patterns = {"down_blocks.*.resnets.*.conv1", "mid_block.resnets.*.conv1", "up_blocks.*.resnets.*.conv1"}
-    assert overrides == dict.fromkeys(patterns, (8, 8))
+    assert overrides == dict.fromkeys(patterns, (8, 8, ()))
+
+
+class Bases(Binary):
+    """A weight quantizer that keeps several binary bases: random signs, always the same."""
+
+    kinds = (BASES,)
+
+    def __init__(self, count: int, *, num_channels: int):
+        super().__init__(num_channels=num_channels)
+        self.bits = count
+        self.scales = torch.linspace(0.1, 1, count * num_channels).view(count, num_channels, 1, 1, 1)
+
+    def encode(self, x: torch.Tensor) -> BasisCodes:
+        codes = torch.randint(1 << self.bits, x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        return BasisCodes(codes, self.scales)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_binary_bases_are_planes_with_scales_of_their_own(count):
+    layer, quantizer = nn.Conv2d(4, 6, 3), Bases(count, num_channels=6)
+    packed, wanted = pack_layer(quantized(layer, quantizer, nn.Identity())), quantizer.encode(layer.weight).decode()
+    assert torch.equal(packed.weight.dequantize(), wanted) and len(wanted[0].unique()) == 2**count
+    assert sum(tensor.nbytes for tensor in packed.weight.state_dict().values()) == count * 6 * 4 * 9 // 8 + count * 6 * 4
+    assert layer_format(packed) == (count, 32, (BASES,))
+
+
+def test_a_layout_remembers_which_weights_are_bases():
+    unet = tiny_unet()
+    unet.conv_out.weight_quantizer = Bases(2, num_channels=3)
+    packed = pack_model(unet)
+    with torch.device("meta"):
+        empty = UNet2DModel.from_config(packed.config)
+    prepare_packed(empty, read_layout(packed), dtype=torch.float32)
+    empty.load_state_dict(packed.state_dict(), assign=True)
+    assert isinstance(empty.conv_out.weight, PackedBases) and torch.equal(run(empty.eval()), run(packed))
 
 
 def test_an_override_of_no_layer_is_found():
-    assert Layout(4, 8, {"conv_in": FLOAT, "conv_inn": FLOAT}).unused(["conv_in"]) == {"conv_inn"}
+    assert Layout(Format(4, 8), {"conv_in": FLOAT, "conv_inn": FLOAT}).unused(["conv_in"]) == {"conv_inn"}

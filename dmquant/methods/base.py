@@ -1,4 +1,4 @@
-"""What a method is: a frozen dataclass of settings and a few verbs. A method reads as its difference from this base."""
+"""What a method is: a frozen dataclass of settings and a few verbs. A method reads as its difference from this base: plain LSQ."""
 
 import dataclasses
 import difflib
@@ -18,6 +18,8 @@ from dmquant.errors import InputError
 from dmquant.layers import swap
 from dmquant.packed import FLOAT_BITS
 from dmquant.progress import Track
+from dmquant.quantizers.binary import Binary
+from dmquant.quantizers.uniform import LearnedStep
 from dmquant.runs import Run
 from dmquant.samples import Samples
 
@@ -118,20 +120,29 @@ class Method:
             return self.weight_bits, self.act_bits
         return tuple(bits if bits == FLOAT_BITS else FIRST_LAST_BITS for bits in (self.weight_bits, self.act_bits))
 
+    def plan(self, denoiser: nn.Module) -> dict[str, tuple[int, int]]:
+        """Weight and activation bits of every layer by name."""
+        return {name: self.bits(role) for name, role in find_roles(denoiser).items()}
+
     def weight_quantizer(self, layer: nn.Module, bits: int) -> nn.Module:
-        raise TypeError(f"method {self.name!r} does not say how it quantizes weights")
+        """LSQ with a step per output channel. A symmetric one-bit grid would be {-s, 0}: one bit is a sign and a scale."""
+        if bits == FLOAT_BITS:
+            return nn.Identity()
+        shape = dict(num_channels=len(layer.weight), ndim=layer.weight.ndim)
+        return Binary(**shape) if bits == 1 else LearnedStep(bits, **shape)
 
     def input_quantizer(self, layer: nn.Module, bits: int, clock: Clock) -> nn.Module:
-        raise TypeError(f"method {self.name!r} does not say how it quantizes activations")
+        """LSQ+ with one grid for the whole tensor."""
+        return nn.Identity() if bits == FLOAT_BITS else LearnedStep(bits, symmetric=False)
 
     # The run
 
     def prepare(self, student: nn.Module, clock: Clock) -> None:
         """Swaps in quantized layers; looks at shapes only."""
-        roles = find_roles(student)
+        plan = self.plan(student)
 
         def choose(name: str, layer: nn.Module) -> tuple[nn.Module, nn.Module] | None:
-            weight_bits, act_bits = self.bits(roles[name])
+            weight_bits, act_bits = plan[name]
             if weight_bits == act_bits == FLOAT_BITS:
                 return None
             return self.weight_quantizer(layer, weight_bits), self.input_quantizer(layer, act_bits, clock)
@@ -143,7 +154,9 @@ class Method:
         observe_weights(student)
         observe_inputs(student, samples.spread(self.calibration_samples), batch=self.batch, track=track)
 
-    def finetune(self, student: nn.Module, objective: Objective, *, seed: int, run: Run, track: Track) -> None:
+    def finetune(
+        self, student: nn.Module, objective: Objective, *, teacher: nn.Module, samples: Samples, seed: int, run: Run, track: Track
+    ) -> None:
         """Trains weights and grids together."""
         fit(student, objective, self.training(), seed=seed, run=run, track=track)
 

@@ -29,6 +29,22 @@ class Codes:
         return (self.codes.to(self.scale.dtype) - self.zero) * self.scale
 
 
+@dataclass(frozen=True)
+class BasisCodes:
+    """A sum of binary bases: value = sum over k of scale[k] * (+1 where bit k of the code is set, -1 elsewhere)."""
+
+    codes: Tensor  # uint8, shape of the tensor
+    scale: Tensor  # float32 (bases, ...), each broadcasts against codes
+
+    @property
+    def bits(self) -> int:
+        return len(self.scale)
+
+    def decode(self) -> Tensor:
+        """The values, in the dtype of the scale."""
+        return sum(torch.where(self.codes >> bit & 1 == 1, scale, -scale) for bit, scale in enumerate(self.scale))
+
+
 class Quantizer(nn.Module):
     """Rounds a tensor onto a grid.  Law: q(x) == q.encode(x).decode()"""
 
@@ -42,7 +58,7 @@ class Quantizer(nn.Module):
         """Values on the grid, same shape and dtype, straight-through gradient."""
         return self.encode(x).decode().to(x.dtype)
 
-    def encode(self, x: Tensor) -> Codes:
+    def encode(self, x: Tensor) -> Codes | BasisCodes:
         scale, zero = self.grid()
         return Codes(quantize(widen(x), scale, zero, self.bits).to(torch.uint8), scale, zero, self.bits)
 
