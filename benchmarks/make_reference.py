@@ -1,6 +1,9 @@
-"""Computes the reference statistics of an image set under an extractor and writes them as an npz.
+"""Computes the reference statistics of an image set under an extractor and writes them as built-in ones.
 
     python benchmarks/make_reference.py A.zip B.zip --name cifar10-train -o dmquant/assets/reference
+
+Mean and covariance go to NAME.EXTRACTOR.npz, spatial statistics and some features to more/NAME.EXTRACTOR.npz, so that what FID
+is measured against stays the same file, byte for byte, whatever else is added.
 """
 
 import argparse
@@ -8,17 +11,18 @@ from pathlib import Path
 
 from dmquant.images import list_images
 from dmquant.metrics.extractor import EMBEDDED, NAMES, load_extractor
-from dmquant.metrics.reference import compute_reference, save_reference
+from dmquant.metrics.reference import MORE, PARTS, compute_reference, save_reference
 
 
 def main() -> None:
     args = parse_arguments()
     extractor = load_extractor(args.extractor, args.inception_weights)
-    reference = compute_reference(list_images(*args.images), extractor, name=args.name, size=args.size)
-    args.output.mkdir(parents=True, exist_ok=True)
-    file = args.output / f"{args.name}.{extractor.name}.npz"
-    save_reference(reference, extractor, file, size=args.size)
-    print(f"{file}: {reference.num_images} images, {len(reference.mu)} features, pixels {reference.sha256}")
+    reference = compute_reference(list_images(*args.images), extractor, name=args.name, size=args.size, kept=args.kept)
+    for folder, parts in ((args.output, ("mu",)), (args.output / MORE, tuple(PARTS))):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"{args.name}.{extractor.name}.npz"
+        save_reference(reference, extractor, file, size=args.size, parts=parts)
+        print(f"{file}: {', '.join(parts)} of {reference.num_images} images, pixels {reference.sha256}")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -29,6 +33,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--extractor", default=EMBEDDED, choices=NAMES)
     parser.add_argument("--inception-weights", type=Path)
     parser.add_argument("--size", type=int, help="bring images to this side first (bicubic, centre crop)")
+    parser.add_argument("--kept", type=int, default=5000, help="images whose features are kept")
     return parser.parse_args()
 
 

@@ -1,37 +1,38 @@
 """Pipeline -> Report: images of consecutive seeds stream through the metrics; nothing is kept but statistics.
 
-`seconds_per_image` is the time of sampling alone, without the metrics. Cost is that of one denoiser call at batch 1.
+Of several processes each draws every n-th batch, and the first measures all of them in the order of their seeds: the numbers
+are those of one process, bit for bit. `seconds_per_image` is the time of sampling alone on one process, as long as it took
+when the images were drawn. Cost is that of one denoiser call at batch 1.
 """
 
-import difflib
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 
-from dmquant import __version__
+from dmquant import __version__, ranks
 from dmquant.cost import FLOAT_BITS, Cost, measure_cost
 from dmquant.denoiser import EMBEDDED as EMBEDDED_MODEL
 from dmquant.denoiser import find_denoiser, is_quantized, open_pipeline
 from dmquant.errors import DmquantError, InputError
-from dmquant.generation import generate, set_sampler
+from dmquant.gallery import Drawn, Gallery
+from dmquant.generation import set_sampler
+from dmquant.metrics import agreement
 from dmquant.metrics.base import Batch, Metric
+from dmquant.metrics.choice import DEFAULT, DEFAULT_PAIRED, Choice, choose_metrics, refuse_unused
 from dmquant.metrics.extractor import EMBEDDED, Extractor, load_extractor
-from dmquant.metrics.fid import Frechet
 from dmquant.metrics.reference import Reference, open_reference
-from dmquant.metrics.similarity import Psnr
 from dmquant.progress import Track, plain
 from dmquant.report import FLOAT_METHOD, Protocol, Report
 
-METRICS: dict[str, type[Metric]] = {"fid": Frechet, "psnr": Psnr}
 MAX_PAIRS = 64  # paired metrics look at the first min(num_images, 64) seeds
+MAX_WITNESSED = 16  # seeds along whose trajectories the denoisers' answers are compared
 MIN_CHECKED = 16  # images to see before a share of flat ones means anything
 PACKAGES = ("torch", "diffusers", "torchmetrics")
 
@@ -41,7 +42,34 @@ class Yardstick:
     """What features are taken with and compared to."""
 
     extractor: Extractor
-    reference: Reference
+    reference: Reference | None  # None: no metric asked for compares
+
+
+class Outcome(NamedTuple):
+    """What streaming the images gave."""
+
+    metrics: dict[str, float]
+    image_size: int  # pixels
+    seconds: float  # of sampling, all processes together
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Course:
+    """How images are drawn."""
+
+    seeds: range
+    steps: int
+    batch: int
+    cache: Path | None
+    track: Track
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.batch) < 1:
+            raise InputError(f"steps and batch must be at least 1, got {self.steps} and {self.batch}")
+
+    def first(self, count: int) -> range:
+        return self.seeds[:count]
 
 
 @torch.no_grad()
@@ -49,38 +77,35 @@ def evaluate(
     pipeline: DiffusionPipeline, *, metrics: str | Sequence[str] | None = None, num_images: int = 1000, seed: int = 0,
     steps: int = 20, sampler: str | None = None, batch: int = 50, extractor: str = EMBEDDED,
     inception_weights: str | Path | None = None, reference: str | Path | None = None,
-    float_pipeline: DiffusionPipeline | None = None, track: Track = plain,
+    float_pipeline: DiffusionPipeline | None = None, cache: str | Path | None = None, track: Track = plain,
 ) -> Report:
     """Draws `num_images` images from seeds seed, seed + 1, ... and measures them; the pipeline is left as it is.
 
-    "fid" compares with a reference: a built-in name, an npz, an image folder or zip. "psnr" compares the images of the
-    first 64 seeds with those of the float model: `float_pipeline`, or the one that a quantized pipeline says it came from.
-    None measures what can be measured: "fid", and "psnr" where the float model is at hand.
+    "fid", "sfid", "kid" and "prdc" compare with a reference: a built-in name, an npz, an image folder or zip; "is" needs the
+    extractor only. "psnr" and "ssim" compare the images of the first 64 seeds with those of the float model, "cosine" the
+    denoisers' answers along 16 of its trajectories: `float_pipeline`, or the one that a quantized pipeline says it came from.
+    None measures "fid", and "psnr" where the float model is at hand. In the folder `cache` images are kept and found again.
     """
     refuse_others(pipeline, float_pipeline)
     denoiser = find_denoiser(pipeline)[1]
     if metrics is None:
-        metrics = ("fid", "psnr") if float_pipeline is not None or has_base(denoiser) else ("fid",)
-    kinds = choose_metrics([metrics] if isinstance(metrics, str) else metrics, num_images)
-    refuse_unused(kinds, extractor, inception_weights, reference, float_pipeline)
+        metrics = (*DEFAULT, *(DEFAULT_PAIRED if float_pipeline is not None or has_base(denoiser) else ()))
+    chosen = choose_metrics([metrics] if isinstance(metrics, str) else metrics, num_images)
+    given = {"extractor": extractor != EMBEDDED, "inception_weights": inception_weights is not None,
+             "reference": reference is not None, "float_pipeline": float_pipeline is not None}  # fmt: skip
+    refuse_unused(chosen, [name for name, is_given in given.items() if is_given])
     cost = measure_cost(denoiser)
-    yardstick, twins = None, None
-    seeds, how = range(seed, seed + num_images), {"steps": steps, "batch": batch, "track": track}
+    course = Course(range(seed, seed + num_images), steps, batch, Path(cache) if cache is not None else None, track)
+    ranks.join(on_cpu=denoiser.device.type == "cpu")
     with keep_scheduler(pipeline):
         sampler = set_sampler(pipeline, sampler)
-        if any(kind.needs_features for kind in kinds):
-            network, size = load_extractor(extractor, inception_weights).to(denoiser.device), find_image_size(pipeline)
-            if size is not None:
-                network.refuse_size(size, size)
-            yardstick = Yardstick(network, open_reference(reference, network, size=size, track=track))
-        if any(kind.needs_float_images for kind in kinds):
-            twins = draw_twins(float_pipeline or open_base(pipeline), pipeline.scheduler, seeds[:MAX_PAIRS], how)
-        meters = [kind(yardstick.extractor.name, yardstick.reference) if kind.needs_features else kind() for kind in kinds]
-        images = Stopwatch(generate(pipeline, seeds, **how))
-        size = stream(images, meters, yardstick, twins)
-    protocol = Protocol(num_images, seed, steps, sampler, batch, size, **describe(yardstick))
-    numbers = {name: value for meter in meters for name, value in meter.compute().items()}
-    return write_report(pipeline, cost, numbers, protocol, images.seconds / num_images)
+        yardstick = open_yardstick(pipeline, chosen, extractor, inception_weights, reference, track)
+        base = float_pipeline or open_base(pipeline) if chosen.needs_float_model else None
+        twins = draw_twins(base, pipeline.scheduler, course) if chosen.needs_float_images else None
+        outcome = measure(pipeline, make_meters(chosen, yardstick), yardstick, twins, course)
+        curves = compare_answers(pipeline, base, course) if chosen.needs_agreement else {}
+    protocol = Protocol(num_images, seed, steps, sampler, batch, outcome.image_size, **describe(yardstick))
+    return write_report(pipeline, cost, outcome, curves, protocol)
 
 
 def refuse_others(*pipelines: DiffusionPipeline | None) -> None:
@@ -90,32 +115,26 @@ def refuse_others(*pipelines: DiffusionPipeline | None) -> None:
             raise InputError(f"give a diffusers pipeline, as dmquant.load returns it, not {type(pipeline).__name__}")
 
 
-def choose_metrics(names: Sequence[str], num_images: int) -> list[type[Metric]]:
-    """The metrics of those names, each once; refuses what cannot be measured before any image is drawn."""
-    for name in names:
-        if name not in METRICS:
-            near = difflib.get_close_matches(name, METRICS, n=1)
-            raise InputError(f"no metric {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(METRICS)}"))
-    if not names:
-        raise InputError(f"no metric asked for; known: {', '.join(METRICS)}")
-    least = 2 if "fid" in names else 1
-    if num_images < least:
-        raise InputError(f"num_images must be at least {least} for {', '.join(names)}, got {num_images}")
-    return [METRICS[name] for name in dict.fromkeys(names)]
+def open_yardstick(
+    pipeline: DiffusionPipeline, chosen: Choice, extractor: str, inception_weights: str | Path | None,
+    reference: str | Path | None, track: Track,
+) -> Yardstick | None:
+    """The extractor on the pipeline's device, and a reference with all that the metrics look at; None where none does."""
+    if not chosen.needs_features:
+        return None
+    network, size = load_extractor(extractor, inception_weights).to(find_denoiser(pipeline)[1].device), find_image_size(pipeline)
+    if size is not None:
+        network.refuse_size(size, size)
+    if not chosen.reference_parts:
+        return Yardstick(network, None)
+    opened = open_reference(reference, network, size=size, track=track)
+    for part in chosen.reference_parts:
+        opened.require(part)
+    return Yardstick(network, opened)
 
 
-def refuse_unused(
-    kinds: Sequence[type[Metric]], extractor: str, inception_weights: str | Path | None, reference: str | Path | None,
-    float_pipeline: DiffusionPipeline | None,
-) -> None:
-    """Raises InputError for an argument that no metric asked for would look at."""
-    given = {"extractor": extractor != EMBEDDED, "inception_weights": inception_weights is not None,
-             "reference": reference is not None}  # fmt: skip
-    unused = [name for name, is_given in given.items() if is_given]
-    if unused and not any(kind.needs_features for kind in kinds):
-        raise InputError(f"{', '.join(unused)}: without effect, as fid is not among the metrics; add it or leave them out")
-    if float_pipeline is not None and not any(kind.needs_float_images for kind in kinds):
-        raise InputError("float_pipeline: without effect, as psnr is not among the metrics; add it or leave it out")
+def make_meters(chosen: Choice, yardstick: Yardstick | None) -> list[Metric]:
+    return [kind(yardstick.extractor.name, yardstick.reference) if kind.needs_features else kind() for kind in chosen.kinds]
 
 
 def find_image_size(pipeline: DiffusionPipeline) -> int | None:
@@ -149,51 +168,83 @@ def open_base(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     denoiser = find_denoiser(pipeline)[1]
     base = read_record(denoiser).get("base_model")
     if base is None:
-        raise InputError("psnr compares a quantized pipeline with its float model; give float_pipeline")
+        raise InputError("psnr, ssim and cosine compare a quantized pipeline with its float model; give float_pipeline")
     try:
         return open_pipeline(base, device=str(denoiser.device))
     except DmquantError as error:
         raise type(error)(f"the float model recorded in {name_model(pipeline)}, {base!r}, cannot be opened: {error}") from error
 
 
-def draw_twins(pipeline: DiffusionPipeline, scheduler: SchedulerMixin, seeds: Sequence[int], how: dict[str, Any]) -> Tensor:
-    """The float model's images of the seeds, uint8 (P, 3, H, W), drawn by the scheduler of the model under test."""
+def draw_twins(pipeline: DiffusionPipeline, scheduler: SchedulerMixin, course: Course) -> Tensor:
+    """The float model's images of the first seeds, uint8 (P, 3, H, W), drawn by the scheduler of the model under test.
+
+    On other processes than the first they are none.
+    """
     with keep_scheduler(pipeline):
         pipeline.scheduler = scheduler
-        return torch.cat(list(generate(pipeline, seeds, **how)))
+        images = [drawn.images for drawn, _ in read(pipeline, course.first(MAX_PAIRS), None, course)]
+    return torch.cat(images) if images else torch.zeros(0, dtype=torch.uint8)
 
 
-class Stopwatch:
-    """Passes an iterator on and counts the seconds spent inside it."""
+def read(
+    pipeline: DiffusionPipeline, seeds: range, extractor: Extractor | None, course: Course
+) -> Iterator[tuple[Drawn, Batch]]:
+    """The batches of the seeds in order, with what the extractor sees in them, on the first process; on others none.
 
-    def __init__(self, work: Iterator[Tensor]):
-        self.seconds = 0.0
-        self._work = work
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return self
-
-    def __next__(self) -> Tensor:
-        started = time.perf_counter()
-        try:
-            return next(self._work)
-        finally:
-            self.seconds += time.perf_counter() - started
+    Each round every process draws one batch.
+    """
+    gallery = Gallery(pipeline, steps=course.steps, folder=course.cache)
+    batches = [seeds[start:start + course.batch] for start in range(0, len(seeds), course.batch)]
+    for start in course.track(range(0, len(batches), ranks.count()), "sampling"):
+        own = batches[start + ranks.number():][:1]
+        pages = ranks.gather([look(gallery.draw(batch), extractor) for batch in own])
+        yield from (page for sheet in pages for page in sheet)
 
 
-def stream(images: Iterator[Tensor], meters: Sequence[Metric], yardstick: Yardstick | None, twins: Tensor | None) -> int:
-    """Shows every batch to every metric; returns the side of the images in pixels."""
-    seen, flat, size = 0, 0, 0
-    for batch in images:
-        flat += int((batch.flatten(1).amin(1) == batch.flatten(1).amax(1)).sum())
-        features = yardstick and yardstick.extractor.features(batch)
-        pairs = None if twins is None else twins[seen:seen + len(batch)]
-        seen, size = seen + len(batch), batch.shape[-1]
-        if seen >= MIN_CHECKED and flat > seen / 2:
-            raise DmquantError(f"{flat} of the first {seen} images have one colour only; the denoiser has diverged")
+def look(drawn: Drawn, extractor: Extractor | None) -> tuple[Drawn, Batch]:
+    """A batch as metrics want it."""
+    if extractor is None:
+        return drawn, Batch(drawn.images)
+    return drawn, Batch(drawn.images, **extractor.read(drawn.images)._asdict())
+
+
+def measure(
+    pipeline: DiffusionPipeline, meters: Sequence[Metric], yardstick: Yardstick | None, twins: Tensor | None, course: Course
+) -> Outcome:
+    """Shows every batch to every metric."""
+    watch = Watch()
+    for drawn, batch in read(pipeline, course.seeds, yardstick and yardstick.extractor, course):
+        pairs = None if twins is None else twins[watch.seen:watch.seen + len(batch.images)]
+        watch.note(drawn)
         for meter in meters:
-            meter.update(Batch(batch, features, pairs))
-    return size
+            meter.update(replace(batch, float_images=pairs))
+    numbers = {name: value for meter in meters for name, value in meter.compute().items()} if ranks.is_first() else {}
+    return ranks.share(Outcome(numbers, watch.size, watch.seconds, watch.peak_bytes))
+
+
+class Watch:
+    """Adds up what drawing took, and stops a model that draws nothing but one colour."""
+
+    def __init__(self) -> None:
+        self.seen, self.size, self.seconds, self.peak_bytes, self._flat = 0, 0, 0.0, 0, 0
+
+    def note(self, drawn: Drawn) -> None:
+        self.seen += len(drawn.images)
+        self.size, self.seconds = drawn.images.shape[-1], self.seconds + drawn.seconds
+        self.peak_bytes = max(self.peak_bytes, drawn.peak_bytes)
+        pixels = drawn.images.flatten(1)
+        self._flat += int((pixels.amin(1) == pixels.amax(1)).sum())
+        if self.seen >= MIN_CHECKED and self._flat > self.seen / 2:
+            raise DmquantError(f"{self._flat} of the first {self.seen} images have one colour only; the denoiser has diverged")
+
+
+def compare_answers(pipeline: DiffusionPipeline, base: DiffusionPipeline, course: Course) -> dict[str, dict[str, float]]:
+    """The cosine to the float denoiser's answers by timestep, by the sampler of the model under test."""
+    seeds, how = course.first(MAX_WITNESSED), {"steps": course.steps, "batch": course.batch, "track": course.track}
+    with keep_scheduler(base):
+        base.scheduler = pipeline.scheduler
+        found = agreement.measure_agreement(pipeline, base, seeds, **how) if ranks.is_first() else {}
+    return ranks.share({agreement.NAME: {f"{timestep:g}": value for timestep, value in found.items()}})
 
 
 def describe(yardstick: Yardstick | None) -> dict[str, Any]:
@@ -201,24 +252,29 @@ def describe(yardstick: Yardstick | None) -> dict[str, Any]:
     if yardstick is None:
         return {}
     extractor, reference = yardstick.extractor, yardstick.reference
-    return {
-        "extractor": extractor.name, "extractor_sha256": extractor.sha256, "reference": reference.name,
-        "reference_sha256": reference.sha256, "reference_images": reference.num_images,
-    }
+    network = {"extractor": extractor.name, "extractor_sha256": extractor.sha256}
+    if reference is None:
+        return network
+    images = {"reference_sha256": reference.sha256, "reference_images": reference.num_images}
+    return {**network, "reference": reference.name, **images}
 
 
 def write_report(
-    pipeline: DiffusionPipeline, cost: Cost, metrics: dict[str, float], protocol: Protocol, seconds_per_image: float
+    pipeline: DiffusionPipeline, cost: Cost, outcome: Outcome, curves: dict[str, dict[str, float]], protocol: Protocol
 ) -> Report:
     """Everything that was measured, with what a reader needs to compare it."""
+    means = {name: sum(curve.values()) / len(curve) for name, curve in curves.items()}
     name, denoiser = find_denoiser(pipeline)
     record, model = read_record(denoiser), name_model(pipeline)
     size_bytes = measure_size(Path(model) / name, cost) if record else cost.float_size_bytes
     return Report(
         model=model, method=record.get("method", FLOAT_METHOD), settings=record.get("settings", {}),
-        weight_bits=record.get("weight_bits", FLOAT_BITS), act_bits=record.get("act_bits", FLOAT_BITS), metrics=metrics,
+        weight_bits=record.get("weight_bits", FLOAT_BITS), act_bits=record.get("act_bits", FLOAT_BITS),
+        metrics=outcome.metrics | means, curves=curves,
         protocol=protocol, size_bytes=size_bytes, float_size_bytes=cost.float_size_bytes,
-        bits_per_weight=8 * size_bytes / cost.num_params, ops=cost.ops, seconds_per_image=seconds_per_image,
+        bits_per_weight=8 * size_bytes / cost.num_params, ops=cost.ops, bops=cost.bops,
+        attention_macs=cost.attention_macs, seconds_per_image=outcome.seconds / protocol.num_images,
+        peak_memory_bytes=outcome.peak_bytes or None,
         versions={"dmquant": __version__, **{package: version(package) for package in PACKAGES}},
         base_model=record.get("base_model"),
     )

@@ -2,6 +2,10 @@
 
 import os
 import sys
+from datetime import timedelta
+from typing import Any
+
+LONGEST_WAIT = timedelta(hours=6)  # for the first process, which reads references and computes metrics alone
 
 
 def number() -> int:
@@ -9,8 +13,43 @@ def number() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def count() -> int:
+    """How many processes there are."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def is_first() -> bool:
     return number() == 0
+
+
+def join(*, on_cpu: bool) -> None:
+    """Makes the processes one group, where there are several and they are none yet."""
+    if count() > 1:
+        from accelerate import PartialState
+
+        PartialState(cpu=on_cpu, timeout=LONGEST_WAIT)
+
+
+def gather(item: Any) -> list[Any]:
+    """What each process brings, in the order of their numbers; only the first gets it, the others an empty list."""
+    if count() == 1:
+        return [item]
+    from torch import distributed
+
+    items = [None] * count() if is_first() else None
+    distributed.gather_object(item, items)
+    return items or []
+
+
+def share(item: Any) -> Any:
+    """What the first process brings, for all."""
+    if count() == 1:
+        return item
+    from torch import distributed
+
+    items = [item]
+    distributed.broadcast_object_list(items)
+    return items[0]
 
 
 def leave_together() -> None:

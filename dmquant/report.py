@@ -8,7 +8,7 @@ import json
 import math
 import os
 import secrets
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -16,7 +16,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 from dmquant.errors import DamagedFile, InputError
 
 FILE_NAME = "report.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# what a version added; a file of an earlier one is read with their defaults
+ADDED = {2: ("bops", "attention_macs", "peak_memory_bytes", "curves")}
 FLOAT_METHOD = "float"
 MAX_FILE_BYTES = 16 * 2**20
 
@@ -65,6 +67,10 @@ class Report:
     seconds_per_image: float
     versions: dict[str, str]
     base_model: str | None = None
+    bops: int | None = None  # bit operations of the layers, a float layer at 32 x 32
+    attention_macs: int | None = None  # of the attention products, which are in neither count
+    peak_memory_bytes: int | None = None  # of the accelerator while sampling; None on a CPU
+    curves: dict[str, dict[str, float]] = field(default_factory=dict)  # metric -> timestep -> value
 
     def __post_init__(self) -> None:
         for name in ("size_bytes", "float_size_bytes"):
@@ -79,7 +85,8 @@ class Report:
 
     def to_json(self) -> str:
         """The file's text: sorted keys, no NaN and no infinity (InputError names the metric)."""
-        for name, value in self.metrics.items():
+        curves = {f"{name} at {at}": value for name, curve in self.curves.items() for at, value in curve.items()}
+        for name, value in {**self.metrics, **curves}.items():
             if not math.isfinite(value):
                 raise InputError(f"metric {name!r} is {value}: a report holds finite numbers only")
         document = {"format_version": FORMAT_VERSION, **asdict(self)}
@@ -94,7 +101,7 @@ class Report:
             raise DamagedFile(f"{source}: format_version is {version!r}, not a number: this is not a dmquant report")
         if version > FORMAT_VERSION:
             raise InputError(f"{source}: format_version {version} is newer than {FORMAT_VERSION}; update dmquant")
-        return _build(cls, document, source)
+        return _build(cls, _complete(document, version, source), source)
 
     def save(self, path: str | Path) -> Path:
         """Write to `path` (a .json file, else a folder that gets a report.json), all or nothing; the file written."""
@@ -134,6 +141,20 @@ def _parse(text: str, source: str) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise DamagedFile(f"{source}: expected a JSON object, found {type(document).__name__}")
     return document
+
+
+def _complete(document: dict[str, Any], version: int, source: str) -> dict[str, Any]:
+    """The document with the defaults of what its version did not know yet."""
+    defaults = {f.name: f.default if f.default is not MISSING else f.default_factory() for f in fields(Report) if _has_default(f)}
+    later = [name for number, names in ADDED.items() if number > version for name in names]
+    for name in later:
+        if name in document:
+            raise DamagedFile(f"{source}: unknown key {name!r} in format_version {version}")
+    return document | {name: defaults[name] for name in later}
+
+
+def _has_default(entry: Any) -> bool:
+    return entry.default is not MISSING or entry.default_factory is not MISSING
 
 
 def _refuse_constant(name: str) -> float:

@@ -1,4 +1,3 @@
-import time
 from pathlib import Path
 
 import numpy as np
@@ -7,16 +6,18 @@ import torch
 from diffusers import AutoencoderKL, DDIMPipeline, DDIMScheduler, DiTPipeline, DiTTransformer2DModel, UNet2DModel
 from PIL import Image
 
-from dmquant import checkpoint, evaluation
+from dmquant import checkpoint, evaluation, gallery
+from dmquant.cost import measure_cost
 from dmquant.denoiser import find_denoiser, open_pipeline
 from dmquant.errors import DmquantError, InputError
-from dmquant.evaluation import Stopwatch, evaluate, find_image_size, stream
+from dmquant.evaluation import Watch, evaluate, find_image_size
+from dmquant.gallery import Drawn
 from dmquant.generation import generate
 from dmquant.metrics.base import Batch
 from dmquant.metrics.extractor import load_extractor
 from dmquant.metrics.fid import Frechet
 from dmquant.metrics.reference import open_reference
-from dmquant.metrics.similarity import CAP, Psnr, psnr
+from dmquant.metrics.similarity import CAP, psnr, ssim
 from dmquant.quantization import quantize
 from dmquant.report import Report
 
@@ -132,7 +133,7 @@ def test_a_saved_pipeline_is_as_large_as_its_file(tmp_path, images):
     ("arguments", "message"),
     [
         ({"metrics": ["fdi"]}, "did you mean 'fid'"),
-        ({"metrics": ["beauty"]}, "known: fid, psnr"),
+        ({"metrics": ["beauty"]}, "known: fid, sfid, kid, is, prdc, psnr, ssim, cosine"),
         ({"metrics": []}, "no metric asked for"),
         ({"metrics": ["fid"], "num_images": 1}, "at least 2 for fid, got 1"),
         ({"metrics": ["psnr"], "num_images": 0}, "at least 1"),
@@ -143,13 +144,16 @@ def test_a_saved_pipeline_is_as_large_as_its_file(tmp_path, images):
         ({"inception_weights": "x.pth"}, "inception weights are for the extractor 'inception'"),
         ({"reference": ""}, "an empty text names no reference"),
         ({"float_pipeline": "here"}, "give a diffusers pipeline, .* not str"),
+        ({"metrics": ["is"], "reference": "cifar10-train"}, "reference: without effect on is"),
+        ({"metrics": ["prdc"], "num_images": 3}, "at least 4 for prdc, got 3"),
+        ({"batch": 0}, "steps and batch must be at least 1, got 20 and 0"),
         ({"extractor": "vgg"}, "known: resnet-cifar10, inception"),
         ({"reference": "birds"}, "built in: cifar10-train"),
         ({"sampler": "magic"}, "no sampler 'magic'"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_an_image_is_drawn(pipeline, monkeypatch, arguments, message):
-    monkeypatch.setattr(evaluation, "generate", lambda *_, **__: pytest.fail("an image was drawn"))
+    monkeypatch.setattr(gallery, "generate", lambda *_, **__: pytest.fail("an image was drawn"))
     with pytest.raises(InputError, match=message):
         evaluate(pipeline, **arguments)
 
@@ -170,29 +174,28 @@ def test_a_float_model_that_is_gone_is_not_compared_with_unless_asked(tmp_path, 
 
 
 def test_images_of_another_size_than_the_extractors_are_refused_before_one_is_drawn(monkeypatch):
-    monkeypatch.setattr(evaluation, "generate", lambda *_, **__: pytest.fail("an image was drawn"))
+    monkeypatch.setattr(gallery, "generate", lambda *_, **__: pytest.fail("an image was drawn"))
     with pytest.raises(InputError, match="takes 32x32 images, got 16x16"):
         evaluate(make_pipeline(size=16), reference="cifar10-train", **QUICK)
 
 
 def test_a_model_that_draws_one_colour_fails_with_the_count():
     flat, good = torch.zeros(10, 3, 4, 4, dtype=torch.uint8), torch.arange(48, dtype=torch.uint8).view(1, 3, 4, 4)
-    twins = torch.zeros(0, 3, 4, 4, dtype=torch.uint8)
+    watch = Watch()
+    watch.note(Drawn(flat, 0.5, 0))
     with pytest.raises(DmquantError, match="20 of the first 20 images have one colour"):
-        stream(iter([flat, flat]), [Psnr()], None, twins)
-    assert stream(iter([flat, good.expand(10, -1, -1, -1)]), [Psnr()], None, twins) == 4
+        watch.note(Drawn(flat, 0.5, 0))
+    mixed = Watch()
+    for images in (flat, good.expand(10, -1, -1, -1)):
+        mixed.note(Drawn(images, 0.5, 7))
+    assert (mixed.size, mixed.seconds, mixed.peak_bytes) == (4, 1.0, 7)
 
 
-def test_the_time_counts_the_sampling_alone():
-    def work():
-        for value in range(2):
-            time.sleep(0.02)
-            yield value
-
-    watch = Stopwatch(work())
-    for _ in watch:
-        time.sleep(0.1)
-    assert 0.04 <= watch.seconds < 0.1
+def test_the_time_counts_the_sampling_alone(pipeline, images, monkeypatch):
+    clock, seen = iter(range(0, 1000, 3)), []
+    monkeypatch.setattr(gallery.time, "perf_counter", lambda: seen.append(None) or next(clock))
+    report = evaluate(pipeline, reference=images, **QUICK)
+    assert len(seen) == 4 and report.seconds_per_image == 2 * 3 / 6  # asked before and after each of two batches
 
 
 def test_the_size_of_latent_models_counts_their_decoder():
@@ -216,3 +219,100 @@ def test_every_call_may_be_tracked(pipeline, images):
     evaluate(pipeline, metrics=["fid", "psnr"], reference=images, float_pipeline=pipeline, track=track, **QUICK)
     assert labels == [f"reference {images.name}", "sampling", "sampling"]
     assert find_denoiser(pipeline)[1] is pipeline.unet
+
+
+def test_all_metrics_come_from_one_pass_and_each_is_what_it_is_alone(pipeline, images):
+    other, how = make_pipeline(seed=1), {"reference": images, "float_pipeline": make_pipeline(seed=1), **QUICK}
+    everything = ("fid", "sfid", "kid", "is", "prdc", "psnr", "ssim", "cosine")
+    together = evaluate(pipeline, metrics=everything, **how)
+    assert set(together.metrics) == {
+        "fd-resnet-cifar10", "sfd-resnet-cifar10", "kd-resnet-cifar10", "cs-resnet-cifar10", "precision-resnet-cifar10",
+        "recall-resnet-cifar10", "density-resnet-cifar10", "coverage-resnet-cifar10", "psnr", "ssim", "cosine",
+    }
+    looks_at = {"is": (), **dict.fromkeys(("psnr", "ssim", "cosine"), ("float_pipeline",))}
+    alone = {}
+    for name in everything:
+        given = {key: how[key] for key in (*QUICK, *looks_at.get(name, ("reference",)))}
+        alone |= evaluate(pipeline, metrics=name, **given).metrics
+    assert together.metrics == alone
+    seeds = range(QUICK["num_images"])
+    assert together.metrics["ssim"] == pytest.approx(ssim(draw(pipeline, seeds), draw(other, seeds)).mean().item())
+
+
+def test_the_curve_of_agreement_runs_over_the_timesteps_and_its_mean_is_the_metric(pipeline):
+    report = evaluate(pipeline, metrics=["cosine"], float_pipeline=make_pipeline(seed=1), **QUICK)
+    curve = report.curves["cosine"]
+    assert len(curve) == QUICK["steps"] and report.metrics == {"cosine": pytest.approx(sum(curve.values()) / len(curve))}
+    assert all(float(timestep) >= 0 for timestep in curve)
+    assert evaluate(pipeline, metrics=["cosine"], float_pipeline=make_pipeline(), **QUICK).metrics["cosine"] == pytest.approx(1)
+
+
+def test_the_built_in_reference_serves_every_metric(pipeline):
+    report = evaluate(pipeline, metrics=["fid", "sfid", "kid", "prdc"], **QUICK)
+    assert report.metrics["sfd-resnet-cifar10"] > 0 and report.protocol.reference == "cifar10-train"
+
+
+def test_statistics_without_features_are_refused_for_what_needs_them(pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr(gallery, "generate", lambda *_, **__: pytest.fail("an image was drawn"))
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(256), sigma=np.eye(256))
+    with pytest.raises(InputError, match="stats.npz has no features"):
+        evaluate(pipeline, metrics=["fid", "prdc"], reference=tmp_path / "stats.npz", **QUICK)
+
+
+def test_operations_stand_in_the_report_with_attention_apart(pipeline):
+    report = evaluate(pipeline, metrics=["is"], **QUICK)
+    cost = measure_cost(pipeline.unet)
+    assert (report.bops, report.attention_macs, report.ops) == (cost.bops, cost.attention_macs, cost.ops)
+    assert report.peak_memory_bytes is None  # a CPU has none of its own
+    assert report.protocol.extractor == "resnet-cifar10" and report.protocol.reference is None
+
+
+# Images are drawn once
+
+
+def count_draws(monkeypatch) -> list[list[int]]:
+    """The seeds of every call of the sampler."""
+    calls, real = [], gallery.generate
+    monkeypatch.setattr(gallery, "generate", lambda pipeline, seeds, **how: calls.append(list(seeds)) or real(pipeline, seeds, **how))
+    return calls
+
+
+def test_another_metric_draws_no_image_twice(pipeline, images, tmp_path, monkeypatch):
+    calls = count_draws(monkeypatch)
+    first = evaluate(pipeline, reference=images, cache=tmp_path, **QUICK)
+    assert calls == [[0, 1, 2, 3], [4, 5]]
+    second = evaluate(pipeline, metrics=["fid", "kid"], reference=images, cache=tmp_path, **QUICK)
+    assert len(calls) == 2 and second.metrics["fd-resnet-cifar10"] == first.metrics["fd-resnet-cifar10"]
+    assert second.seconds_per_image == first.seconds_per_image
+    assert second.metrics == evaluate(pipeline, metrics=["fid", "kid"], reference=images, **QUICK).metrics and len(calls) == 4
+
+
+def test_more_images_draw_only_what_is_new(pipeline, images, tmp_path, monkeypatch):
+    evaluate(pipeline, reference=images, cache=tmp_path, **{**QUICK, "num_images": 8})
+    calls = count_draws(monkeypatch)
+    evaluate(pipeline, reference=images, cache=tmp_path, **{**QUICK, "num_images": 14})
+    assert calls == [[8, 9, 10, 11], [12, 13]]
+
+
+def test_the_float_models_images_are_shared_by_all_that_are_compared_with_it(pipeline, tmp_path, monkeypatch):
+    calls = count_draws(monkeypatch)
+    for seed in (1, 2):
+        evaluate(make_pipeline(seed), metrics=["psnr"], float_pipeline=pipeline, cache=tmp_path, **QUICK)
+    assert len(calls) == 6  # two batches each of three models
+
+
+def test_an_interrupted_evaluation_goes_on_to_equal_results(pipeline, images, tmp_path, monkeypatch):
+    expected = evaluate(pipeline, metrics=["fid", "kid", "prdc"], reference=images, **QUICK)
+    real = gallery.generate
+
+    def stop(pipeline, seeds, **how):
+        if seeds[0] == 4:
+            raise KeyboardInterrupt
+        return real(pipeline, seeds, **how)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(gallery, "generate", stop)
+        evaluate(pipeline, reference=images, cache=tmp_path, **QUICK)
+    calls = count_draws(monkeypatch)
+    report = evaluate(pipeline, metrics=["fid", "kid", "prdc"], reference=images, cache=tmp_path, **QUICK)
+    assert calls == [[4, 5]] and report.metrics == expected.metrics and report.protocol == expected.protocol

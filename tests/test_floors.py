@@ -14,7 +14,7 @@ FLOORS = (
     {"layers", "packed"},
     {"denoiser", "blocks", "generation", "samples", "calibration", "distill", "denoising", "runs"},
     {"methods"},
-    {"quantization", "checkpoint", "hf", "metrics", "cost"},
+    {"quantization", "checkpoint", "hf", "metrics", "cost", "gallery"},
     {"evaluation", "coverage", "environment"},
     {"console", "failures", "arguments", "interruption"},
     {"cli"},

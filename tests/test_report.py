@@ -3,13 +3,14 @@
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dmquant.errors import DamagedFile, InputError
-from dmquant.report import FORMAT_VERSION, Protocol, Report
+from dmquant.report import ADDED, FORMAT_VERSION, Protocol, Report
 
 PROTOCOL = Protocol(num_images=100, seed=0, steps=20, sampler="ddim", batch=50, image_size=32, extractor="resnet-cifar10")
 REPORT = Report(
@@ -63,6 +64,8 @@ def test_a_failed_write_keeps_the_old_report_and_leaves_no_litter(tmp_path, monk
 def test_a_number_that_is_not_finite_is_never_written(value):
     with pytest.raises(InputError, match="psnr"):
         replace(REPORT, metrics={"psnr": value}).to_json()
+    with pytest.raises(InputError, match="cosine at 20"):
+        replace(REPORT, curves={"cosine": {"20": value}}).to_json()
 
 
 @pytest.mark.parametrize(
@@ -84,6 +87,23 @@ def test_a_number_that_is_not_finite_is_never_written(value):
 def test_a_wrong_entry_is_refused_with_its_key(changes, message):
     with pytest.raises(DamagedFile, match=message):
         Report.from_json(document(**changes))
+
+
+def test_reports_of_the_first_format_are_read_with_what_they_did_not_know_left_open():
+    first = {key: value for key, value in json.loads(document(format_version=1)).items() if key not in ADDED[2]}
+    report = Report.from_json(json.dumps(first))
+    assert report == REPORT and (report.bops, report.peak_memory_bytes, report.curves) == (None, None, {})
+    with pytest.raises(DamagedFile, match="unknown key 'bops' in format_version 1"):
+        Report.from_json(json.dumps(first | {"bops": 1}))
+    with pytest.raises(DamagedFile, match="key 'curves' is missing"):
+        Report.from_json(json.dumps({key: value for key, value in json.loads(document()).items() if key != "curves"}))
+
+
+def test_the_reports_of_the_benchmarks_are_readable():
+    for file in (Path(__file__).parents[1] / "benchmarks" / "results").glob("*.json"):
+        documents = json.loads(file.read_text(encoding="utf-8"))
+        for found in documents if isinstance(documents, list) else ():
+            assert Report.from_json(json.dumps(found)).metrics
 
 
 def test_a_newer_format_asks_for_an_update():

@@ -16,14 +16,18 @@ class Batch:
 
     images: Tensor  # uint8 (B, 3, H, W), of the model under test
     features: Tensor | None = None  # float64 (B, D) of the extractor, on the CPU; None where no metric asked for them
+    spatial: Tensor | None = None  # float64 (B, S) of one of its middle layers
+    logits: Tensor | None = None  # float64 (B, K) of its classifier
     float_images: Tensor | None = None  # uint8 (P, 3, H, W), P <= B: the float model's images of the first P seeds
 
 
 class Metric(ABC):
     """Accumulates over batches; a subclass says what its batches must carry."""
 
-    needs_features: ClassVar[bool] = False
+    needs_features: ClassVar[bool] = False  # anything the extractor gives
     needs_float_images: ClassVar[bool] = False
+    reference_part: ClassVar[str | None] = None  # what a reference must hold: "mu", "spatial" or "features"
+    least: ClassVar[int] = 1  # images without which nothing can be said
 
     @abstractmethod
     def update(self, batch: Batch) -> None:

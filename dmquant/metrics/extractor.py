@@ -23,6 +23,14 @@ NAMES = (EMBEDDED, INCEPTION)
 EMBEDDED_FOLDER = Path(__file__).parents[1] / "assets" / "extractor"
 
 
+class Reading(NamedTuple):
+    """What a network sees in a batch of images. What it cannot give is None."""
+
+    features: Tensor  # (B, D), pooled over all positions
+    spatial: Tensor | None = None  # (B, S), a few channels of a middle layer with their positions
+    logits: Tensor | None = None  # (B, K), of its classifier
+
+
 class Extractor(NamedTuple):
     """A network that maps uint8 images (B, 3, H, W) to features (B, D), its name, and the SHA-256 of its weights."""
 
@@ -33,21 +41,31 @@ class Extractor(NamedTuple):
     def to(self, device: torch.device) -> "Extractor":
         return self._replace(network=self.network.to(device))
 
-    @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """Features (B, D), float64 on the CPU, computed in float32 on the network's device whatever the autocast around."""
+        """Features (B, D), float64 on the CPU."""
+        return self.read(images).features
+
+    @torch.no_grad()
+    def read(self, images: Tensor) -> Reading:
+        """Everything the network sees, float64 on the CPU, computed in float32 on its device whatever the autocast around."""
         device = next(self.network.parameters()).device
         if images.dtype != torch.uint8:
             raise InputError(f"{self.name} takes uint8 images, got {images.dtype}")
         self.refuse_size(*images.shape[-2:])
         with torch.autocast(device.type, enabled=False):
-            return self.network(images.to(device)).cpu().double()  # some devices have no float64
+            seen = look(self.network, images.to(device))
+        return Reading(*(None if part is None else part.cpu().double() for part in seen))  # some devices have no float64
 
     def refuse_size(self, height: int, width: int) -> None:
         """Raises InputError where the network takes images of another size in pixels."""
         expected = getattr(self.network, "image_size", None)
         if expected and (height, width) != (expected, expected):
             raise InputError(f"{self.name} takes {expected}x{expected} images, got {width}x{height}; try extractor inception")
+
+
+def look(network: nn.Module, images: Tensor) -> Reading:
+    """What a network gives: one that is nothing but a function gives its features."""
+    return Reading(*network.read(images)) if hasattr(network, "read") else Reading(network(images))
 
 
 def load_extractor(name: str, inception_weights: str | Path | None = None) -> Extractor:

@@ -1,6 +1,7 @@
 """Frechet distance between the features of generated images and a reference. Heusel et al., 2017, eq. 6.
 
-It is named FID only in the features of the FID Inception network; in any other features it is `fd-<extractor>`.
+It is named FID only in the features of the FID Inception network; in any other features it is `fd-<extractor>`. sFID is the
+same distance in spatial features, which know where things are (Nash et al., 2021): `sfid`, else `sfd-<extractor>`.
 """
 
 import math
@@ -11,7 +12,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from dmquant.errors import DmquantError, InputError
 from dmquant.metrics.base import Batch, Metric
-from dmquant.metrics.reference import Reference
+from dmquant.metrics.reference import Moments, Reference
 
 MIN_UNBIASED = 2048  # fewer images than feature dimensions leave the covariance rank deficient
 
@@ -20,25 +21,58 @@ class Frechet(Metric):
     """Streams float64 sums of features and their products; memory does not grow with the number of images."""
 
     needs_features = True
+    reference_part = "mu"
+    least = 2
 
     def __init__(self, extractor_name: str, reference: Reference):
-        self.key = distance_name(extractor_name)
-        self._distance = FrechetInceptionDistance(Precomputed(len(reference.mu)), reset_real_features=False)
-        inject(self._distance, reference)
+        self.key = self.name(extractor_name)
+        moments = self.pick_moments(reference)
+        self._distance = FrechetInceptionDistance(Precomputed(len(moments.mu)), reset_real_features=False)
+        inject(self._distance, moments, reference.num_images)
+
+    @staticmethod
+    def name(extractor_name: str) -> str:
+        return distance_name(extractor_name)
+
+    @staticmethod
+    def pick_moments(reference: Reference) -> Moments:
+        return Moments(reference.mu, reference.sigma)
+
+    @staticmethod
+    def pick(batch: Batch) -> Tensor:
+        return batch.features
 
     def update(self, batch: Batch) -> None:
-        self._distance.update(batch.features, real=False)
+        self._distance.update(self.pick(batch), real=False)
 
     def compute(self) -> dict[str, float]:
         count = int(self._distance.fake_features_num_samples)
-        if count < 2:
+        if count < self.least:
             raise InputError(f"{self.key} needs at least 2 images, got {count}; raise num_images")
-        if self.key == "fid" and count < MIN_UNBIASED:
-            warnings.warn(f"FID over {count} images is biased upward; use at least {MIN_UNBIASED}", stacklevel=2)
+        if self.key in ("fid", "sfid") and count < MIN_UNBIASED:
+            warnings.warn(f"{_written(self.key)} over {count} images is biased upward; use at least {MIN_UNBIASED}", stacklevel=2)
         value = float(self._distance.compute())
         if not math.isfinite(value):
             raise DmquantError(f"{self.key} of {count} images is {value}: the features are not finite")
         return {self.key: value}
+
+
+class SpatialFrechet(Frechet):
+    """The same, in features that keep their positions."""
+
+    reference_part = "spatial"
+
+    @staticmethod
+    def name(extractor_name: str) -> str:
+        return "s" + distance_name(extractor_name)
+
+    @staticmethod
+    def pick_moments(reference: Reference) -> Moments:
+        return reference.spatial
+
+    @staticmethod
+    def pick(batch: Batch) -> Tensor:
+        return batch.spatial
 
 
 class Precomputed(nn.Module):
@@ -56,10 +90,14 @@ def distance_name(extractor_name: str) -> str:
     return "fid" if extractor_name == "inception" else f"fd-{extractor_name}"
 
 
-def inject(distance: FrechetInceptionDistance, reference: Reference) -> None:
+def inject(distance: FrechetInceptionDistance, moments: Moments, num_images: int | None) -> None:
     """Makes the sums of the real side those of the reference: sum = n mu, cov_sum = (n - 1) sigma + n mu mu^T."""
     # any n >= 2 gives the same distance, so a file that does not say its n is read as n = 2
-    count = max(reference.num_images or 2, 2)
-    distance.real_features_sum = reference.mu * count
-    distance.real_features_cov_sum = reference.sigma * (count - 1) + count * reference.mu.outer(reference.mu)
+    count = max(num_images or 2, 2)
+    distance.real_features_sum = moments.mu * count
+    distance.real_features_cov_sum = moments.sigma * (count - 1) + count * moments.mu.outer(moments.mu)
     distance.real_features_num_samples.fill_(count)
+
+
+def _written(key: str) -> str:
+    return key.replace("fid", "FID")

@@ -11,6 +11,10 @@ from torch import Tensor, nn
 
 INPUT_SIZE = 299
 NUM_CLASSES = 1008  # outputs of the 2015 classifier
+# sFID's layer is "mixed_6/conv" of the TensorFlow graph: the first branch of Mixed_6d, of which ADM (Dhariwal & Nichol, 2021)
+# takes seven channels
+SPATIAL_LAYER = "Mixed_6d"
+SPATIAL_CHANNELS = 7
 
 
 class Layer(NamedTuple):
@@ -67,6 +71,7 @@ class InceptionV3(nn.Module):
     """uint8 images (B, 3, H, W) of any size -> pool3 features (B, 2048)."""
 
     num_features = 2048
+    num_spatial = SPATIAL_CHANNELS * 17 * 17
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,14 +93,25 @@ class InceptionV3(nn.Module):
         self.Mixed_7a = reduction_8(768)
         self.Mixed_7b = block_8(1280, average_pool())
         self.Mixed_7c = block_8(2048, nn.MaxPool2d(3, 1, 1))
-        # not used by the features, but a part of the weights file, which is loaded strictly
+        # its bias is a part of the weights file, which is loaded strictly; the Inception score is taken without it
         self.fc = nn.Linear(self.num_features, NUM_CLASSES)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def read(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of uint8 images: pool3 features (B, 2048), sFID's spatial features (B, 2023), logits (B, 1008).
+
+        Spatial features are ordered by row, column, channel as in ADM's reference files. Logits are without the bias, as
+        the Inception score has been computed since Salimans et al. (2016).
+        """
         x = (resize_tf1(images.float(), INPUT_SIZE) - 128) / 128
         for name, layer in self.named_children():
             x = x if name == "fc" else layer(x)
-        return x.mean((2, 3))
+            if name == SPATIAL_LAYER:
+                spatial = x[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+        features = x.mean((2, 3))
+        return features, spatial, features @ self.fc.weight.T
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.read(images)[0]
 
 
 def resize_tf1(x: Tensor, size: int) -> Tensor:

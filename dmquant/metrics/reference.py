@@ -1,7 +1,9 @@
-"""Reference statistics: mean and covariance of the features of the images that generated ones are compared with.
+"""References: what is known of the images that generated ones are compared with, as an extractor sees them.
 
-They come by the name of a built-in set, from an npz (ours, pytorch-fid, clean-fid, EDM, ADM), or are computed from
-an image folder or zip. Foreign files are checked by their headers before anything is decompressed.
+Mean and covariance of the features serve FID, those of spatial features sFID, and the features themselves KID, precision and
+recall; of a large set some thousand features are kept, evenly over its files. References come by the name of a built-in set,
+from an npz (ours, pytorch-fid, clean-fid, EDM, ADM), or are computed from an image folder or zip. Foreign files are checked by
+their headers before anything is decompressed.
 """
 
 import hashlib
@@ -12,25 +14,37 @@ import secrets
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dmquant.errors import DamagedFile, InputError
+from dmquant.errors import DamagedFile, DmquantError, InputError
 from dmquant.images import ImageFile, list_images, read_images
 from dmquant.metrics.extractor import Extractor
 from dmquant.metrics.weights import hash_file
 from dmquant.progress import Track, plain
 
 FOLDER = Path(__file__).parents[1] / "assets" / "reference"
+MORE = "more"  # a folder in FOLDER with what the built-in statistics have beyond mean and covariance
 DEFAULT = "cifar10-train"
 MAX_META_BYTES = 2**16
 ASYMMETRY = 1e-5  # relative to the largest entry: what float32 leaves
+KEPT = 10_000  # features of a set, as many images as ADM's reference files hold
+MAX_KEPT = 200_000
+PARTS = {"spatial": "spatial statistics (mu_s, sigma_s)", "features": "features"}
+
+
+class Moments(NamedTuple):
+    """Mean and covariance of feature rows."""
+
+    mu: Tensor  # float64 (D,)
+    sigma: Tensor  # float64 (D, D), divisor n - 1
 
 
 @dataclass(frozen=True)
@@ -42,6 +56,14 @@ class Reference:
     sigma: Tensor  # float64 (D, D), divisor n - 1
     num_images: int | None  # None: the file does not say
     sha256: str  # of the file, or of the pixels where the statistics were computed here
+    spatial: Moments | None = None  # of the extractor's spatial features; None where it has none or the file lacks them
+    features: Tensor | None = None  # float16 (K, D), of at most KEPT images evenly over the set; None: the file has none
+
+    def require(self, part: str) -> None:
+        """Raises InputError where the part ("mu", "spatial", "features") is not there."""
+        if getattr(self, part) is None:
+            way_out = "make one that has: dmquant reference IMAGES -o stats.npz"
+            raise InputError(f"reference {self.name} has no {PARTS[part]}; {way_out}")
 
 
 def open_reference(
@@ -53,7 +75,7 @@ def open_reference(
     source = DEFAULT if source is None else source
     built_in = FOLDER / f"{source}.{extractor.name}.npz"
     if str(source) in built_in_names() and built_in.is_file():
-        return read_reference(built_in, extractor, name=str(source))
+        return _add_more(read_reference(built_in, extractor, name=str(source)), FOLDER / MORE / built_in.name, extractor)
     path = Path(source)
     if not path.exists():
         raise InputError(f"no reference {str(source)!r} for {extractor.name}; {_known(extractor)}, or give an npz or images")
@@ -76,25 +98,47 @@ def _known(extractor: Extractor) -> str:
 @torch.no_grad()
 def compute_reference(
     files: Sequence[ImageFile], extractor: Extractor, *, name: str, size: int | None = None, batch: int = 100,
-    track: Track = plain,
+    kept: int = KEPT, track: Track = plain,
 ) -> Reference:
     """Statistics of image files, streamed; `size` brings every image to size x size first."""
-    digest = hashlib.sha256()
+    digest, pooled, spatial, features = hashlib.sha256(), Sums(), Sums(), []
+    chosen = set(np.linspace(0, len(files) - 1, min(kept, len(files))).round().astype(int).tolist())
     pixels = (image for _, image in track(read_images(files, size=size), f"reference {name}"))
-    features = (extractor.features(images) for images in _stack(pixels, batch, digest))
-    mu, sigma, count = measure_moments(features)
-    return Reference(name, mu, sigma, count, digest.hexdigest())
+    for images in _stack(pixels, batch, digest):
+        seen = extractor.read(images)
+        rows = [row for row in range(len(images)) if pooled.count + row in chosen]
+        features.append(seen.features[rows].half())
+        pooled.add(seen.features)
+        if seen.spatial is not None:
+            spatial.add(seen.spatial)
+    mu, sigma = pooled.moments()
+    spatial = spatial.moments() if spatial.count else None
+    return Reference(name, mu, sigma, pooled.count, digest.hexdigest(), spatial, torch.cat(features))
+
+
+class Sums:
+    """Adds up float64 feature rows and their products."""
+
+    def __init__(self) -> None:
+        self.count, self._total, self._products = 0, 0, 0
+
+    def add(self, rows: Tensor) -> None:
+        self._total, self._products = self._total + rows.sum(0), self._products + rows.T @ rows
+        self.count += len(rows)
+
+    def moments(self) -> Moments:
+        if self.count < 2:
+            raise InputError(f"a reference needs at least 2 images, got {self.count}")
+        mu = self._total / self.count
+        return Moments(mu, (self._products - self.count * mu.outer(mu)) / (self.count - 1))
 
 
 def measure_moments(features: Iterable[Tensor]) -> tuple[Tensor, Tensor, int]:
     """Mean (D,), covariance (D, D) and count of float64 feature rows that come in batches (B, D)."""
-    total, products, count = 0, 0, 0
+    sums = Sums()
     for rows in features:
-        total, products, count = total + rows.sum(0), products + rows.T @ rows, count + len(rows)
-    if count < 2:
-        raise InputError(f"a reference needs at least 2 images, got {count}")
-    mu = total / count
-    return mu, (products - count * mu.outer(mu)) / (count - 1), count
+        sums.add(rows)
+    return *sums.moments(), sums.count
 
 
 def _stack(pixels: Iterator[Tensor], batch: int, digest: "hashlib._Hash") -> Iterator[Tensor]:
@@ -107,21 +151,33 @@ def _stack(pixels: Iterator[Tensor], batch: int, digest: "hashlib._Hash") -> Ite
         yield stacked
 
 
-def save_reference(reference: Reference, extractor: Extractor, path: Path, *, size: int | None = None) -> None:
-    """Writes mu, sigma, n and a JSON meta string; tools that read mu and sigma can use the file. All or nothing."""
+def save_reference(
+    reference: Reference, extractor: Extractor, path: Path, *, size: int | None = None, parts: Sequence[str] = ("mu", *PARTS)
+) -> None:
+    """Writes mu, sigma, what else there is, n and a JSON meta string; tools that read mu and sigma can use the file."""
     meta = {
         "extractor": extractor.name, "extractor_sha256": extractor.sha256, "source": reference.name,
         "source_sha256": reference.sha256, "resize": f"bicubic to {size}, centre crop" if size else "none",
     }
+    arrays = {"mu": reference.mu, "sigma": reference.sigma} if "mu" in parts else {}
+    if "spatial" in parts and reference.spatial is not None:
+        arrays |= {"mu_s": reference.spatial.mu, "sigma_s": reference.spatial.sigma}
+    if "features" in parts and reference.features is not None:
+        arrays["features"] = reference.features
     content = io.BytesIO()
     np.savez(
-        content, mu=reference.mu.numpy(), sigma=reference.sigma.numpy(), n=np.int64(reference.num_images),
+        content, **{key: value.numpy() for key, value in arrays.items()}, n=np.int64(reference.num_images),
         meta=np.array(json.dumps(meta, sort_keys=True)),
     )
+    _write_whole(path, content.getvalue())
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """All or nothing."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("xb") as file:
-            file.write(content.getvalue())
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -131,21 +187,66 @@ def save_reference(reference: Reference, extractor: Extractor, path: Path, *, si
 
 def read_reference(path: Path, extractor: Extractor, *, name: str | None = None) -> Reference:
     """The statistics of an npz with `mu` and `sigma`; checked for the extractor's width, symmetry and finiteness."""
-    width = extractor.network.num_features
+    with _open_archive(path) as archive:
+        _check_meta(path, archive, extractor)
+        moments = _read_moments(path, archive, ("mu", "sigma"), extractor.network.num_features)
+        count = int(_read_array(path, archive, "n", (), "i")) if "n.npy" in archive.namelist() else None
+        spatial, features = _read_spatial(path, archive, extractor), _read_features(path, archive, extractor)
+    if count is not None and count < 2:
+        raise DamagedFile(f"{path} says that it was made from {count} images")
+    return Reference(name or path.name, *moments, count, hash_file(path), spatial, features)
+
+
+def _add_more(reference: Reference, path: Path, extractor: Extractor) -> Reference:
+    """A built-in reference with what the file beside it holds."""
+    if not path.is_file():
+        return reference
+    with _open_archive(path) as archive:
+        _check_meta(path, archive, extractor)
+        spatial, features = _read_spatial(path, archive, extractor), _read_features(path, archive, extractor)
+    return replace(reference, spatial=spatial, features=features)
+
+
+@contextmanager
+def _open_archive(path: Path) -> Iterator[zipfile.ZipFile]:
+    """The npz, read with every fault of the file told as one."""
     try:
         with zipfile.ZipFile(path) as archive:
-            _check_meta(path, archive, extractor)
-            mu = _read_array(path, archive, "mu", (width,), "f")
-            sigma = _read_array(path, archive, "sigma", (width, width), "f")
-            count = int(_read_array(path, archive, "n", (), "i")) if "n.npy" in archive.namelist() else None
-    except InputError:
+            yield archive
+    except DmquantError:
         raise
     except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, RuntimeError) as error:
         raise DamagedFile(f"{path} cannot be read: {error}") from error
-    _check_moments(path, mu, sigma)
-    if count is not None and count < 2:
-        raise DamagedFile(f"{path} says that it was made from {count} images")
-    return Reference(name or path.name, torch.from_numpy(mu).double(), torch.from_numpy(sigma).double(), count, hash_file(path))
+
+
+def _read_moments(path: Path, archive: zipfile.ZipFile, keys: tuple[str, str], width: int) -> Moments:
+    mu = _read_array(path, archive, keys[0], (width,), "f")
+    sigma = _read_array(path, archive, keys[1], (width, width), "f")
+    _check_moments(path, mu, sigma, keys[1])
+    return Moments(torch.from_numpy(mu).double(), torch.from_numpy(sigma).double())
+
+
+def _read_spatial(path: Path, archive: zipfile.ZipFile, extractor: Extractor) -> Moments | None:
+    """sFID's statistics under ADM's names, where the file has them and the extractor such features."""
+    width = getattr(extractor.network, "num_spatial", None)
+    is_there = {"mu_s.npy", "sigma_s.npy"} <= set(archive.namelist())
+    return _read_moments(path, archive, ("mu_s", "sigma_s"), width) if width and is_there else None
+
+
+def _read_features(path: Path, archive: zipfile.ZipFile, extractor: Extractor) -> Tensor | None:
+    """Features (K, D) under our name or clean-fid's."""
+    key = next((key for key in ("features", "feats") if f"{key}.npy" in archive.namelist()), None)
+    if key is None:
+        return None
+    with archive.open(f"{key}.npy") as member:
+        shape, _ = _read_header(member)
+    width = extractor.network.num_features
+    if len(shape) != 2 or not 2 <= shape[0] <= MAX_KEPT:
+        raise InputError(f"{path}: {key} has shape {shape}; expected (2 to {MAX_KEPT}, {width})")
+    features = _read_array(path, archive, key, (shape[0], width), "f")
+    if not np.isfinite(features).all():
+        raise DamagedFile(f"{path}: {key} holds values that are not finite")
+    return torch.from_numpy(features)
 
 
 def _read_array(path: Path, archive: zipfile.ZipFile, key: str, shape: tuple[int, ...], kind: str) -> np.ndarray:
@@ -186,8 +287,8 @@ def _check_meta(path: Path, archive: zipfile.ZipFile, extractor: Extractor) -> N
         raise InputError(f"{path} was made with other weights of {meta['extractor']!r} than {extractor.name!r} has here")
 
 
-def _check_moments(path: Path, mu: np.ndarray, sigma: np.ndarray) -> None:
+def _check_moments(path: Path, mu: np.ndarray, sigma: np.ndarray, key: str) -> None:
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise DamagedFile(f"{path} holds values that are not finite")
     if np.abs(sigma - sigma.T).max() > ASYMMETRY * np.abs(sigma).max() or (sigma.diagonal() < 0).any():
-        raise DamagedFile(f"{path}: sigma is not symmetric with a positive diagonal: not a covariance")
+        raise DamagedFile(f"{path}: {key} is not symmetric with a positive diagonal: not a covariance")

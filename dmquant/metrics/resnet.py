@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 WIDTHS = (32, 64, 128, 256)
+SPATIAL_CHANNELS = 7  # of the third block, 8x8 positions: as many as ADM takes of Inception's 17x17
 
 
 class Block(nn.Module):
@@ -27,6 +28,7 @@ class ResNetExtractor(nn.Module):
     """uint8 images (B, 3, 32, 32) -> penultimate features (B, 256); `classify` gives the class logits."""
 
     num_features = WIDTHS[-1]
+    num_spatial = SPATIAL_CHANNELS * 8 * 8
     image_size = 32
 
     def __init__(self, num_classes: int = 10):
@@ -44,6 +46,16 @@ class ResNetExtractor(nn.Module):
 
     def classify(self, x: Tensor) -> Tensor:
         return self.head(self.features(x))
+
+    def read(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of uint8 images (B, 3, 32, 32): features (B, 256), the first channels of the third block (B, 448), logits (B, K)."""
+        *early, last = self.blocks
+        x = torch.relu(self.norm(self.stem(images.float() / 127.5 - 1)))
+        for block in early:
+            x = block(x)
+        features = last(x).mean((2, 3))
+        # position before channel, as in ADM's Inception features
+        return features, x[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1), self.head(features)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.features(images.float() / 127.5 - 1)

@@ -9,7 +9,7 @@ from torch import nn
 from dmquant.errors import InputError, MissingResource
 from dmquant.metrics import extractor as module
 from dmquant.metrics.extractor import Extractor, load_embedded, load_extractor
-from dmquant.metrics.reference import DEFAULT, FOLDER, open_reference
+from dmquant.metrics.reference import DEFAULT, FOLDER, MORE, open_reference
 from dmquant.metrics.resnet import ResNetExtractor
 
 
@@ -41,6 +41,18 @@ def test_features_are_float64_rows_that_do_not_depend_on_the_batch(folder):
     assert torch.allclose(features, one_by_one, atol=1e-5)
 
 
+def test_the_embedded_network_gives_spatial_features_and_logits_too(folder):
+    extractor = load_embedded(folder)
+    seen = extractor.read(images())
+    x = images().float() / 127.5 - 1
+    network = extractor.network
+    middle = network.blocks[:3](torch.relu(network.norm(network.stem(x))))  # (B, 128, 8, 8)
+    assert seen.spatial.shape == (3, network.num_spatial) == (3, 448)
+    assert torch.allclose(seen.spatial[:, (2 * 8 + 5) * 7 + 6].float(), middle[:, 6, 2, 5], atol=1e-6)
+    assert torch.allclose(seen.logits.float(), network.classify(x), atol=1e-5)
+    assert {part.dtype for part in seen} == {torch.float64}
+
+
 def test_autocast_around_does_not_change_the_features(folder):
     extractor = load_embedded(folder)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -67,7 +79,8 @@ def test_a_network_without_a_fixed_size_takes_any():
         def forward(self, x):
             return self.network(x.float())
 
-    assert Extractor(AnySize(), "any", "").features(images(size=7)).shape == (3, 5)
+    seen = Extractor(AnySize(), "any", "").read(images(size=7))
+    assert seen.features.shape == (3, 5) and seen.spatial is None and seen.logits is None
 
 
 def test_an_unknown_name_gets_the_near_one_or_the_list():
@@ -91,4 +104,11 @@ def test_the_embedded_extractor_is_good_small_and_the_one_that_made_the_embedded
         meta = json.loads(str(stats["meta"]))
     assert extractor.name == record["name"] == meta["extractor"]
     assert (extractor.sha256, record["train_sha256"]) == (meta["extractor_sha256"], meta["source_sha256"])
-    assert open_reference(None, extractor).num_images == record["train_images"] == 50000
+    reference = open_reference(None, extractor)
+    assert reference.num_images == record["train_images"] == 50000
+    with np.load(FOLDER / MORE / file.name) as more:
+        assert json.loads(str(more["meta"])) == meta
+    assert len(reference.features) == 5000 and len(reference.spatial.mu) == extractor.network.num_spatial
+    # the 5,000 that are kept stand for all
+    mean, spread = reference.features.double().mean(0), reference.sigma.diagonal().sqrt()
+    assert ((mean - reference.mu).abs() < 5 * spread / 5000**0.5).all()

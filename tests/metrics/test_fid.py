@@ -1,12 +1,14 @@
 import warnings
 
+import numpy as np
 import pytest
+import scipy.linalg
 import torch
 
 from dmquant.errors import DmquantError, InputError
 from dmquant.metrics.base import Batch
-from dmquant.metrics.fid import Frechet, distance_name
-from dmquant.metrics.reference import Reference, measure_moments
+from dmquant.metrics.fid import Frechet, SpatialFrechet, distance_name
+from dmquant.metrics.reference import Moments, Reference, measure_moments
 
 
 def frechet_by_eigh(mu1, sigma1, mu2, sigma2):
@@ -15,6 +17,12 @@ def frechet_by_eigh(mu1, sigma1, mu2, sigma2):
     root = vectors @ torch.diag(values.clamp(min=0).sqrt()) @ vectors.T
     cross = torch.linalg.eigvalsh(root @ sigma2 @ root).clamp(min=0).sqrt().sum()
     return ((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross).item()
+
+
+def frechet_by_sqrtm(mu1, sigma1, mu2, sigma2):
+    """Oracle: the form of the original code, with a general matrix square root."""
+    root = scipy.linalg.sqrtm((sigma1 @ sigma2).numpy())
+    return ((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace()).item() - 2 * np.trace(root).real
 
 
 def draw(count: int, width: int, seed: int) -> torch.Tensor:
@@ -38,8 +46,20 @@ def measure(features: torch.Tensor, reference: Reference, *, name: str = "test",
 @pytest.mark.parametrize("count", [400, 20])
 def test_it_equals_the_symmetric_form_in_float64_also_when_the_covariance_is_rank_deficient(count):
     real, fake = draw(500, 32, seed=1), draw(count, 32, seed=2)
-    expected = frechet_by_eigh(*measure_moments([real])[:2], *measure_moments([fake])[:2])
-    assert measure(fake, reference_of(real))["fd-test"] == pytest.approx(expected, rel=1e-6)
+    moments = (*measure_moments([real])[:2], *measure_moments([fake])[:2])
+    measured = measure(fake, reference_of(real))["fd-test"]
+    assert measured == pytest.approx(frechet_by_eigh(*moments), rel=1e-6)
+    assert measured == pytest.approx(frechet_by_sqrtm(*moments), rel=1e-5)
+
+
+def test_the_spatial_distance_is_the_same_in_spatial_features():
+    real, fake = draw(200, 12, seed=1), draw(150, 12, seed=2)
+    reference = Reference("test", torch.zeros(3), torch.eye(3), 200, "", spatial=Moments(*measure_moments([real])[:2]))
+    metric = SpatialFrechet("test", reference)
+    for rows in fake.split(64):
+        metric.update(Batch(images=torch.empty(0), features=torch.zeros(len(rows), 3), spatial=rows))
+    assert metric.compute() == {"sfd-test": pytest.approx(measure(fake, reference_of(real))["fd-test"], rel=1e-9)}
+    assert SpatialFrechet.name("inception") == "sfid"
 
 
 def test_gaussians_of_known_moments_are_at_their_closed_form_distance():

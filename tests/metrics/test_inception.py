@@ -68,3 +68,21 @@ def test_average_pools_leave_the_padding_out_and_the_last_block_takes_the_maximu
     assert averaging == ["Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e", "Mixed_7b"]
     assert all(torch.equal(network.get_submodule(name).pool(ones), ones) for name in averaging)
     assert torch.equal(network.Mixed_7c.pool(ones - 2), ones - 2) and isinstance(network.Mixed_7c.pool, torch.nn.MaxPool2d)
+
+
+def test_spatial_features_are_those_of_adm_and_logits_have_no_bias():
+    torch.manual_seed(0)
+    network = InceptionV3().eval()
+    network.fc.bias.data.fill_(1e6)
+    branch = []
+    network.Mixed_6d.branch1x1.register_forward_hook(lambda layer, inputs, output: branch.append(output))
+    images = torch.randint(0, 256, (2, 3, 40, 30), dtype=torch.uint8)
+
+    with torch.no_grad():
+        features, spatial, logits = network.read(images)
+        assert torch.equal(network(images), features)
+
+    assert features.shape == (2, 2048) and spatial.shape == (2, 2023) == (2, network.num_spatial) and logits.shape == (2, 1008)
+    # "mixed_6/conv" is the 1x1 branch; position (row 3, column 5), channel 6
+    assert torch.equal(spatial[:, (3 * 17 + 5) * 7 + 6], branch[0][:, 6, 3, 5])
+    assert torch.allclose(logits, features @ network.fc.weight.T) and logits.abs().max() < 1e6

@@ -33,9 +33,23 @@ class Moments(nn.Module):
         return torch.cat([x.mean((2, 3)), x.std((2, 3))], 1)
 
 
+class Everything(Moments):
+    """With spatial features, as the networks we know have them."""
+
+    num_spatial = 4
+
+    def read(self, images):
+        return self(images), images[:, 0, :2, :2].float().flatten(1), None
+
+
 @pytest.fixture
 def extractor() -> Extractor:
     return Extractor(Moments(), "moments", "a" * 64)
+
+
+@pytest.fixture
+def seeing() -> Extractor:
+    return Extractor(Everything(), "moments", "a" * 64)
 
 
 def write_images(folder: Path, count: int = 7, size: int = 8) -> Path:
@@ -203,3 +217,72 @@ def test_moments_of_streamed_rows_equal_those_of_all_at_once():
     rows = torch.randn(40, 5, dtype=torch.float64) + 100
     mu, sigma, count = measure_moments(rows.split(7))
     assert torch.allclose(mu, rows.mean(0)) and torch.allclose(sigma, rows.T.cov()) and count == 40
+
+
+def test_spatial_statistics_and_features_are_taken_in_the_same_pass(tmp_path, seeing):
+    folder = write_images(tmp_path / "images")
+    pixels = torch.stack([torch.from_numpy(np.array(Image.open(folder / f"{i}.png"))).permute(2, 0, 1) for i in range(7)])
+    seen = seeing.read(pixels)
+
+    found = open_reference(folder, seeing)
+
+    assert np.allclose(found.spatial.mu, seen.spatial.mean(0)) and np.allclose(found.spatial.sigma, seen.spatial.T.cov())
+    assert torch.equal(found.features, seen.features.half())
+
+
+def test_of_a_large_set_features_are_kept_evenly_over_its_files(tmp_path, extractor):
+    files = list_images(write_images(tmp_path))
+    everything, some = (compute_reference(files, extractor, name="x", kept=kept, batch=2).features for kept in (7, 3))
+    assert torch.equal(some, everything[[0, 3, 6]])
+
+
+def test_what_was_saved_is_read_back_with_all_its_parts(tmp_path, seeing, extractor):
+    made = open_reference(write_images(tmp_path / "images"), seeing)
+    save_reference(made, seeing, tmp_path / "a.npz")
+    found = open_reference(tmp_path / "a.npz", seeing)
+    assert all(torch.equal(a, b) for a, b in zip(made.spatial, found.spatial)) and torch.equal(made.features, found.features)
+    for part in ("mu", "spatial", "features"):
+        found.require(part)
+    assert open_reference(tmp_path / "a.npz", extractor).spatial is None  # an extractor without spatial features
+
+
+def test_what_a_built_in_reference_has_beyond_moments_lies_in_a_file_beside_it(tmp_path, seeing, monkeypatch):
+    monkeypatch.setattr(module, "FOLDER", tmp_path)
+    made = open_reference(write_images(tmp_path / "images"), seeing)
+    (tmp_path / "more").mkdir()
+    save_reference(made, seeing, tmp_path / "set.moments.npz", parts=["mu"])
+    bare = open_reference("set", seeing)
+    save_reference(made, seeing, tmp_path / "more" / "set.moments.npz", parts=["spatial", "features"])
+    found = open_reference("set", seeing)
+    assert bare.features is None and torch.equal(found.features, made.features) and found.sha256 == bare.sha256
+
+
+def test_statistics_without_features_say_what_cannot_be_measured_with_them(tmp_path, seeing):
+    found = open_reference(write_npz(tmp_path / "stats.npz", **moments()), seeing)
+    with pytest.raises(InputError, match="stats.npz has no features; make one that has: dmquant reference"):
+        found.require("features")
+    with pytest.raises(InputError, match="has no spatial statistics"):
+        found.require("spatial")
+
+
+def test_features_of_clean_fid_are_read(tmp_path, extractor):
+    rows = np.random.default_rng(0).normal(size=(9, WIDTH)).astype(np.float32)
+    found = open_reference(write_npz(tmp_path / "stats.npz", feats=rows, **moments()), extractor)
+    assert np.array_equal(found.features.numpy(), rows)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "error", "message"),
+    [
+        ({"features": np.zeros((5, 7))}, InputError, r"features has shape \(5, 7\), the extractor needs \(5, 6\)"),
+        ({"features": np.zeros(6)}, InputError, r"features has shape \(6,\)"),
+        ({"features": np.zeros((1, 6))}, InputError, r"expected \(2 to 200000, 6\)"),
+        ({"features": np.full((5, 6), np.nan)}, DamagedFile, "features holds values that are not finite"),
+        ({"features": np.zeros((5, 6), dtype=object)}, InputError, "not numbers"),
+        ({"mu_s": np.zeros(5), "sigma_s": np.eye(5)}, InputError, r"mu_s has shape \(5,\), the extractor needs \(4,\)"),
+        ({"mu_s": np.zeros(4), "sigma_s": -np.eye(4)}, DamagedFile, "sigma_s is not symmetric"),
+    ],
+)
+def test_further_parts_of_a_file_are_checked_like_the_first(tmp_path, seeing, arrays, error, message):
+    with pytest.raises(error, match=message):
+        open_reference(write_npz(tmp_path / "stats.npz", **moments(), **arrays), seeing)

@@ -6,11 +6,11 @@ import torch
 
 from dmquant.errors import InputError
 from dmquant.metrics.base import Batch
-from dmquant.metrics.similarity import CAP, Psnr, psnr
+from dmquant.metrics.similarity import CAP, Psnr, Ssim, psnr, ssim
 
 
-def images(seed: int, count: int = 6) -> torch.Tensor:
-    return torch.randint(0, 256, (count, 3, 8, 8), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+def images(seed: int, count: int = 6, size: int = 8) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
 
 
 def measure(*batches: Batch) -> float:
@@ -52,3 +52,44 @@ def test_identical_images_are_capped_so_that_the_report_stays_strict_json():
 def test_without_any_pair_it_is_refused():
     with pytest.raises(InputError, match="no pair"):
         Psnr().compute()
+
+
+def ssim_by_definition(image: torch.Tensor, other: torch.Tensor) -> float:
+    """Oracle: Wang et al. (2004), eq. 12-16, window by window, on one pair (3, H, W)."""
+    line = [math.exp(-((i - 5) ** 2) / (2 * 1.5**2)) for i in range(11)]
+    window = torch.tensor([[a * b for a in line] for b in line], dtype=torch.float64) / sum(line) ** 2
+    c1, c2, values = (0.01 * 255) ** 2, (0.03 * 255) ** 2, []
+    for x, y in zip(image.double(), other.double()):
+        for row in range(x.shape[0] - 10):
+            for column in range(x.shape[1] - 10):
+                a, b = (part[row:row + 11, column:column + 11] for part in (x, y))
+                mean_a, mean_b = (window * a).sum(), (window * b).sum()
+                covariance = (window * (a - mean_a) * (b - mean_b)).sum()
+                spread = (window * (a - mean_a) ** 2).sum() + (window * (b - mean_b) ** 2).sum()
+                value = (2 * mean_a * mean_b + c1) * (2 * covariance + c2) / ((mean_a**2 + mean_b**2 + c1) * (spread + c2))
+                values.append(value.item())
+    return sum(values) / len(values)
+
+
+def test_structural_similarity_equals_its_definition_pair_by_pair():
+    ours = images(0, count=3, size=14)
+    others = (ours.double() * 0.7 + images(1, count=3, size=14).double() * 0.3).to(torch.uint8)
+    expected = [ssim_by_definition(a, b) for a, b in zip(ours, others)]
+    assert ssim(ours, others).tolist() == pytest.approx(expected, rel=1e-9)
+
+
+def test_structural_similarity_streams_like_psnr():
+    ours, others = images(0, size=12), images(1, size=12)
+    metric = Ssim()
+    for a, b in zip(ours.split(4), others[:5].split(4)):
+        metric.update(Batch(a, float_images=b))
+    metric.update(Batch(ours, float_images=others[:0]))
+    assert metric.compute()["ssim"] == pytest.approx(ssim(ours[:5], others[:5]).mean().item())
+    assert ssim(ours, ours).tolist() == pytest.approx([1] * 6)
+
+
+def test_structural_similarity_needs_a_whole_window_and_a_pair():
+    with pytest.raises(InputError, match="at least 11x11 pixels, got 8x8"):
+        ssim(images(0), images(1))
+    with pytest.raises(InputError, match="no pair"):
+        Ssim().compute()

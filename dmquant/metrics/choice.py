@@ -1,0 +1,78 @@
+"""The metrics by name: which there are, what each needs, and what of the settings none of them would look at."""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dmquant.errors import InputError
+from dmquant.metrics import agreement
+from dmquant.metrics.base import Metric
+from dmquant.metrics.fid import Frechet, SpatialFrechet
+from dmquant.metrics.kid import Kid
+from dmquant.metrics.prdc import Prdc
+from dmquant.metrics.score import ClassifierScore
+from dmquant.metrics.similarity import Psnr, Ssim
+
+STREAMED: dict[str, type[Metric]] = {
+    "fid": Frechet, "sfid": SpatialFrechet, "kid": Kid, "is": ClassifierScore, "prdc": Prdc, "psnr": Psnr, "ssim": Ssim,
+}  # fmt: skip
+NAMES = (*STREAMED, agreement.NAME)
+DEFAULT, DEFAULT_PAIRED = ("fid",), ("psnr",)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Metrics asked for, each once."""
+
+    names: tuple[str, ...]
+
+    @property
+    def kinds(self) -> list[type[Metric]]:
+        return [STREAMED[name] for name in self.names if name in STREAMED]
+
+    @property
+    def needs_agreement(self) -> bool:
+        return agreement.NAME in self.names
+
+    @property
+    def needs_features(self) -> bool:
+        return any(kind.needs_features for kind in self.kinds)
+
+    @property
+    def needs_float_images(self) -> bool:
+        return any(kind.needs_float_images for kind in self.kinds)
+
+    @property
+    def needs_float_model(self) -> bool:
+        return self.needs_agreement or self.needs_float_images
+
+    @property
+    def reference_parts(self) -> list[str]:
+        """What the reference must hold; empty where none is needed."""
+        return sorted({kind.reference_part for kind in self.kinds if kind.reference_part is not None})
+
+
+def choose_metrics(names: Sequence[str], num_images: int) -> Choice:
+    """The metrics of those names; refuses what cannot be measured before any image is drawn."""
+    for name in names:
+        if name not in NAMES:
+            near = difflib.get_close_matches(name, NAMES, n=1)
+            raise InputError(f"no metric {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(NAMES)}"))
+    if not names:
+        raise InputError(f"no metric asked for; known: {', '.join(NAMES)}")
+    chosen = Choice(tuple(dict.fromkeys(names)))
+    least = max((kind.least for kind in chosen.kinds), default=1)
+    if num_images < least:
+        raise InputError(f"num_images must be at least {least} for {', '.join(chosen.names)}, got {num_images}")
+    return chosen
+
+
+def refuse_unused(chosen: Choice, given: Sequence[str]) -> None:
+    """Raises InputError for settings, by name, that no metric asked for would look at."""
+    used = {
+        "extractor": chosen.needs_features, "inception_weights": chosen.needs_features,
+        "reference": bool(chosen.reference_parts), "float_pipeline": chosen.needs_float_model,
+    }  # fmt: skip
+    unused = [name for name in given if not used[name]]
+    if unused:
+        raise InputError(f"{', '.join(unused)}: without effect on {', '.join(chosen.names)}; add a metric that looks, or leave out")
