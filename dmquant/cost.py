@@ -15,6 +15,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from dmquant.packed import FLOAT_BITS, layer_bits
 BINARY_OPS_PER_WORD = 64  # one-bit products that a 64-bit word does at once
 OPS_PER_INPUT = 4  # divide, round, clip below, clip above
 OPS_PER_OUTPUT = 1  # multiply by the step sizes
+ENTRY_BYTES = 62  # of one tensor in the header of a safetensors file, beside its name: dtype, shape, offsets as JSON
 SCALE_BYTES = 8  # float32 scale and zero: per output channel of the weight, once for the input
 
 
@@ -69,11 +71,12 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class Cost:
-    """One denoiser call at batch 1, and the denoiser's bytes. `size_bytes` leaves out the header of the file (names, shapes)."""
+    """One denoiser call at batch 1, and the bytes of the denoiser's file: `header_bytes` of them are names and shapes."""
 
     layers: tuple[LayerCost, ...]
     num_params: int
     size_bytes: int
+    header_bytes: int
     attention_macs: int
 
     @property
@@ -133,9 +136,12 @@ def measure_cost(
         for name, role in roles.items()
     ]
     inside = {f"{cost.name}.{leaf}" for cost in costs for leaf in ("weight", "bias")}
-    others = sum(width for name, width in widths.items() if name not in inside)
+    others = {name: width for name, width in widths.items() if name not in inside}
     num_params = sum(parameter.numel() for parameter in skeleton.parameters())
-    return Cost(tuple(costs), num_params, others + sum(cost.size_bytes for cost in costs), attention_macs)
+    names = [*others, *chain.from_iterable(_tensor_names(cost, widths) for cost in costs)]
+    header_bytes = sum(len(name) + ENTRY_BYTES for name in names)
+    size_bytes = header_bytes + sum(others.values()) + sum(cost.size_bytes for cost in costs)
+    return Cost(tuple(costs), num_params, size_bytes, header_bytes, attention_macs)
 
 
 def build_skeleton(denoiser: nn.Module) -> nn.Module:
@@ -209,6 +215,14 @@ def _cost_layer(
         macs=meter.macs[name], num_inputs=meter.num_inputs[name], num_outputs=meter.num_outputs[name],
         weight_bits=weight_bits, act_bits=act_bits, size_bytes=size_bytes, note=note,
     )
+
+
+def _tensor_names(cost: LayerCost, widths: Mapping[str, int]) -> list[str]:
+    """What a layer's tensors are called in the file."""
+    weight = ("weight",) if cost.weight_bits == FLOAT_BITS else ("weight.codes", "weight.scale", "weight.zero")
+    grid = () if cost.act_bits == FLOAT_BITS else ("input.scale", "input.zero")
+    bias = ("bias",) if f"{cost.name}.bias" in widths else ()
+    return [f"{cost.name}.{leaf}" for leaf in (*weight, *grid, *bias)]
 
 
 @dataclass(frozen=True)

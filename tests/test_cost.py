@@ -1,6 +1,7 @@
 import math
 
 import pytest
+import safetensors.torch
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
@@ -74,7 +75,7 @@ def test_parameters_sizes_and_macs_are_the_papers(kind, config, params, size_mib
     cost = measure_cost(denoiser, inputs=inputs)
     assert round(cost.num_params / 1e6, 2) == params
     assert round(cost.float_size_bytes / MIB, 1) == size_mib
-    assert cost.size_bytes == cost.float_size_bytes == cost.scaled_size_bytes
+    assert cost.size_bytes - cost.header_bytes == cost.float_size_bytes == cost.scaled_size_bytes
     assert round(cost.macs / GIGA, 2) == macs and cost.ops == cost.macs
     assert attention_macs is None or cost.attention_macs / GIGA == pytest.approx(attention_macs, rel=2e-3)
 
@@ -215,10 +216,12 @@ def test_a_packed_denoiser_costs_what_the_quantized_one_did(quantized):
 def test_size_is_the_bytes_of_the_tensors_that_are_written(quantized):
     tensors = pack_model(quantized).state_dict()
     cost = measure_cost(quantized)
-    assert cost.size_bytes == sum(value.numel() * value.element_size() for value in tensors.values())
+    assert cost.size_bytes == cost.header_bytes + sum(value.numel() * value.element_size() for value in tensors.values())
+    header_bytes = len(safetensors.torch.save(tensors)) - (cost.size_bytes - cost.header_bytes)
+    assert cost.header_bytes == pytest.approx(header_bytes, rel=0.1)
     assert cost.weight_bits_effective == 8 * cost.size_bytes / cost.num_params
     norms = sum(2 * value.numel() for name, value in quantized.named_parameters() if "norm" in name)
-    assert cost.size_bytes == norms + sum(layer.size_bytes for layer in cost.layers)
+    assert cost.size_bytes == cost.header_bytes + norms + sum(layer.size_bytes for layer in cost.layers)
 
 
 def test_a_layer_takes_whole_bytes_per_bit_plane(quantized):

@@ -9,7 +9,7 @@ def layer(name: str, role: Role, weight_bits: int, act_bits: int) -> LayerCost:
     return LayerCost(name, role, (8, 4, 3, 3), 288, 2_000_000, 10, 10, weight_bits, act_bits, 100)
 
 
-COST = Cost((layer("in", Role.FIRST, 8, 8), layer("mid", Role.BODY, 4, 8), layer("out", Role.LAST, 32, 32)), 1000, 1000, 5)
+COST = Cost((layer("in", Role.FIRST, 8, 8), layer("mid", Role.BODY, 4, 8), layer("out", Role.LAST, 32, 32)), 1000, 1000, 0, 5)
 
 
 def test_layers_that_differ_from_what_was_asked_say_why():

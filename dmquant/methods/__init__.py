@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 BUILT_IN = {
     "lsq": "dmquant.methods.lsq.method:LSQ",
+    "binarydm": "dmquant.methods.binarydm.method:BinaryDM",
 }
 
 

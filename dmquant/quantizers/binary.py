@@ -25,7 +25,7 @@ class Binary(Quantizer):
         self.scale.copy_(x.abs().reshape(self.scale.numel(), -1).mean(1).view_as(self.scale))
 
     def forward(self, x: Tensor) -> Tensor:
-        return _ScaledSign.apply(x, self.scale)
+        return ScaledSign.apply(x, self.scale)
 
     def grid(self) -> tuple[Tensor, Tensor]:
         """Codes {0, 1} mean {-scale, +scale}: a step of twice the scale around one half."""
@@ -37,7 +37,9 @@ class Binary(Quantizer):
         return Codes((x >= 0).to(torch.uint8), scale, zero, 1)
 
 
-class _ScaledSign(torch.autograd.Function):
+class ScaledSign(torch.autograd.Function):
+    """scale * sign(x), straight-through where |x| <= 1."""
+
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, scale: Tensor) -> Tensor:
         scale = widen(scale).clamp(min=SMALLEST_SCALE)

@@ -92,7 +92,7 @@ def test_a_run_leaves_the_teacher_alone_and_repeats_itself(cls, pipeline, sample
 
 
 def test_fine_tuning_brings_the_student_nearer_to_the_teacher(cls, pipeline, samples):
-    method = cls.parse({**QUICK, "weight_bits": 3, "act_bits": 4, "learning_rate": 1e-3, "quantizer_rate": 1e-2, "batch": 8})
+    method = cls.parse({**QUICK, "act_bits": 4, "learning_rate": 1e-3, "quantizer_rate": 1e-2, "batch": 8})
     distance = []
     for max_steps in (0, 60):
         student = find_denoiser(quantize(pipeline, cls.parse({**method.settings(), "max_steps": max_steps}), samples=samples))[1]

@@ -1,0 +1,89 @@
+"""BinaryDM (Zheng et al., ICLR 2025): one bit per weight, by evolvable bases and low-rank mimicking of the teacher."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import nn
+
+from dmquant.blocks import find_blocks, find_ends
+from dmquant.clock import Clock
+from dmquant.distill import Objective
+from dmquant.layers import quantized_layers
+from dmquant.methods.base import Method, setting
+from dmquant.methods.binarydm.binarizer import EvolvableBasis
+from dmquant.methods.binarydm.evolution import Evolution, WarmUp, group_layers, set_bases
+from dmquant.methods.binarydm.mimicking import Mimicking, find_subspaces
+from dmquant.progress import Track
+from dmquant.runs import Run
+from dmquant.samples import Samples
+
+
+@dataclass(frozen=True, kw_only=True)
+class BinaryDM(Method):
+    name: ClassVar[str] = "binarydm"
+
+    weight_bits: int = setting(1, "bits per weight: 1")
+    act_bits: int = setting(4, "bits per activation, 2 to 8; 32 keeps activations in float")
+    basis: Literal["evolvable", "multi", "single"] = setting(
+        "evolvable", "bases of the first and last blocks: two that become one (EBB), two to the end (LMB), or one"
+    )
+    switch: float = setting(0.5, "share of the run after which one basis is left")
+    basis_penalty: float = setting(9e-2, "weight of the second basis' mean scale in the loss")
+    mimic_weight: float = setting(1e-4, "weight of the distance to the teacher's block features (LRM); 0 leaves it out")
+    mimic_compression: int = setting(4, "channels per principal direction in which features are compared")
+    warmup: int = setting(0, "steps between making one group of blocks binary and the next, from the middle outwards; 0: none")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.weight_bits != 1:
+            raise ValueError(f"weight_bits must be 1 for binarydm, got {self.weight_bits}; lsq has 1 to 8")
+        if not 0 <= self.switch <= 1:
+            raise ValueError(f"switch must be 0 to 1, got {self.switch}")
+        for name in ("basis_penalty", "mimic_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if self.mimic_compression < 1:
+            raise ValueError(f"mimic_compression must be at least 1, got {self.mimic_compression}")
+        if self.warmup < 0:
+            raise ValueError(f"warmup must be 0 or more, got {self.warmup}")
+
+    def plan(self, denoiser: nn.Module) -> dict[str, tuple[int, int]]:
+        plan = super().plan(denoiser)
+        if self.basis == "multi":
+            plan |= {name: (2, plan[name][1]) for name in self.find_two_based(denoiser)}
+        return plan
+
+    def prepare(self, student: nn.Module, clock: Clock) -> None:
+        super().prepare(student, clock)
+        layers = quantized_layers(student)
+        for layer in (layers[name] for name in self.find_two_based(student) if name in layers):
+            quantizer = EvolvableBasis(num_channels=len(layer.weight), ndim=layer.weight.ndim)
+            layer.weight_quantizer = quantizer.to(layer.weight.device)
+
+    def finetune(
+        self, student: nn.Module, objective: Objective, *, teacher: nn.Module, samples: Samples, seed: int, run: Run, track: Track
+    ) -> None:
+        quantizers = [layer.weight_quantizer for layer in quantized_layers(student).values()]
+        evolving = [q for q in quantizers if isinstance(q, EvolvableBasis)] if self.basis == "evolvable" else []
+        if evolving:
+            objective = Evolution(objective, evolving, round(self.switch * self.max_steps), self.basis_penalty)
+        if self.warmup:
+            objective = WarmUp(objective, group_layers(student), self.warmup)
+        if self.mimic_weight and self.max_steps:
+            objective = self.mimic(objective, student, teacher, samples)
+        super().finetune(student, objective, teacher=teacher, samples=samples, seed=seed, run=run, track=track)
+        set_bases(evolving, 1)
+
+    def mimic(self, objective: Objective, student: nn.Module, teacher: nn.Module, samples: Samples) -> Mimicking:
+        """The objective with the distance to the teacher's features in its principal directions."""
+        blocks, few = find_blocks(teacher), samples.spread(self.calibration_samples)
+        subspaces = find_subspaces(teacher, blocks, few, compression=self.mimic_compression, batch=self.batch)
+        return Mimicking(objective, subspaces, blocks=blocks, student=student, teacher=teacher, weight=self.mimic_weight)
+
+    def find_two_based(self, denoiser: nn.Module) -> list[str]:
+        """Names of the layers that train with two bases: the binary ones in the first and last blocks."""
+        if self.basis == "single":
+            return []
+        ends = tuple(f"{module}." for block in find_ends(denoiser) for module in block.modules)
+        return [name for name, bits in super().plan(denoiser).items() if bits[0] == 1 and f"{name}.".startswith(ends)]
