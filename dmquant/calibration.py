@@ -1,4 +1,7 @@
-"""Sets the grids of quantized layers from values: weights from themselves, inputs from recorded samples."""
+"""Sets what quantized layers start from: grids of weights from themselves, grids of inputs and biases from recorded samples."""
+
+import copy
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -18,23 +21,43 @@ def observe_weights(student: nn.Module) -> None:
             layer.weight_quantizer.observe(layer.weight)
 
 
-@torch.no_grad()
 def observe_inputs(student: nn.Module, samples: Samples, *, batch: int, track: Track = plain) -> None:
     """Shows every input quantizer what its layer reads when the student runs in float."""
     layers = {name: layer for name, layer in quantized_layers(student).items() if isinstance(layer.input_quantizer, Quantizer)}
     collectors = {name: Collector(seed) for seed, name in enumerate(layers)}
-    hooks = [layer.register_forward_pre_hook(collectors[name].note) for name, layer in layers.items()]
-    device = next(student.parameters()).device
-    try:
-        with bypassed(student):
-            for part in track(samples.split(batch), "calibrate"):
-                part.on(device).call(student)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            hooks.callback(layer.register_forward_pre_hook(collectors[name].note).remove)
+        run_float(student, track(samples.split(batch), "calibrate"))
     for name, layer in layers.items():
         if collectors[name].rows:  # a layer that never runs needs no grid
             layer.input_quantizer.observe(torch.cat(collectors[name].rows))
+
+
+@torch.no_grad()
+def correct_biases(student: nn.Module, samples: Samples, *, batch: int, track: Track = plain) -> None:
+    """Gives back in every bias what rounding takes from the mean of an output channel. Nagel et al., 2019, sec. 4.2.
+
+    Layer by layer, each on the inputs that it has in the float model. The mean of what a denoiser's last layer answers is
+    worth it: an error that is the same in all calls adds up over the steps of sampling, one that is noise does not.
+    """
+    meters = {name: Shortfall(layer) for name, layer in quantized_layers(student).items() if layer.bias is not None}
+    with ExitStack() as hooks:
+        for name, layer in quantized_layers(student).items():
+            if name in meters:
+                hooks.callback(layer.register_forward_hook(meters[name].note).remove)
+        run_float(student, track(samples.split(batch), "correct biases"))
+    for name, meter in meters.items():
+        student.get_submodule(name).bias += meter.mean().float()
+
+
+@torch.no_grad()
+def run_float(student: nn.Module, parts: list[Samples]) -> None:
+    """The student in float on batches of samples: hooks see what its layers read and answer."""
+    device = next(student.parameters()).device
+    with bypassed(student):
+        for part in parts:
+            part.on(device).call(student)
 
 
 class Collector:
@@ -49,3 +72,22 @@ class Collector:
         index = torch.randint(flat.shape[1], (min(VALUES_PER_SAMPLE, flat.shape[1]),), generator=self._generator)
         extremes = torch.stack(torch.aminmax(flat, dim=1), 1)
         self.rows.append(torch.cat([flat[:, index.to(flat.device)], extremes], 1))
+
+
+class Shortfall:
+    """By how much a layer's float output exceeds its quantized one, on average over everything but channels: (C,)."""
+
+    def __init__(self, layer: nn.Module):
+        self._layer = copy.copy(layer)
+        self._layer.__dict__["_modules"] = dict(layer._modules)  # its quantizers stay while the layer's step aside
+        self._sum, self._count = torch.zeros(len(layer.bias), dtype=torch.float64, device=layer.bias.device), 0
+
+    def note(self, layer: nn.Module, args: tuple, output: Tensor) -> None:
+        # not a call: the twin shares the layer's hooks
+        lost = output - type(layer).forward(self._layer, *args)
+        rows = lost.flatten(0, -2) if isinstance(layer, nn.Linear) else lost.movedim(1, -1).flatten(0, -2)
+        self._sum += rows.sum(0, dtype=torch.float64)
+        self._count += len(rows)
+
+    def mean(self) -> Tensor:
+        return self._sum / max(1, self._count)  # a layer that never ran lost nothing

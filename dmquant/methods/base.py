@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Self, get_args
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
-from dmquant.calibration import observe_inputs, observe_weights
+from dmquant.calibration import correct_biases, observe_inputs, observe_weights
 from dmquant.clock import Clock
 from dmquant.denoiser import Role, find_roles
 from dmquant.distill import Objective, Training, fit
@@ -54,6 +54,7 @@ class Method:
     trajectories: int = setting(256, "teacher trajectories to record")
     sampling_steps: int = setting(20, "denoising steps of each recorded trajectory")
     calibration_samples: int = setting(128, "recorded samples that set the grids")
+    bias_correction: bool = setting(True, "biases start with what rounding takes from each channel's mean")
     max_steps: int = setting(600, "optimiser steps of fine-tuning; 0 only calibrates")
     batch: int = setting(16, "samples per optimiser step")
     snr_cap: float = setting(5.0, "a recorded sample counts min(SNR, cap) / SNR (Min-SNR)")
@@ -151,8 +152,11 @@ class Method:
 
     def calibrate(self, student: nn.Module, samples: Samples, *, track: Track) -> None:
         """Sets the grids from values; no gradients."""
+        few = samples.spread(self.calibration_samples)
         observe_weights(student)
-        observe_inputs(student, samples.spread(self.calibration_samples), batch=self.batch, track=track)
+        observe_inputs(student, few, batch=self.batch, track=track)
+        if self.bias_correction:
+            correct_biases(student, few, batch=self.batch, track=track)
 
     def finetune(
         self, student: nn.Module, objective: Objective, *, teacher: nn.Module, samples: Samples, seed: int, run: Run, track: Track

@@ -114,4 +114,4 @@ def test_track_sees_each_stage(cls, pipeline):
         return plain(work, label)
 
     quantize(pipeline, cls.parse(QUICK), track=note)
-    assert labels == ["sampling", "calibrate", "fine-tune"]
+    assert labels == ["sampling", "calibrate", "correct biases", "fine-tune"]
