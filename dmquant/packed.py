@@ -1,7 +1,8 @@
 """Packed layers: bit planes in, the arithmetic of the quantized layer out.
 
-A packed layer keeps its weight as integer codes and makes the float values anew in every forward: the reference that every
-faster kernel has to match. Scales and zeros stay in float32 whatever the model computes in; a cast would move the grid.
+A packed layer keeps its weight as integer codes. A kernel multiplies them as they are where there is one; elsewhere the float
+values are made anew in every forward, the reference that every kernel has to match. Scales and zeros stay in float32 whatever
+the model computes in; a cast would move the grid.
 """
 
 import re
@@ -15,9 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dmquant import kernels
+from dmquant.kernels.blocked import BlockedCodes
 from dmquant.layers import find_layers, quantized_layers
 from dmquant.packing import check_bits, pack, unpack
-from dmquant.quantizers.base import BasisCodes, Codes, FixedGrid, Float32Buffers
+from dmquant.quantizers.base import BasisCodes, Codes, FixedGrid
 
 FLOAT_BITS = 32
 Bits = tuple[int, int]  # of weights, of activations
@@ -36,7 +39,7 @@ class Format(NamedTuple):
 FLOAT = Format(FLOAT_BITS, FLOAT_BITS)
 
 
-class PackedWeight(Float32Buffers):
+class PackedWeight(BlockedCodes):
     """Bit planes with one scale and one zero per slice of dimension 0: value = (code - zero) * scale."""
 
     def __init__(self, shape: torch.Size, bits: int, *, dtype: torch.dtype, device: torch.device | str | None = None):
@@ -50,7 +53,7 @@ class PackedWeight(Float32Buffers):
 
     @property
     def device(self) -> torch.device:
-        return self.codes.device
+        return self.scale.device
 
     def numel(self) -> int:
         return self.shape.numel()
@@ -111,11 +114,13 @@ class PackedConv2d(nn.Conv2d):
 
 
 def linear(layer: PackedLinear, x: Tensor) -> Tensor:
-    return nn.functional.linear(layer.input(x), dense(layer.weight, x.dtype), layer.bias)
+    y = kernels.run(layer, x)
+    return nn.functional.linear(layer.input(x), dense(layer.weight, x.dtype), layer.bias) if y is None else y
 
 
 def convolve(layer: PackedConv1d | PackedConv2d, x: Tensor) -> Tensor:
-    return layer._conv_forward(layer.input(x), dense(layer.weight, x.dtype), layer.bias)
+    y = kernels.run(layer, x)
+    return layer._conv_forward(layer.input(x), dense(layer.weight, x.dtype), layer.bias) if y is None else y
 
 
 def dense(weight: PackedWeight | nn.Parameter, dtype: torch.dtype) -> Tensor:

@@ -14,6 +14,8 @@ TINY_UNET = dict(
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test may reach a hub, nor see the Inception weights or the debug switch of the person who runs it."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # most tests compare packed and quantized layers bit for bit, which holds of the reference; tests/kernels has its own
+    monkeypatch.setenv("DMQUANT_KERNELS", "torch")
     for name in ("DMQUANT_DEBUG", "DMQUANT_INCEPTION_WEIGHTS", "NO_COLOR", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
 

@@ -27,6 +27,7 @@ NEIGHBOURS = {
     ("calibration", "samples"),
     ("distill", "samples"), ("distill", "runs"), ("runs", "samples"), ("denoising", "denoiser"), ("denoising", "generation"),
     ("packed", "layers"), ("quantization", "hf"), ("checkpoint", "hf"), ("failures", "console"), ("interruption", "console"),
+    ("kernels", "quantizers"),
 }  # fmt: skip
 FORBIDDEN = {"torchvision", "torch_fidelity", "click"}
 FILES = sorted(ROOT.rglob("*.py"))

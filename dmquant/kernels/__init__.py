@@ -1,0 +1,15 @@
+"""Low-bit arithmetic for packed layers: the codes are multiplied as they are, and no float weight is made.
+
+A packed layer asks `run(layer, x)`. The answer is its output, or None where no kernel takes it: the layer then makes float
+weights, the reference that runs everywhere. Chosen once per layer, at its first call, by what this machine can do and a short
+timing; `DMQUANT_KERNELS=auto|c|onednn|torch` narrows the choice. What kernels leave to the reference: inputs that are not
+quantized or not float32, other devices than the CPU, gradients, autocast, groups, dilation, padding with other than zeros.
+
+The CPU kernels are C, compiled when first needed (compiler.py). All of them are exact in integers and end with one float
+expression, so that the same seed gives the same image whichever runs. Not done: AVX-VNNI of 256 bits, ARM, kernels for weights
+in groups, attention products.
+"""
+
+from dmquant.kernels.dispatch import run, survey
+
+__all__ = ["run", "survey"]

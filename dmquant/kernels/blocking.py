@@ -1,0 +1,80 @@
+"""Codes <-> the blocked layouts that the kernels read, at the same number of bits (and with blocks filled up).
+
+planes: [output block of 32][channel block][tap][4 channels][2 x 16 outputs][bit][64 bits], bit o * 4 + j of the last being
+channel j of output o. Weights of eight bits are signed bytes instead. nibbles: [bit][output block][channel block][tap]
+[16 channels][64 bytes], byte o * 4 + g having outputs o (low) and o + 16 (high) of the four channels of group g.
+"""
+
+import torch
+from torch import Tensor, nn
+
+OUTPUTS = 32  # of a block
+
+
+def to_planes(codes: Tensor, bits: int, block: int) -> Tensor:
+    """Blocked bytes of uint8 codes (O, C, taps)."""
+    cells = _blocks(codes, block)  # (O / 32, 2, 16, C / block, block / 4, 4, T)
+    cells = cells.permute(0, 3, 6, 4, 1, 2, 5).contiguous()
+    if bits == 8:
+        return (cells ^ 128).view(-1)
+    return torch.stack([_pack(cells >> bit & 1) for bit in range(bits)], -2).view(-1)
+
+
+def from_planes(blocked: Tensor, shape: tuple[int, int, int], bits: int, block: int) -> Tensor:
+    """The codes (O, C, taps) again."""
+    num_outputs, channels, taps = _sizes(shape, block)
+    if bits == 8:
+        cells = blocked ^ 128
+    else:
+        planes = blocked.view(-1, bits, 8)
+        cells = sum(_unpack(planes[:, bit]) << bit for bit in range(bits))
+    cells = cells.view(num_outputs // OUTPUTS, channels // block, taps, block // 4, 2, 16, 4)
+    return _unblock(cells.permute(0, 4, 5, 1, 3, 6, 2), shape)
+
+
+def to_nibbles(codes: Tensor, bits: int, block: int) -> Tensor:
+    """Blocked bytes of uint8 codes (O, C, taps)."""
+    cells = _blocks(codes, block).unflatten(4, (block // 16, 4))  # (O / 32, 2, 16, C / block, block / 16, 4, 4, T)
+    cells = cells.permute(0, 3, 7, 4, 2, 5, 1, 6)  # (..., output, group, half, channel): eight bits of a byte
+    return torch.stack([_pack(cells >> bit & 1) for bit in range(bits)]).view(-1)
+
+
+def from_nibbles(blocked: Tensor, shape: tuple[int, int, int], bits: int, block: int) -> Tensor:
+    """The codes (O, C, taps) again."""
+    num_outputs, channels, taps = _sizes(shape, block)
+    cells = sum(_unpack(plane) << bit for bit, plane in enumerate(blocked.view(bits, -1)))
+    cells = cells.view(num_outputs // OUTPUTS, channels // block, taps, block // 16, 16, 4, 2, 4)
+    return _unblock(cells.permute(0, 6, 4, 1, 3, 5, 7, 2).flatten(4, 5), shape)
+
+
+def fill_up(count: int, step: int) -> int:
+    return -(-count // step) * step
+
+
+def _blocks(codes: Tensor, block: int) -> Tensor:
+    """Outputs and channels filled up with code 0 and split: (O / 32, 2, 16, C / block, block / 4, 4, T)."""
+    num_outputs, channels, taps = _sizes(codes.shape, block)
+    codes = nn.functional.pad(codes, (0, 0, 0, channels - codes.shape[1], 0, num_outputs - codes.shape[0]))
+    return codes.view(num_outputs // OUTPUTS, 2, 16, channels // block, block // 4, 4, taps)
+
+
+def _unblock(cells: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    num_outputs, channels, taps = shape
+    whole = cells.reshape(fill_up(num_outputs, OUTPUTS), -1, taps)
+    return whole[:num_outputs, :channels].contiguous()
+
+
+def _sizes(shape: tuple[int, int, int], block: int) -> tuple[int, int, int]:
+    return fill_up(shape[0], OUTPUTS), fill_up(shape[1], block), shape[2]
+
+
+def _pack(bits: Tensor) -> Tensor:
+    """Zeros and ones -> bytes, the first in the lowest bit: (..., n / 64, 8) where the last dimensions allow it."""
+    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    packed = (bits.reshape(-1, 8) << places).sum(1, dtype=torch.uint8)
+    return packed.view(-1, 8)
+
+
+def _unpack(packed: Tensor) -> Tensor:
+    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return packed.reshape(-1, 1) >> places & 1

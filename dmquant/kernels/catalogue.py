@@ -1,0 +1,95 @@
+"""The C kernels: what each needs of a processor and what it can multiply, best first.
+
+All of them give the same floats bit for bit (csrc/job.h says why), so which one runs is a matter of speed alone.
+"""
+
+import ctypes
+import os
+from dataclasses import dataclass
+from functools import cache
+
+from torch import Tensor
+
+from dmquant.kernels import blocking, compiler
+from dmquant.kernels.compiler import CannotCompile
+
+AVX2, AVX512, VNNI, VBMI, AMX = (1 << bit for bit in range(5))  # as in csrc/isa.c
+NAMES = {AVX2: "AVX2", AVX512: "AVX-512", VNNI: "AVX-512 VNNI", VBMI: "AVX-512 VBMI", AMX: "AMX"}
+X86_512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
+CHOICES = ("auto", "c", "onednn", "torch")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One source of csrc/. Its weights lie as bit planes, or as nibbles where it looks products up."""
+
+    name: str
+    does: str
+    needs: int = 0  # instruction sets
+    flags: tuple[str, ...] = ()
+    max_weight_bits: int = 8
+    max_act_bits: int = 8
+    blocks: tuple[int, ...] = (64, 32)  # channels
+    has_nibbles: bool = False
+    must_ask: bool = False  # the operating system for permission
+
+    def fits(self, weight_bits: int, act_bits: int) -> bool:
+        return weight_bits <= self.max_weight_bits and act_bits <= self.max_act_bits
+
+    def block_for(self, channels: int) -> int:
+        """The largest block of channels among those that are filled up the least."""
+        return min(self.blocks, key=lambda block: (blocking.fill_up(channels, block), -block))
+
+    def to_blocked(self, codes: Tensor, bits: int) -> Tensor:
+        """Bytes of the codes (O, C, taps) in this kernel's order."""
+        return (blocking.to_nibbles if self.has_nibbles else blocking.to_planes)(codes, bits, self.block_for(codes.shape[1]))
+
+    def from_blocked(self, blocked: Tensor, shape: tuple[int, int, int], bits: int) -> Tensor:
+        """The codes (O, C, taps) again."""
+        unblock = blocking.from_nibbles if self.has_nibbles else blocking.from_planes
+        return unblock(blocked, shape, bits, self.block_for(shape[1]))
+
+
+KERNELS = (
+    Kernel("amx", "tiles of bytes", AVX512 | AMX, (*X86_512, "-mamx-tile", "-mamx-int8"), blocks=(64,), must_ask=True),
+    Kernel(
+        "lut", "lookup tables", AVX512 | VNNI | VBMI, (*X86_512, "-mavx512vnni", "-mavx512vbmi"), 2, 6, has_nibbles=True
+    ),
+    Kernel("vnni", "dot products of bytes", AVX512 | VNNI, (*X86_512, "-mavx512vnni")),
+    Kernel("scalar", "plain C"),
+)
+BY_NAME = {kernel.name: kernel for kernel in KERNELS}
+
+
+def choice() -> str:
+    """DMQUANT_KERNELS: auto (C if it compiles, else oneDNN, else torch), c, onednn or torch."""
+    value = os.environ.get("DMQUANT_KERNELS") or "auto"
+    if value not in CHOICES:
+        raise ValueError(f"DMQUANT_KERNELS must be one of {', '.join(CHOICES)}, got {value!r}")
+    return value
+
+
+@cache
+def state(kernel: Kernel) -> str:
+    """Empty if the kernel can be used here, otherwise why it cannot."""
+    try:
+        missing = kernel.needs & ~_instruction_sets()
+        if missing:
+            return f"this processor has no {' and no '.join(name for bit, name in NAMES.items() if bit & missing)}"
+        if kernel.must_ask and library(kernel).dmquant_ready() != 0:
+            return "the operating system does not allow it"
+        library(kernel)
+    except CannotCompile as error:
+        return str(error)
+    return ""
+
+
+@cache
+def library(kernel: Kernel) -> ctypes.CDLL:
+    loaded = compiler.load(kernel.name, kernel.flags)
+    loaded.dmquant_run.argtypes, loaded.dmquant_run.restype = [ctypes.c_void_p], ctypes.c_int
+    return loaded
+
+
+def _instruction_sets() -> int:
+    return compiler.load("isa").dmquant_isa()

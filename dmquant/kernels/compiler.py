@@ -1,0 +1,107 @@
+"""C sources -> shared libraries, made by the system's compiler when they are first needed and kept in the user's cache.
+
+A library is named by a hash of all sources, its flags, the compiler's version and the machine: an edit, an upgrade or a home
+folder shared between machines makes a new one. No instruction set is taken from this machine unasked (-march=native), so a
+cached library runs wherever its name is found.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+SOURCES = Path(__file__).parent / "csrc"
+OPTIONS = ("-O3", "-std=c11", "-fPIC", "-shared", "-ffp-contract=off")
+TIMEOUT_S = 300
+
+
+class CannotCompile(Exception):
+    """Why there is no library; the kernels that need it are left out."""
+
+
+@cache
+def load(name: str, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
+    """The library of csrc/<name>.c, compiled if need be. Raises CannotCompile."""
+    try:
+        return ctypes.CDLL(str(compile_source(name, flags)))
+    except OSError as error:
+        raise CannotCompile(f"{name}.c: {error}") from error
+
+
+def compile_source(name: str, flags: tuple[str, ...]) -> Path:
+    """The library's file. Processes that want the same one wait for the first; a file that is there is complete."""
+    compiler = find_compiler()
+    library = cache_folder() / f"{name}-{_fingerprint(compiler, flags)}.so"
+    if library.exists():
+        return library
+    library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with _locked(library.with_suffix(".lock")):
+        if not library.exists():
+            _compile(compiler, name, flags, library)
+    return library
+
+
+def find_compiler() -> str:
+    """$CC, or the first of cc, gcc and clang that is there."""
+    wanted = (os.environ["CC"],) if os.environ.get("CC") else ("cc", "gcc", "clang")
+    found = next(filter(None, map(shutil.which, wanted)), None)
+    if found is None:
+        raise CannotCompile(f"no C compiler ({', '.join(wanted)}) on the PATH")
+    return found
+
+
+def cache_folder() -> Path:
+    """$XDG_CACHE_HOME/dmquant/kernels, or the same below ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dmquant" / "kernels"
+
+
+def _compile(compiler: str, name: str, flags: tuple[str, ...], library: Path) -> None:
+    handle, draft = tempfile.mkstemp(dir=library.parent, suffix=".so")
+    os.close(handle)
+    try:
+        # a compiler without OpenMP still makes a library of one thread
+        for parallel in (["-fopenmp"], []):
+            command = [compiler, *OPTIONS, *flags, *parallel, "-o", draft, str(SOURCES / f"{name}.c"), "-lm"]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+            if done.returncode == 0:
+                os.replace(draft, library)
+                return
+        raise CannotCompile(f"{compiler} cannot compile {name}.c: {(done.stderr.strip() or 'no message').splitlines()[0]}")
+    except subprocess.TimeoutExpired as error:
+        raise CannotCompile(f"{compiler} took more than {TIMEOUT_S} s over {name}.c") from error
+    finally:
+        Path(draft).unlink(missing_ok=True)
+
+
+def _fingerprint(compiler: str, flags: tuple[str, ...]) -> str:
+    known = hashlib.sha256()
+    for file in sorted(SOURCES.iterdir()):
+        known.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    known.update("\0".join((*OPTIONS, *flags, _version(compiler), platform.machine(), platform.system())).encode())
+    return known.hexdigest()[:20]
+
+
+@cache
+def _version(compiler: str) -> str:
+    try:
+        return subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=TIMEOUT_S).stdout
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise CannotCompile(f"{compiler}: {error}") from error
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    try:
+        import fcntl
+    except ImportError as error:
+        raise CannotCompile("this system has no file locks of the POSIX kind") from error
+    with file.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,134 @@
+/* Products by AMX: a tile of 16 cells of 64 u8 codes times a tile of 64 s8 levels of 16 outputs, 2 x 2 tiles at a time.
+ *
+ * Cells lie one behind the other over the whole band, so a tile may run over the end of a row: what it computes of the padding
+ * is thrown away, and images of 4 or 8 pixels still fill it. Blocks of 64 channels only.
+ * Needs AMX-TILE and AMX-INT8, AVX-512 F, BW, VL, DQ for what stands around them, and Linux, which is asked for the tiles. */
+#define _GNU_SOURCE
+#define TILE_BYTES (int64_t)sizeof(Tile)
+#include <stdint.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+typedef struct {
+    int32_t position, image;        /* of its first cell, in cells */
+    int32_t pixel[16];              /* of the band, -1 where a cell is no output */
+} Tile;
+
+#include "codes512.h"
+#include "epilogue.h"
+
+/* May this process use the tiles? 0 if so. */
+int dmquant_ready(void) {
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) != 0;
+}
+
+static void configure(void) {
+    struct {
+        uint8_t palette, start, reserved[14];
+        uint16_t row_bytes[16];
+        uint8_t rows[16];
+    } __attribute__((packed)) config = {.palette = 1};
+    for (int i = 0; i < 8; i++) config.row_bytes[i] = 64, config.rows[i] = 16;
+    _tile_loadconfig(&config);
+}
+
+/* Which cells go into which tile; also the sums of a under each pixel. */
+static int64_t lay_tiles(const Band *band, Tile *tiles) {
+    const Job *job = band->job;
+    int64_t count = 0, stride = job->stride_w, pixel = 0;
+    for (int64_t r = 0; r < band->count; r++) {
+        int64_t top = band->scratch->tops[r] * band->shape->cells_wide, pixels = output_pixels(job, band->row + r);
+        int32_t image = (int32_t)((band->row + r) / job->out_height * job->act_stride);
+        if (job->zero) sum_box(job, band->shape, band->scratch->sums + top, pixels, band->scratch->box + pixel);
+        for (int64_t x = 0; x < pixels; x++) {
+            int64_t position = top + x * stride, step = count ? position - tiles[count - 1].position : -1;
+            if (step < 0 || step >= 16 * stride || step % stride || tiles[count - 1].image != image) {
+                Tile *tile = &tiles[count++];
+                tile->position = (int32_t)position, tile->image = image, step = 0;
+                memset(tile->pixel, -1, sizeof tile->pixel);
+            }
+            tiles[count - 1].pixel[step / stride] = (int32_t)pixel++;
+        }
+    }
+    return count;
+}
+
+/* Sums of 16 cells x 16 outputs -> floats. */
+static void put_tile(const Band *band, const Tile *tile, const int32_t *sums, int64_t output) {
+    const Job *job = band->job;
+    Outputs o = outputs_of(job, band->plane, output, job->act_scale[tile->image], job->act_zero[tile->image]);
+    if (!o.mask) return;
+    float *first = job->out + output_pixel(job, band->row) * job->outputs + output;
+    for (int i = 0; i < 16; i++) {
+        int64_t pixel = tile->pixel[i];
+        if (pixel < 0) continue;
+        __m512i sum = _mm512_sub_epi32(_mm512_loadu_si512(sums + 16 * i), o.excess);
+        put(job, &o, band->plane, sum, band->scratch->box + pixel, first + pixel * job->outputs);
+    }
+}
+
+/* gcc's tile instructions do not say that they read and write memory */
+#define SETTLE __asm__ volatile("" ::: "memory")
+
+/* Two tiles of cells against 32 outputs. */
+static void multiply_pair(const Band *band, const Tile *tiles, const uint8_t *levels, int64_t block) {
+    int32_t sums[4][256] __attribute__((aligned(64)));
+    const uint8_t *first = band->scratch->cells + tiles[0].position * 64, *second = band->scratch->cells + tiles[1].position * 64;
+    int64_t count = band->shape->channel_blocks * band->shape->taps, step = 64 * band->job->stride_w;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t i = 0; i < count; i++, levels += 2048) {
+        int64_t offset = band->scratch->offsets[i];
+        _tile_loadd(6, levels, 128);
+        _tile_loadd(4, first + offset, step);
+        _tile_loadd(7, levels + 64, 128);
+        _tile_loadd(5, second + offset, step);
+        _tile_dpbusd(0, 4, 6);
+        _tile_dpbusd(1, 4, 7);
+        _tile_dpbusd(2, 5, 6);
+        _tile_dpbusd(3, 5, 7);
+    }
+    _tile_stored(0, sums[0], 64);
+    _tile_stored(1, sums[1], 64);
+    _tile_stored(2, sums[2], 64);
+    _tile_stored(3, sums[3], 64);
+    SETTLE;
+    for (int i = 0; i < 4; i++) put_tile(band, &tiles[i / 2], sums[i], block * OUTPUTS + i % 2 * 16);
+}
+
+/* One tile of cells against 32 outputs. */
+static void multiply_single(const Band *band, const Tile *tile, const uint8_t *levels, int64_t block) {
+    int32_t sums[2][256] __attribute__((aligned(64)));
+    const uint8_t *cells = band->scratch->cells + tile->position * 64;
+    int64_t count = band->shape->channel_blocks * band->shape->taps, step = 64 * band->job->stride_w;
+    _tile_zero(0);
+    _tile_zero(1);
+    for (int64_t i = 0; i < count; i++, levels += 2048) {
+        _tile_loadd(6, levels, 128);
+        _tile_loadd(4, cells + band->scratch->offsets[i], step);
+        _tile_loadd(7, levels + 64, 128);
+        _tile_dpbusd(0, 4, 6);
+        _tile_dpbusd(1, 4, 7);
+    }
+    _tile_stored(0, sums[0], 64);
+    _tile_stored(1, sums[1], 64);
+    SETTLE;
+    for (int i = 0; i < 2; i++) put_tile(band, tile, sums[i], block * OUTPUTS + i * 16);
+}
+
+static void multiply(const Band *band) {
+    Tile *tiles = (Tile *)band->scratch->tiles;
+    int64_t count = lay_tiles(band, tiles);
+    configure();
+    SETTLE;
+    for (int64_t i = 0; i < count; i += 2)
+        for (int64_t block = band->from; block < band->to; block++) {
+            const uint8_t *levels = band->weights + (block - band->from) * band->shape->weight_bytes;
+            if (i + 1 < count) multiply_pair(band, tiles + i, levels, block);
+            else multiply_single(band, tiles + i, levels, block);
+        }
+    _tile_release();
+}

@@ -1,0 +1,221 @@
+/* The walk that all kernels share: quantize a band of rows into cells, then multiply its tiles with every block of weights.
+ *
+ * A cell is one pixel of one block of channels, CELL bytes per channel: a code or a share of a lookup table. Cells lie as
+ * [channel block][row][padded width], padding included, so each (block, tap) of a tile is one constant offset from its first
+ * pixel. The file that includes this one defines CELL and
+ *   fill(job, zero, k, count, cells)              `count` cells of padding in block k
+ *   build(job, n, k, x, count, cells, sums)       cells of `count` pixels; adds their sums of a to `sums` unless NULL
+ *   expand(job, shape, plane, from, to, weights)  blocks from..to of a plane as the tiles read them
+ *   multiply(band)                                the products
+ * and ALWAYS_SUMS(job), whether it needs the sums of a even where the weights have no shift.
+ */
+#ifndef DMQUANT_BAND_H
+#define DMQUANT_BAND_H
+#include <stdlib.h>
+#include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#include "job.h"
+
+#ifndef TILE_BYTES
+#define TILE_BYTES 0
+#endif
+#define INLINE static inline __attribute__((always_inline))
+#define LINE 64                     /* bytes of a cache line */
+#define OUTPUTS 32                  /* outputs of a block of weights */
+#define CELLS_BYTES (768 << 10)     /* of a band: it stays in a second-level cache */
+#define BAND_PIXELS 4096
+#define WEIGHTS_BYTES (512 << 10)   /* of expanded weights */
+#define SLACK 16                    /* cells behind the last one that a wide tile may read and ignore */
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+INLINE int needs_sums(const Job *job) { return job->zero || ALWAYS_SUMS(job); }
+INLINE int64_t up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+typedef struct {
+    int64_t channel_blocks, output_blocks, taps;
+    int64_t cell_bytes, cells_wide, plane_bytes;    /* cells_wide: of a row; plane_bytes: of a channel block */
+    int64_t band_rows, band_slots;                  /* output rows at a time, input rows they need at most */
+    int64_t group;                                  /* output blocks expanded at a time */
+    int64_t weight_bytes;                           /* of an expanded output block */
+} Shape;
+
+typedef struct {
+    uint8_t *cells, *weights;
+    int32_t *sums, *box;            /* sums of a: of each input pixel, under each output pixel */
+    int32_t *tops;                  /* first input row of each output row */
+    int32_t *offsets;               /* of each (channel block, tap) from a tile's first cell */
+    int32_t *tiles;                 /* TILE_BYTES of each output pixel, for the kernel's own use */
+} Scratch;
+
+/* Output rows row..row+count of a band against blocks from..to of a plane of weights. */
+typedef struct {
+    const Job *job;
+    const Shape *shape;
+    const Scratch *scratch;
+    int64_t row, count;
+    int64_t from, to, plane;
+    const uint8_t *weights;         /* of block `from`, as expand() left them */
+} Band;
+
+static void fill(const Job *job, float zero, int64_t k, int64_t count, uint8_t *cells);
+static void build(const Job *job, int64_t n, int64_t k, const float *x, int64_t count, uint8_t *cells, int32_t *sums);
+static const uint8_t *expand(const Job *job, const Shape *s, const uint8_t *plane, int64_t from, int64_t to, uint8_t *weights);
+static void multiply(const Band *band);
+
+static Shape measure(const Job *job) {
+    Shape s;
+    s.channel_blocks = up(job->channels, job->block) / job->block;
+    s.output_blocks = up(job->outputs, OUTPUTS) / OUTPUTS;
+    s.taps = job->kernel_h * job->kernel_w;
+    s.cell_bytes = job->block * CELL;
+    s.cells_wide = most(job->pad_left + job->width, (job->out_width - 1) * job->stride_w + job->kernel_w);
+    int64_t row_bytes = s.cells_wide * s.cell_bytes * s.channel_blocks;
+    int64_t step = least(job->stride_h, job->kernel_h);
+    s.band_rows = most(1, (CELLS_BYTES / row_bytes - job->kernel_h) / step);
+    s.band_rows = least(s.band_rows, job->images * job->out_height);
+    s.band_rows = least(s.band_rows, most(1, BAND_PIXELS / job->out_width));
+    s.band_slots = s.band_rows * step + (s.band_rows / job->out_height + 2) * job->kernel_h;
+    s.plane_bytes = s.band_slots * s.cells_wide * s.cell_bytes;
+    s.plane_bytes += s.plane_bytes / LINE % 2 ? 0 : LINE;   /* odd in lines: planes of one pixel fall into different sets */
+    s.weight_bytes = s.channel_blocks * s.taps * job->block * OUTPUTS;
+    s.group = least(s.output_blocks, most(1, WEIGHTS_BYTES / s.weight_bytes));
+    return s;
+}
+
+/* One block of memory for each thread, kept for its next call: pages that come and go cost more than the arithmetic. */
+static int reserve(const Job *job, const Shape *s, Scratch *scratch) {
+    static _Thread_local uint8_t *memory;
+    static _Thread_local size_t held;
+    size_t cells = up(s->plane_bytes * s->channel_blocks + SLACK * s->cell_bytes * job->stride_w, LINE);
+    size_t weights = up(s->weight_bytes * s->group, LINE);
+    size_t sums = up(s->band_slots * s->cells_wide * 4, LINE), box = up(s->band_rows * job->out_width * 4, LINE);
+    size_t tops = up(s->band_rows * 4, LINE), offsets = up(s->channel_blocks * s->taps * 4, LINE);
+    size_t tiles = up(s->band_rows * job->out_width * TILE_BYTES, LINE);
+    size_t need = cells + weights + sums + box + tops + offsets + tiles;
+    if (need > held) {
+        free(memory);
+        memory = aligned_alloc(LINE, need);
+        held = memory ? need : 0;
+        if (!memory) return 1;
+        memset(memory, 0, need);
+    }
+    scratch->cells = memory;
+    scratch->weights = memory + cells;
+    scratch->sums = (int32_t *)(memory + cells + weights);
+    scratch->box = (int32_t *)(memory + cells + weights + sums);
+    scratch->tops = (int32_t *)(memory + cells + weights + sums + box);
+    scratch->offsets = (int32_t *)(memory + cells + weights + sums + box + tops);
+    scratch->tiles = (int32_t *)(memory + cells + weights + sums + box + tops + offsets);
+    return 0;
+}
+
+INLINE int64_t input_pixel(const Job *job, int64_t n, int64_t h) {
+    return n * ((job->height - 1) * job->width + job->last_width) + h * job->width;
+}
+
+INLINE int64_t pixels_of(const Job *job, int64_t h) { return h == job->height - 1 ? job->last_width : job->width; }
+
+/* Input row h of image n, padding included, into row `slot` of the band. */
+static void quantize_row(const Job *job, const Shape *s, int64_t n, int64_t h, int64_t slot, Scratch *scratch) {
+    float zero = job->act_zero[n * job->act_stride];
+    int64_t width = h < 0 || h >= job->height ? 0 : pixels_of(job, h);
+    int64_t left = width ? job->pad_left : 0, right = s->cells_wide - left - width;
+    int32_t *sums = needs_sums(job) ? scratch->sums + slot * s->cells_wide : NULL;
+    if (sums) memset(sums, 0, s->cells_wide * 4);
+    for (int64_t k = 0; k < s->channel_blocks; k++) {
+        uint8_t *cells = scratch->cells + k * s->plane_bytes + slot * s->cells_wide * s->cell_bytes;
+        fill(job, zero, k, left, cells);
+        if (width) {
+            const float *x = job->x + input_pixel(job, n, h) * job->channels + k * job->block;
+            build(job, n, k, x, width, cells + left * s->cell_bytes, sums ? sums + left : NULL);
+        }
+        fill(job, zero, k, right, cells + (left + width) * s->cell_bytes);
+    }
+}
+
+/* The input rows that output rows row..row+count need, each once; images follow each other without a seam. */
+static void quantize_band(const Job *job, const Shape *s, int64_t row, int64_t count, Scratch *scratch) {
+    int64_t slot = 0, next = 0;
+    for (int64_t r = 0; r < count; r++) {
+        int64_t n = (row + r) / job->out_height, h = (row + r) % job->out_height;
+        int64_t first = h * job->stride_h - job->pad_top;
+        if (r == 0 || h == 0 || next < first) next = first;
+        scratch->tops[r] = (int32_t)(slot - (next - first));
+        for (; next < first + job->kernel_h; next++) quantize_row(job, s, n, next, slot++, scratch);
+    }
+}
+
+/* The sum of a under each output pixel of a row. */
+static void sum_box(const Job *job, const Shape *s, const int32_t *sums, int64_t pixels, int32_t *box) {
+    for (int64_t p = 0; p < pixels; p++) {
+        int32_t sum = 0;
+        for (int64_t y = 0; y < job->kernel_h; y++)
+            for (int64_t x = 0; x < job->kernel_w; x++) sum += sums[y * s->cells_wide + p * job->stride_w + x];
+        box[p] = sum;
+    }
+}
+
+/* Where output row r of a band begins, in pixels of `out`, and how many it has. A linear layer's last row may be shorter. */
+INLINE int64_t output_pixel(const Job *job, int64_t r) {
+    int64_t n = r / job->out_height, h = r % job->out_height, missing = job->width - job->last_width;
+    return n * (job->out_height * job->out_width - missing) + h * job->out_width;
+}
+
+INLINE int64_t output_pixels(const Job *job, int64_t r) {
+    return job->out_width - (r % job->out_height == job->out_height - 1 ? job->width - job->last_width : 0);
+}
+
+/* Output rows first..last against blocks from..to of outputs. */
+static int work(const Job *job, const Shape *s, int64_t first, int64_t last, int64_t from, int64_t to) {
+    Scratch scratch;
+    if (first >= last || from >= to) return 0;
+    if (reserve(job, s, &scratch)) return 1;
+    int64_t i = 0;
+    for (int64_t k = 0; k < s->channel_blocks; k++)
+        for (int64_t y = 0; y < job->kernel_h; y++)
+            for (int64_t x = 0; x < job->kernel_w; x++)
+                scratch.offsets[i++] = (int32_t)(k * s->plane_bytes + (y * s->cells_wide + x) * s->cell_bytes);
+    const uint8_t *weights = NULL;
+    int64_t held = -1;
+    for (int64_t row = first; row < last; row += s->band_rows) {
+        int64_t count = least(s->band_rows, last - row);
+        quantize_band(job, s, row, count, &scratch);
+        for (int64_t plane = 0; plane < job->planes; plane++)
+            for (int64_t block = from; block < to; block += s->group) {
+                int64_t end = least(to, block + s->group), name = plane * s->output_blocks + block;
+                const uint8_t *blocked = job->weight + plane * job->plane_bytes;
+                if (held != name) weights = expand(job, s, blocked, block, end, scratch.weights);
+                held = name;
+                Band band = {job, s, &scratch, row, count, block, end, plane, weights};
+                multiply(&band);
+            }
+    }
+    return 0;
+}
+
+int dmquant_run(const Job *job) {
+    Shape s = measure(job);
+    int64_t rows = job->images * job->out_height;
+    int failed = 0;
+    (void)rows;
+#ifdef _OPENMP
+    /* few rows: the threads share the outputs instead, and each quantizes the input for itself */
+    int by_rows = rows >= 2 * job->threads || rows >= s.output_blocks;
+    int64_t threads = least(job->threads, by_rows ? rows : s.output_blocks);
+#pragma omp parallel num_threads((int)threads) if (threads > 1) reduction(| : failed)
+    {
+        int64_t t = omp_get_thread_num(), all = omp_get_num_threads();
+        if (by_rows)
+            failed = work(job, &s, rows * t / all, rows * (t + 1) / all, 0, s.output_blocks);
+        else
+            failed = work(job, &s, 0, rows, s.output_blocks * t / all, s.output_blocks * (t + 1) / all);
+    }
+#else
+    failed = work(job, &s, 0, rows, 0, s.output_blocks);
+#endif
+    return failed;
+}
+#endif

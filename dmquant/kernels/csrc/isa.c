@@ -1,0 +1,35 @@
+/* What this processor can do, and lets a program do: a mask of the bits below. */
+#include <stdint.h>
+
+enum { AVX2 = 1, AVX512 = 2, VNNI = 4, VBMI = 8, AMX = 16 };
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+
+static uint64_t enabled_states(void) {
+    uint32_t low, high;
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (uint64_t)high << 32 | low;
+}
+
+static int has(uint32_t word, int bit) { return word >> bit & 1; }
+
+int dmquant_isa(void) {
+    uint32_t a, b, c, d, ignored, features;
+    if (!__get_cpuid(1, &ignored, &ignored, &features, &ignored) || !has(features, 27)) return 0;
+    int has_fma = has(features, 12);
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
+    uint64_t states = enabled_states();
+    int found = 0;
+    if ((states & 0x06) == 0x06 && has(b, 5) && has_fma) found |= AVX2;
+    if (!(found & AVX2) || (states & 0xe6) != 0xe6) return found;
+    if (!(has(b, 16) && has(b, 17) && has(b, 30) && has(b, 31))) return found;
+    found |= AVX512;
+    if (has(c, 11)) found |= VNNI;
+    if (has(c, 1)) found |= VBMI;
+    if ((states & 0x60000) == 0x60000 && has(d, 24) && has(d, 25)) found |= AMX;
+    return found;
+}
+#else
+int dmquant_isa(void) { return 0; }
+#endif

@@ -1,0 +1,38 @@
+/* What Python hands to a kernel: one convolution of float images, channels last, with packed weights.
+ *
+ * A weight is a sum over planes of (level - shift) * scale with whole levels and shifts; an activation is a = code - zero. The
+ * sum of level * a is a whole number and exact in every kernel, and all kernels end with the same float expression, so they
+ * agree bit for bit. The fields mirror the ctypes structure of ops.py. A linear layer is a 1x1 convolution. */
+#ifndef DMQUANT_JOB_H
+#define DMQUANT_JOB_H
+#include <stdint.h>
+
+typedef struct {
+    const float *x;             /* (images, height, width, channels) */
+    float *out;                 /* (images, out_height, out_width, outputs) */
+    const uint8_t *weight;      /* (planes, plane_bytes), blocked: see blocking.py */
+    const int32_t *total;       /* (planes, outputs): sums of levels */
+    const float *scale;         /* (planes, outputs), of weights */
+    const float *zero;          /* (outputs), of weights; NULL where all shifts are zero */
+    const float *bias;          /* (outputs) or NULL */
+    const float *act_scale;     /* of each image; one for all if act_stride is 0 */
+    const float *act_zero;
+    int64_t act_stride;
+    int64_t act_max;            /* the largest code */
+    int64_t bits;               /* of a weight in each plane */
+    int64_t planes, plane_bytes;
+    int64_t halves;             /* 1 where the scale is that of a code, and levels are twice as fine: 1 and 2 bits */
+    int64_t block;              /* channels of a block, 32 or 64 */
+    int64_t images, height, width, channels, outputs;
+    int64_t last_width;         /* pixels of the last row: a linear layer's rows need not come out even */
+    int64_t kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, out_height, out_width;
+    int64_t threads;
+} Job;
+
+/* 0, or 1 where memory ran out: `out` is then unfinished. */
+int dmquant_run(const Job *job);
+
+/* Levels of code c: 2 c - (2^bits - 1) up to 2 bits, else c - 2^(bits - 1). */
+static inline int level_step(int64_t bits) { return bits <= 2 ? 2 : 1; }
+static inline int level_least(int64_t bits) { return bits <= 2 ? 1 - (1 << bits) : -(1 << (bits - 1)); }
+#endif

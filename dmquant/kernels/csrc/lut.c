@@ -1,0 +1,196 @@
+/* Products by lookup: for each pixel a table of the 16 sums of +-a of four channels, shared by all outputs and all taps.
+ *
+ * Four tables (16 channels) are one register; a nibble of weight bits and two constant bits index it, so one vpermb looks up
+ * 64 sums, 256 products, and one vpdpbusd by ones adds the four groups of an output. 4 * max|a| must fit a signed byte: up to
+ * 5-bit activations. Where 8 * max|a| fits as well (4 bits), two lookups are added before they are widened. Six bits need
+ * unsigned tables: sums of the codes whose bit is set. A weight of two bits is twice the lookups: level = sign 0 + 2 * sign 1.
+ * Needs AVX-512 F, BW, VL, DQ, VNNI and VBMI. */
+#define CELL 4
+#define ALWAYS_SUMS(job) is_unsigned(job)
+#define is_unsigned(job) ((job)->act_max > 31)
+#include "rows.h"
+#include "epilogue.h"
+
+enum { SIGNED, PAIRED, UNSIGNED };   /* of tables: read below */
+
+/* inline assembly: as an intrinsic, gcc copies every accumulator before it adds to it */
+#define DOT(acc, unsigned_bytes, signed_bytes) \
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(unsigned_bytes), "v"(signed_bytes))
+
+/* Entry e of group g sums the channels 4 g + j over the bits j of e: (shuffle, mask) of each j. */
+typedef struct {
+    __m512i channel[4];
+    __mmask64 mask[4];
+} Entries;
+
+static Entries entries(void) {
+    uint8_t channel[4][64];
+    Entries table = {0};
+    for (int i = 0; i < 64; i++)
+        for (int j = 0; j < 4; j++) {
+            channel[j][i] = (uint8_t)(i / 16 * 4 + j);
+            if (i >> j & 1) table.mask[j] |= 1ull << i;
+        }
+    for (int j = 0; j < 4; j++) table.channel[j] = _mm512_loadu_si512(channel[j]);
+    return table;
+}
+
+/* 16 channels -> four tables of the sum of those whose bit is set. */
+INLINE __m512i tabulate(const Entries *table, __m128i a) {
+    __m512i all = _mm512_broadcast_i32x4(a);
+    __m512i x0 = _mm512_maskz_shuffle_epi8(table->mask[0], all, table->channel[0]);
+    __m512i x1 = _mm512_maskz_shuffle_epi8(table->mask[1], all, table->channel[1]);
+    __m512i x2 = _mm512_maskz_shuffle_epi8(table->mask[2], all, table->channel[2]);
+    __m512i x3 = _mm512_maskz_shuffle_epi8(table->mask[3], all, table->channel[3]);
+    return _mm512_add_epi8(_mm512_add_epi8(x0, x1), _mm512_add_epi8(x2, x3));
+}
+
+/* The sum of +-a is twice the sum of those whose bit is set, less the sum of all, which is entry 15. */
+INLINE __m512i center(__m512i set) {
+    return _mm512_sub_epi8(_mm512_add_epi8(set, set), _mm512_shuffle_epi8(set, _mm512_set1_epi8(15)));
+}
+
+/* Padding is a = 0: a table of zeros, or of the zero point where tables are unsigned. */
+static void fill(const Job *job, float zero, int64_t k, int64_t count, uint8_t *cells) {
+    int64_t real = least(job->block, job->channels - k * job->block), bytes = job->block * CELL;
+    if (!count) return;
+    memset(cells, 0, count * bytes);
+    if (!is_unsigned(job)) return;
+    Entries table = entries();
+    for (int64_t c = 0; c < real; c += 16) {
+        __mmask16 mask = c + 16 <= real ? 0xffff : (__mmask16)((1u << (real - c)) - 1);
+        _mm512_storeu_si512(cells + 4 * c, tabulate(&table, _mm_maskz_set1_epi8(mask, (char)zero)));
+    }
+    for (int64_t p = 1; p < count; p++) memcpy(cells + p * bytes, cells, bytes);
+}
+
+static void build(const Job *job, int64_t n, int64_t k, const float *x, int64_t count, uint8_t *cells, int32_t *sums) {
+    Entries table = entries();
+    float act_zero = job->act_zero[n * job->act_stride];
+    __m512 inverse = _mm512_set1_ps(1.0f / job->act_scale[n * job->act_stride]);
+    __m512 low = _mm512_set1_ps(-act_zero), high = _mm512_set1_ps((float)job->act_max - act_zero);
+    __m512i zero = _mm512_set1_epi32((int)act_zero);
+    int64_t real = least(job->block, job->channels - k * job->block);
+    for (int64_t p = 0; p < count; p++, x += job->channels) {
+        __m512i sum = _mm512_setzero_si512();
+        for (int64_t c = 0; c < job->block; c += 16, cells += 64) {
+            __mmask16 mask = c + 16 <= real ? 0xffff : c >= real ? 0 : (__mmask16)((1u << (real - c)) - 1);
+            __m512 value = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + c), inverse);
+            __m512i a = _mm512_maskz_cvtps_epi32(mask, _mm512_min_ps(_mm512_max_ps(value, low), high));
+            if (is_unsigned(job))
+                _mm512_storeu_si512(cells, tabulate(&table, _mm512_cvtepi32_epi8(_mm512_maskz_add_epi32(mask, a, zero))));
+            else
+                _mm512_storeu_si512(cells, center(tabulate(&table, _mm512_cvtepi32_epi8(a))));
+            if (sums) sum = _mm512_add_epi32(sum, a);
+        }
+        if (sums) sums[p] += _mm512_reduce_add_epi32(sum);
+    }
+}
+
+/* Read as they lie: one bit of each weight is one bit of an index. */
+static const uint8_t *expand(const Job *job, const Shape *s, const uint8_t *plane, int64_t from, int64_t to, uint8_t *weights) {
+    (void)job, (void)to, (void)weights;
+    return plane + from * s->weight_bytes / 8;
+}
+
+/* 64 bytes of nibbles: those of outputs 0-15 are low, those of outputs 16-31 high. */
+INLINE __m512i low_index(__m512i nibbles) {
+    return _mm512_ternarylogic_epi32(nibbles, _mm512_set1_epi8(15), _mm512_set1_epi32(0x30201000), 0xEA);
+}
+
+INLINE __m512i high_index(__m512i nibbles) { return low_index(_mm512_srli_epi16(nibbles, 4)); }
+
+INLINE void accumulate(const Row *row, __m512i acc[8][2], const uint8_t *nibbles, const uint8_t *first, const int P,
+                       const int steps, const int64_t stride, const int mode) {
+    const __m512i ones = _mm512_set1_epi8(1);
+    const int paired = mode == PAIRED;
+    for (int64_t i = 0; i < row->count; i++, nibbles += 64 * steps) {
+        const uint8_t *tables = first + row->offsets[i];
+#pragma GCC unroll 4
+        for (int k = 0; k < steps; k += 1 + paired) {
+            __m512i v0 = _mm512_loadu_si512(nibbles + 64 * k), v1 = _mm512_loadu_si512(nibbles + 64 * (k + paired));
+            __m512i a0 = low_index(v0), a1 = high_index(v0), b0 = low_index(v1), b1 = high_index(v1);
+#pragma GCC unroll 8
+            for (int p = 0; p < P; p++) {
+                __m512i t0 = _mm512_loadu_si512(tables + p * stride + 64 * k), t1;
+                __m512i s0 = _mm512_permutexvar_epi8(a0, t0), s1 = _mm512_permutexvar_epi8(a1, t0);
+                if (paired) {
+                    t1 = _mm512_loadu_si512(tables + p * stride + 64 * (k + 1));
+                    s0 = _mm512_add_epi8(s0, _mm512_permutexvar_epi8(b0, t1));
+                    s1 = _mm512_add_epi8(s1, _mm512_permutexvar_epi8(b1, t1));
+                }
+                if (mode == UNSIGNED) {
+                    DOT(acc[p][0], s0, ones);
+                    DOT(acc[p][1], s1, ones);
+                } else {
+                    DOT(acc[p][0], ones, s0);
+                    DOT(acc[p][1], ones, s1);
+                }
+            }
+        }
+    }
+}
+
+/* The sum of level * a, from the sum over bits of 2^bit times the codes whose bit is set: level = 2 * sum of 2^bit - most. */
+INLINE __m512i from_set(const Row *row, __m512i set, const Outputs *o, int32_t box) {
+    int32_t top = (1 << row->job->bits) - 1, inputs = (int32_t)(row->job->channels * row->shape->taps);
+    __m512i rest = _mm512_set1_epi32(top * (inputs * (int32_t)row->act_zero + box));
+    return _mm512_sub_epi32(_mm512_slli_epi32(set, 1), _mm512_add_epi32(o->excess, rest));
+}
+
+INLINE void tile(const Row *row, int64_t block, int64_t pixel, const int P, const int steps, const int64_t stride,
+                 const int mode) {
+    const Shape *s = row->shape;
+    __m512i acc[8][2];
+#pragma GCC unroll 8
+    for (int p = 0; p < P; p++) acc[p][0] = acc[p][1] = _mm512_setzero_si512();
+    for (int64_t bit = row->job->bits - 1; bit >= 0; bit--) {
+        const uint8_t *nibbles = row->weights + (bit * s->output_blocks + block - row->from) * (s->weight_bytes / 8);
+        accumulate(row, acc, nibbles, row->cells + pixel * stride, P, steps, stride, mode);
+        if (bit == 0) break;
+#pragma GCC unroll 8
+        for (int p = 0; p < P; p++) {
+            acc[p][0] = _mm512_slli_epi32(acc[p][0], 1);
+            acc[p][1] = _mm512_slli_epi32(acc[p][1], 1);
+        }
+    }
+    int64_t output = block * OUTPUTS;
+    Outputs o0 = outputs_of(row->job, row->plane, output, row->act_scale, row->act_zero);
+    Outputs o1 = outputs_of(row->job, row->plane, output + 16, row->act_scale, row->act_zero);
+#pragma GCC unroll 8
+    for (int p = 0; p < P; p++) {
+        const int32_t *box = row->box + pixel + p;
+        float *out = row->out + (pixel + p) * row->job->outputs + output;
+        if (mode == UNSIGNED) {
+            acc[p][0] = from_set(row, acc[p][0], &o0, *box);
+            acc[p][1] = from_set(row, acc[p][1], &o1, *box);
+        }
+        put(row->job, &o0, row->plane, acc[p][0], box, out);
+        put(row->job, &o1, row->plane, acc[p][1], box, out + 16);
+    }
+}
+
+INLINE void walk(const Row *row, const int steps, const int64_t stride, const int mode) {
+    for (int64_t pixel = 0, size; pixel < row->pixels; pixel += size) {
+        int64_t rest = row->pixels - pixel;
+        size = rest >= 8 ? 8 : rest >= 4 ? 4 : rest >= 2 ? 2 : 1;
+        for (int64_t block = row->from; block < row->to; block++) {
+            if (size == 8) tile(row, block, pixel, 8, steps, stride, mode);
+            else if (size == 4) tile(row, block, pixel, 4, steps, stride, mode);
+            else if (size == 2) tile(row, block, pixel, 2, steps, stride, mode);
+            else tile(row, block, pixel, 1, steps, stride, mode);
+        }
+    }
+}
+
+static void row_of_tiles(const Row *row) {
+    const Job *job = row->job;
+    float largest = row->act_zero > (float)job->act_max - row->act_zero ? row->act_zero : (float)job->act_max - row->act_zero;
+    int64_t stride = job->stride_w * row->shape->cell_bytes;
+    if (is_unsigned(job) && job->block == 32) walk(row, 2, stride, UNSIGNED);
+    else if (is_unsigned(job)) walk(row, 4, stride, UNSIGNED);
+    else if (job->block == 32) walk(row, 2, stride, 8 * largest > 127 ? SIGNED : PAIRED);
+    else if (8 * largest > 127) walk(row, 4, stride, SIGNED);
+    else if (job->stride_w == 1) walk(row, 4, 256, PAIRED);
+    else walk(row, 4, stride, PAIRED);
+}

@@ -1,0 +1,64 @@
+/* Products by vpdpbusd: u8 codes times s8 levels, four channels at a time, 8 pixels x 32 outputs in registers.
+ * Needs AVX-512 F, BW, VL, DQ and VNNI. */
+#include "codes512.h"
+#include "rows.h"
+#include "epilogue.h"
+
+/* inline assembly: as an intrinsic, gcc copies every accumulator before it adds to it */
+#define DOT(acc, codes, levels) __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(codes), "v"(levels))
+
+INLINE void tile(const Row *row, int64_t block, const uint8_t *levels, int64_t pixel, const int P, const int groups,
+                 const int64_t step) {
+    __m512i acc[8][2];
+#pragma GCC unroll 8
+    for (int p = 0; p < P; p++) acc[p][0] = acc[p][1] = _mm512_setzero_si512();
+    const uint8_t *first = row->cells + pixel * step;
+    for (int64_t i = 0; i < row->count; i++) {
+        const uint8_t *cells = first + row->offsets[i];
+#pragma GCC unroll 4
+        for (int g = 0; g < groups; g++, levels += 128) {
+            __m512i w0 = _mm512_loadu_si512(levels), w1 = _mm512_loadu_si512(levels + 64);
+#pragma GCC unroll 8
+            for (int p = 0; p < P; p++) {
+                int32_t four;
+                memcpy(&four, cells + p * step + 4 * g, 4);
+                __m512i codes = _mm512_set1_epi32(four);
+                DOT(acc[p][0], codes, w0);
+                DOT(acc[p][1], codes, w1);
+            }
+        }
+    }
+    int64_t output = block * OUTPUTS;
+    Outputs o0 = outputs_of(row->job, row->plane, output, row->act_scale, row->act_zero);
+    Outputs o1 = outputs_of(row->job, row->plane, output + 16, row->act_scale, row->act_zero);
+#pragma GCC unroll 8
+    for (int p = 0; p < P; p++) {
+        const int32_t *box = row->box + pixel + p;
+        float *out = row->out + (pixel + p) * row->job->outputs + output;
+        put(row->job, &o0, row->plane, _mm512_sub_epi32(acc[p][0], o0.excess), box, out);
+        put(row->job, &o1, row->plane, _mm512_sub_epi32(acc[p][1], o1.excess), box, out + 16);
+    }
+}
+
+INLINE void walk(const Row *row, const int groups, const int64_t step) {
+    for (int64_t pixel = 0, size; pixel < row->pixels; pixel += size) {
+        int64_t rest = row->pixels - pixel;
+        size = rest >= 8 ? 8 : rest >= 4 ? 4 : rest >= 2 ? 2 : 1;
+        for (int64_t block = row->from; block < row->to; block++) {
+            const uint8_t *levels = row->weights + (block - row->from) * row->shape->weight_bytes;
+            if (size == 8) tile(row, block, levels, pixel, 8, groups, step);
+            else if (size == 4) tile(row, block, levels, pixel, 4, groups, step);
+            else if (size == 2) tile(row, block, levels, pixel, 2, groups, step);
+            else tile(row, block, levels, pixel, 1, groups, step);
+        }
+    }
+}
+
+static void row_of_tiles(const Row *row) {
+    int64_t block = row->job->block, stride = row->job->stride_w;
+    if (block == 64 && stride == 1) walk(row, 16, 64);
+    else if (block == 64 && stride == 2) walk(row, 16, 128);
+    else if (block == 64) walk(row, 16, 64 * stride);
+    else if (stride == 1) walk(row, 8, 32);
+    else walk(row, 8, 32 * stride);
+}

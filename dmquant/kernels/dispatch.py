@@ -1,0 +1,122 @@
+"""Which kernel multiplies a packed layer: by capability, a check against the reference, and a short race."""
+
+import threading
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from dmquant.kernels import catalogue, onednn, ops, trial
+from dmquant.kernels.blocked import Blocked, BlockedCodes
+from dmquant.kernels.catalogue import KERNELS, choice
+from dmquant.quantizers.base import FixedGrid
+
+LARGEST_SUM = 2**16  # products of an output: 2^16 * 255 * 128 fits 32 bits
+LOCK = threading.Lock()  # two threads may call a layer for the first time at once
+
+
+def run(layer: nn.Module, x: Tensor) -> Tensor | None:
+    """The output of a packed layer, or None where the reference has to compute it."""
+    if not is_supported(layer, x):
+        return None
+    if layer.weight.blocked is None and not torch.compiler.is_compiling():
+        prepare(layer, x)
+    blocked = layer.weight.blocked
+    if blocked is None or (blocked.kernel == onednn.NAME and torch.compiler.is_compiling()):
+        return None
+    return apply(layer, blocked, x)
+
+
+def is_supported(layer: nn.Module, x: Tensor) -> bool:
+    """Whether this is a product of codes by codes in float32 on the CPU, without gradients, of a plain shape."""
+    if not isinstance(layer.weight, BlockedCodes) or type(layer.input) is not FixedGrid:
+        return False
+    if x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return False
+    if x.numel() == 0 or (torch.is_grad_enabled() and x.requires_grad):
+        return False
+    if isinstance(layer, nn.Linear):
+        return True
+    is_plain = layer.groups == 1 and layer.padding_mode == "zeros" and set(layer.dilation) == {1}
+    return is_plain and x.dim() == len(layer.weight.shape)
+
+
+def prepare(layer: nn.Module, x: Tensor) -> None:
+    """Puts the weight of a layer in the order of the kernel that is fastest on inputs of this shape."""
+    with LOCK:
+        weight, window = layer.weight, window_of(layer)
+        if weight.blocked is not None or weight.shape[1:].numel() >= LARGEST_SUM or not has_whole_zeros(layer):
+            return
+        is_uniform = "zero" in weight._buffers
+        format = trial.Format(weight.bits if is_uniform else 1, 1 if is_uniform else weight.bits, layer.input.bits)
+        found = tuple(candidates(format))
+        if found:
+            shape = (*as_images(layer, x).shape, weight.shape[0])
+            weight.block(trial.fastest(found, format, shape, window, torch.get_num_threads()))
+        if found == (onednn.NAME,) and weight.blocked.is_shifted:
+            weight.release()
+
+
+def candidates(format: trial.Format) -> Iterator[str]:
+    """Names of the kernels that can multiply this format here and agree with the reference."""
+    wanted = choice()
+    if wanted in ("auto", "c"):
+        usable = [kernel for kernel in KERNELS if kernel.fits(format.bits, format.act_bits) and not catalogue.state(kernel)]
+        found = [kernel.name for kernel in usable if not trial.check(kernel.name, format)]
+        # plain C is for machines that have nothing else
+        yield from found[:-1] if len(found) > 1 and found[-1] == "scalar" else found
+        if found:
+            return
+    if wanted in ("auto", "onednn") and format.planes == 1 and not onednn.state() and not trial.check(onednn.NAME, format):
+        yield onednn.NAME
+
+
+def has_whole_zeros(layer: nn.Module) -> bool:
+    """Whether every zero is a code: sums of levels are whole then. One half is whole where levels are odd."""
+    act_zero, zero = layer.input.zero, layer.weight._buffers.get("zero")
+    step = 2 if layer.weight.bits <= 2 else 1
+    is_code = bool(act_zero == act_zero.round()) and 0 <= float(act_zero) < 1 << layer.input.bits
+    return is_code and (zero is None or bool((zero * step == (zero * step).round()).all()))
+
+
+def apply(layer: nn.Module, blocked: Blocked, x: Tensor) -> Tensor:
+    """The output of a layer by the kernel that its weight is arranged for."""
+    weight, grid = layer.weight, layer.input
+    multiply = ops.multiply_op if torch.compiler.is_compiling() else ops.multiply
+    zero = weight.zero if blocked.is_shifted else None
+    format = (blocked.bits, blocked.halves, grid.bits)
+    out = multiply(
+        as_images(layer, x), blocked.weight, blocked.total, weight.scale, zero, layer.bias, grid.scale, grid.zero,
+        blocked.kernel, format, window_of(layer),
+    )  # fmt: skip
+    if isinstance(layer, nn.Linear):
+        return out.view(*x.shape[:-1], -1)
+    out = out.permute(0, 3, 1, 2)
+    return out.squeeze(2) if isinstance(layer, nn.Conv1d) else out
+
+
+def as_images(layer: nn.Module, x: Tensor) -> Tensor:
+    """The input as (N, H, W, C)."""
+    if isinstance(layer, nn.Linear):
+        return x.reshape(1, 1, -1, x.shape[-1])
+    return (x.unsqueeze(2) if isinstance(layer, nn.Conv1d) else x).permute(0, 2, 3, 1)
+
+
+def window_of(layer: nn.Module) -> tuple[int, ...]:
+    """Kernel, stride and padding of a layer as ops.multiply takes them."""
+    if isinstance(layer, nn.Linear):
+        return (1, 1, 1, 1, 0, 0, 0, 0)
+    kernel, stride, padding = layer.kernel_size, layer.stride, layer._reversed_padding_repeated_twice
+    if isinstance(layer, nn.Conv1d):
+        return (1, *kernel, 1, *stride, 0, 0, *padding)
+    return (*kernel, *stride, *padding[2:], *padding[:2])
+
+
+def survey() -> dict[str, str]:
+    """Each kernel by name, with an empty text if it is in use or why it is not."""
+    wanted = choice()
+    unwanted = f"DMQUANT_KERNELS={wanted}"
+    found = {kernel.name: unwanted if wanted in ("onednn", "torch") else catalogue.state(kernel) for kernel in KERNELS}
+    has_c = not all(found.values())
+    found[onednn.NAME] = unwanted if wanted in ("c", "torch") else "the kernels in C are faster" if has_c else onednn.state()
+    return found

@@ -1,0 +1,91 @@
+"""The products of a packed layer as one operator of torch, which torch.compile and export take as it is.
+
+Images are channels last throughout: (N, H, W, C) in, (N, H', W', O) out. A linear layer is one image of one row.
+"""
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dmquant.kernels import onednn
+from dmquant.kernels.blocking import fill_up
+from dmquant.kernels.catalogue import BY_NAME, library
+
+ROW = 32  # pixels of a row where the layer does not care: rows are what threads share
+
+POINTERS = ("x", "out", "weight", "total", "scale", "zero", "bias", "act_scale", "act_zero")
+NUMBERS = (
+    "act_stride", "act_max", "bits", "planes", "plane_bytes", "halves", "block", "images", "height", "width", "channels",
+    "outputs", "last_width", "kernel_h", "kernel_w", "stride_h", "stride_w", "pad_top", "pad_left", "out_height", "out_width",
+    "threads",
+)  # fmt: skip
+
+
+class Job(ctypes.Structure):
+    """The structure of csrc/job.h."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in POINTERS] + [(name, ctypes.c_int64) for name in NUMBERS]
+
+
+def multiply(
+    x: Tensor, weight: Tensor, total: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None,
+    act_scale: Tensor, act_zero: Tensor, kernel: str, format: Sequence[int], window: Sequence[int],
+) -> Tensor:  # fmt: skip
+    """Quantizes x (N, H, W, C) and convolves it with a blocked weight: (N, H', W', O), float32.
+
+    format: bits of a plane, whether scales are halved, bits of activations. window: kernel, stride (both height, width) and
+    padding (top, bottom, left, right). act_scale and act_zero hold one value, or one for each image.
+    """
+    bits, halves, act_bits = format
+    if kernel == onednn.NAME:
+        return onednn.multiply(x, weight, scale.view(-1) * (0.5 if halves else 1), bias, act_scale, act_zero, act_bits, window)
+    x = x.contiguous()
+    images, height, width, channels = x.shape
+    out = x.new_empty(images, *output_size(x, window), total.shape[1])
+    if out.numel() == 0:
+        return out
+    tensors = (x, out, weight, total, scale, zero, bias, act_scale, act_zero)
+    pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
+    layout = (int(act_scale.numel() > 1), (1 << act_bits) - 1, bits, len(weight), weight.shape[1], halves)
+    sizes = (BY_NAME[kernel].block_for(channels), images, height, width, channels, out.shape[3], width)
+    job = Job(*pointers, *layout, *sizes, *window[:5], window[6], *out.shape[1:3], torch.get_num_threads())
+    if tuple(window) == (1, 1, 1, 1, 0, 0, 0, 0):
+        _even_rows(job)
+    if library(BY_NAME[kernel]).dmquant_run(ctypes.addressof(job)) != 0:
+        raise MemoryError(f"no memory for the kernel {kernel}")
+    return out
+
+
+def output_size(x: Tensor, window: Sequence[int]) -> tuple[int, int]:
+    """Height and width of the output."""
+    kernel_h, kernel_w, stride_h, stride_w, top, bottom, left, right = window
+    _, height, width, _ = x.shape
+    return (height + top + bottom - kernel_h) // stride_h + 1, (width + left + right - kernel_w) // stride_w + 1
+
+
+def _even_rows(job: Job) -> None:
+    """Cuts each image into rows of 32 pixels, the last one of what is left: its shape means nothing to a 1x1 convolution."""
+    if job.act_stride == 0:
+        job.height, job.images = job.height * job.images, 1
+    pixels = job.height * job.width
+    job.width = job.out_width = ROW
+    job.height = job.out_height = fill_up(pixels, ROW) // ROW
+    job.last_width = pixels - (job.height - 1) * ROW
+
+
+@torch.library.custom_op("dmquant::multiply", mutates_args=())
+def multiply_op(
+    x: Tensor, weight: Tensor, total: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None,
+    act_scale: Tensor, act_zero: Tensor, kernel: str, format: Sequence[int], window: Sequence[int],
+) -> Tensor:  # fmt: skip
+    return multiply(x, weight, total, scale, zero, bias, act_scale, act_zero, kernel, format, window)
+
+
+@multiply_op.register_fake
+def _(
+    x: Tensor, weight: Tensor, total: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None,
+    act_scale: Tensor, act_zero: Tensor, kernel: str, format: Sequence[int], window: Sequence[int],
+) -> Tensor:  # fmt: skip
+    return x.new_empty(x.shape[0], *output_size(x, window), total.shape[1])

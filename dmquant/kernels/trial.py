@@ -1,0 +1,95 @@
+"""Kernels on made-up layers: do they agree with the reference, and which one is the fastest?"""
+
+import time
+import warnings
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dmquant.kernels import ops
+from dmquant.kernels.blocked import arrange, levels
+from dmquant.kernels.blocking import fill_up
+from dmquant.kernels.catalogue import BY_NAME
+from dmquant.quantizers.base import quantize
+
+TOLERANCE = 1e-5  # of the largest output
+PIXELS = 4096  # of the input of a race, about
+REPEATS = 3
+WINDOWS = ((3, 3, 1, 1, 1, 1, 1, 1), (3, 3, 2, 2, 0, 1, 0, 1), (1, 1, 1, 1, 0, 0, 0, 0))
+
+
+class Format(NamedTuple):
+    """What a kernel multiplies: bits of a weight in each plane, planes, bits of an activation."""
+
+    bits: int
+    planes: int
+    act_bits: int
+
+
+@cache
+def check(kernel: str, format: Format) -> str:
+    """Empty if the kernel agrees with the reference on this format; otherwise, after a warning, what went wrong."""
+    generator = torch.Generator().manual_seed(0)
+    worst = max(_error(kernel, format, window, generator) for window in WINDOWS)
+    if worst <= TOLERANCE:
+        return ""
+    reason = f"wrong by {worst:.1e} at {format.bits * format.planes} bits times {format.act_bits}"
+    warnings.warn(f"the kernel {kernel} is not used: it is {reason}", RuntimeWarning, stacklevel=2)
+    return reason
+
+
+@cache
+def fastest(kernels: tuple[str, ...], format: Format, shape: tuple[int, ...], window: tuple[int, ...], threads: int) -> str:
+    """The kernel that takes the least time on inputs like this one: shape is (N, H, W, C, O). They all give the same floats."""
+    if len(kernels) == 1:
+        return kernels[0]
+    images, height, width, channels, outputs = shape
+    x = torch.zeros(max(1, min(images, PIXELS // (height * width))), height, width, channels)
+    return min(kernels, key=lambda kernel: _seconds(kernel, format, x, outputs, window))
+
+
+def _seconds(kernel: str, format: Format, x: Tensor, outputs: int, window: tuple[int, ...]) -> float:
+    """The least of some repeats, on a weight of zeros: the time does not depend on values."""
+    filled = fill_up(outputs, 32) * fill_up(x.shape[-1], BY_NAME[kernel].block_for(x.shape[-1])) * window[0] * window[1]
+    weight = torch.zeros(format.planes, filled * format.bits // 8, dtype=torch.uint8)
+    total, scale = torch.zeros(format.planes, outputs, dtype=torch.int32), torch.ones(format.planes, outputs)
+    act_scale, act_zero = torch.ones(()), torch.zeros(())
+    taken = []
+    for _ in range(REPEATS + 1):  # the first one warms up
+        started = time.perf_counter()
+        ops.multiply(
+            x, weight, total, scale, None, None, act_scale, act_zero, kernel, (format.bits, 0, format.act_bits), window
+        )  # fmt: skip
+        taken.append(time.perf_counter() - started)
+    return min(taken[1:])
+
+
+def _error(kernel: str, format: Format, window: tuple[int, ...], generator: torch.Generator) -> float:
+    """The largest difference from the reference over the largest output, on an odd shape."""
+    height, width = window[:2]
+    bits, planes, act_bits = format
+    codes = torch.randint(1 << bits * planes, (37, 67, height * width), generator=generator).to(torch.uint8)
+    scale = torch.rand(planes, 37, generator=generator) + 0.1
+    bias, x = (torch.randn(size, generator=generator) for size in (37, (2, 5, 6, 67)))
+    zero = None if planes > 1 else torch.full((37,), 0.5 if bits == 1 else float(1 << (bits - 1)))
+    act_scale, act_zero = torch.tensor(6.0 / (1 << act_bits)), torch.tensor(float(1 << (act_bits - 1)))
+    blocked = arrange(codes, bits * planes, zero, kernel)
+    found = ops.multiply(
+        x, blocked.weight, blocked.total, scale, zero if blocked.is_shifted else None, bias, act_scale, act_zero, kernel,
+        (blocked.bits, blocked.halves, act_bits), window,
+    )  # fmt: skip
+    values = sum(_values(codes, scale[plane], zero, plane) for plane in range(planes))
+    a = quantize(x.permute(0, 3, 1, 2), act_scale, act_zero, act_bits).sub_(act_zero).mul_(act_scale)
+    top, bottom, left, right = window[4:]
+    expected = nn.functional.conv2d(
+        nn.functional.pad(a, (left, right, top, bottom)).double(), values.unflatten(2, (height, width)).double(), bias.double(),
+        stride=window[2:4],
+    ).permute(0, 2, 3, 1)  # fmt: skip
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def _values(codes: Tensor, scale: Tensor, zero: Tensor | None, plane: int) -> Tensor:
+    centered = (codes >> plane & 1) * 2.0 - 1 if zero is None else codes - zero.view(-1, 1, 1)
+    return centered * scale.view(-1, 1, 1)
