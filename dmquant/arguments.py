@@ -2,8 +2,12 @@
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dmquant.errors import InputError
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 RUNS = Path("runs")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -61,6 +65,23 @@ def require_picture(file: Path) -> None:
     if file.is_dir():
         raise InputError(f"{file} is a folder; choose another name with -o")
     require_writable(file.absolute().parent)
+
+
+def require_new(file: Path, suffix: str) -> None:
+    """Refuses a file name that does not end as it should or is taken."""
+    if file.suffix != suffix:
+        raise InputError(f"{file} must end in {suffix}")
+    if file.exists():
+        raise InputError(f"{file} is there already; remove it, or choose another name with -o")
+    require_writable(file.absolute().parent)
+
+
+def open_model(model: str | None, device: str | None) -> "DiffusionPipeline":
+    """The pipeline that a command line names, on its device or on the best one here."""
+    from dmquant import checkpoint
+    from dmquant.denoiser import choose_device
+
+    return checkpoint.open_any(model, device=device or choose_device())
 
 
 def _short_name(model: str | None) -> str:

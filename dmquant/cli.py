@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
-from dmquant import __version__, arguments, console, ranks
+from dmquant import __version__, arguments, console, measuring, ranks
 from dmquant.failures import INTERRUPTED, explain
+from dmquant.options import HIDDEN, Batch, Device, GivenModel, Model, Sampler, Seed, Steps
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -27,18 +28,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-REPORT = "File NAME.json, or folder for report.json; default: beside a quantized MODEL, else runs/eval-NAME."
-HIDDEN = {"show_default": False}
-
-Model = Annotated[str | None, typer.Argument(help="Pipeline folder or hub id; without it, the embedded pipeline.", **HIDDEN)]
-GivenModel = Annotated[str, typer.Argument(metavar="MODEL", help="Pipeline folder, float or quantized; hub id; embedded.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: cuda where there is one.", **HIDDEN)]
-Seed = Annotated[int, typer.Option(help="Seed of the first image or of the run.", min=0, max=2**63 - 1)]
-Steps = Annotated[int, typer.Option(help="Denoising steps.", min=1)]
-Batch = Annotated[int, typer.Option(help="Images per batch.", min=1)]
-Sampler = Annotated[str | None, typer.Option(help="ddim, ddpm, dpm++, euler, ...; default: the pipeline's.", **HIDDEN)]
-
 
 def main() -> NoReturn:
     """Entry point of the `dmquant` program."""
@@ -96,7 +85,7 @@ def quantize(
     from dmquant import checkpoint, denoiser, interruption, quantization, storage
 
     if dry_run:
-        pipeline = _open(model, "cpu")
+        pipeline = arguments.open_model(model, "cpu")
         _show_coverage(pipeline, chosen.weight_bits, chosen.act_bits, bits=quantization.plan(pipeline, chosen))
         return
     denoiser.locate(model)
@@ -106,64 +95,16 @@ def quantize(
         storage.lock(folder) if ranks.is_first() else nullcontext(),
         interruption.resumable(folder, context.obj, resume=resume, force=force) as run,
     ):
-        quantized = quantization.quantize(_open(model, device), chosen, seed=seed, data=data, run=run, track=console.Tracker())
+        quantized = quantization.quantize(arguments.open_model(model, device), chosen, seed=seed, data=data, run=run, track=console.Tracker())
         if ranks.is_first():
             checkpoint.save(quantized, folder, force=force)
             _say_size(quantized, folder)
     console.say(f"wrote {folder}; next: dmquant eval {folder} --fid")
 
 
-@app.command("eval")
-def evaluate(
-    model: Model = None,
-    fid: Annotated[bool, typer.Option("--fid", help="Frechet distance; without it and --psnr: all there is.")] = False,
-    psnr: Annotated[bool, typer.Option("--psnr", help="PSNR to the float model at equal seeds.")] = False,
-    num_images: Annotated[int, typer.Option(help="Images to draw.", min=2)] = 1000,
-    steps: Steps = 20,
-    sampler: Sampler = None,
-    seed: Seed = 0,
-    batch: Batch = 50,
-    reference: Annotated[str | None, typer.Option(help="Built-in name, npz, or images.", show_default="the extractor's")] = None,
-    extractor: Annotated[str, typer.Option(help="resnet-cifar10 or inception.")] = "resnet-cifar10",
-    inception_weights: Annotated[Path | None, typer.Option(help="File of the FID Inception.", **HIDDEN)] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help=REPORT, **HIDDEN)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The report as JSON on stdout.")] = False,
-    device: Device = None,
-) -> None:
-    """Draw images of a float or quantized pipeline, measure them, and write a report."""
-    from dmquant import comparison, denoiser, evaluation
-    from dmquant.report import name_file
-
-    metrics = tuple(name for name, is_wanted in (("fid", fid), ("psnr", psnr)) if is_wanted) or None
-    denoiser.locate(model)
-    file = name_file(output or arguments.name_evaluation(model))
-    arguments.require_writable(file.parent)
-    report = evaluation.evaluate(
-        _open(model, device), metrics=metrics, num_images=num_images, seed=seed, steps=steps, sampler=sampler, batch=batch,
-        extractor=extractor, inception_weights=inception_weights, reference=reference, track=console.Tracker(),
-    )  # fmt: skip
-    report.save(file)
-    if as_json:
-        console.show(report.to_json())
-    else:
-        console.show_comparison(comparison.compare([report]))
-    console.say(f"wrote {file}")
-
-
-@app.command()
-def compare(
-    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Reports, or folders that hold a report.json.")],
-    form: Annotated[Literal["table", "md", "csv", "json"], typer.Option("--format", help="How to write it.")] = "table",
-    mixed: Annotated[bool, typer.Option("--mixed", help="Allow different protocols; what differs becomes a column.")] = False,
-) -> None:
-    """Put reports side by side, the float model first."""
-    from dmquant import comparison
-
-    table = comparison.compare(paths, mixed=mixed)
-    if form == "table":
-        console.show_comparison(table)
-    else:
-        console.show({"md": table.to_markdown, "csv": table.to_csv, "json": table.to_json}[form]())
+app.command("eval")(measuring.evaluate)
+app.command()(measuring.compare)
+app.command()(measuring.reference)
 
 
 @app.command()
@@ -183,7 +124,7 @@ def inspect(model: GivenModel) -> None:
     """Show what is in a pipeline: components, layers, bits, size and operations."""
     from dmquant.denoiser import find_denoiser
 
-    pipeline = _open(model, "cpu")
+    pipeline = arguments.open_model(model, "cpu")
     name, denoiser = find_denoiser(pipeline)
     record = getattr(denoiser, "dmquant_record", {})
     facts = {"pipeline": type(pipeline).__name__, "denoiser": f"{name} ({type(denoiser).__name__})", **record}
@@ -212,7 +153,7 @@ def sample(
 
     rows, track = {}, console.Tracker()
     for name in dict.fromkeys([model, *([beside] if beside else [])]):
-        pipeline = _open(name, device)
+        pipeline = arguments.open_model(name, device)
         generation.set_sampler(pipeline, sampler)
         images = generation.generate(pipeline, range(seed, seed + count), steps=steps, batch=batch, track=track)
         rows[name] = torch.cat(list(images))
@@ -252,13 +193,6 @@ def fetch(resource: Annotated[Literal["inception"], typer.Argument(help="What to
     from dmquant.metrics import weights
 
     console.show(str({"inception": weights.fetch_inception}[resource]()))
-
-
-def _open(model: str | None, device: str | None) -> "DiffusionPipeline":
-    from dmquant import checkpoint
-    from dmquant.denoiser import choose_device
-
-    return checkpoint.open_any(model, device=device or choose_device())
 
 
 def _show_coverage(pipeline: "DiffusionPipeline", weight_bits: int, act_bits: int, *, bits: dict | None = None) -> None:

@@ -1,6 +1,7 @@
 """The processes of one piece of work, as torchrun and accelerate launch them: all compute, the first writes and speaks."""
 
 import os
+import subprocess
 import sys
 from datetime import timedelta
 from typing import Any
@@ -20,6 +21,18 @@ def count() -> int:
 
 def is_first() -> bool:
     return number() == 0
+
+
+def is_launched() -> bool:
+    """Whether torchrun or accelerate started this process."""
+    return "RANK" in os.environ
+
+
+def launch(line: list[str], processes: int) -> int:
+    """Runs a command line of ours once more, in several processes; the exit code, which torchrun makes 1 for every failure."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m", "dmquant"]
+    threads = str(max(1, (os.cpu_count() or 1) // processes))
+    return subprocess.run([*command, *line], env={"OMP_NUM_THREADS": threads, **os.environ}).returncode
 
 
 def join(*, on_cpu: bool) -> None:

@@ -11,11 +11,12 @@ TINY_UNET = dict(
 
 
 @pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test may reach a hub, nor see the Inception weights or the debug switch of the person who runs it."""
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No test may reach a hub, nor see the caches, the Inception weights or the debug switch of the person who runs it."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     # most tests compare packed and quantized layers bit for bit, which holds of the reference; tests/kernels has its own
     monkeypatch.setenv("DMQUANT_KERNELS", "torch")
+    monkeypatch.setenv("DMQUANT_CACHE", str(tmp_path_factory.getbasetemp() / "images"))
     for name in ("DMQUANT_DEBUG", "DMQUANT_INCEPTION_WEIGHTS", "NO_COLOR", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dmquant import cli
+from dmquant import cli, measuring
 from dmquant.report import Report
 
 SMALL = ("trajectories=1", "sampling_steps=2", "calibration_samples=2", "batch=2")
@@ -109,7 +109,7 @@ def test_the_defaults_of_eval_and_sample_are_those_of_the_library():
     from dmquant.evaluation import evaluate
     from dmquant.generation import generate
 
-    for command, function in ((cli.evaluate, evaluate), (cli.sample, generate)):
+    for command, function in ((measuring.evaluate, evaluate), (cli.sample, generate)):
         offered, taken = (inspect.signature(f).parameters for f in (command, function))
         shared = (offered.keys() & taken.keys()) - {"seeds", "pipeline"}
         assert shared and {name: offered[name].default for name in shared} == {name: taken[name].default for name in shared}

@@ -16,7 +16,8 @@ FLOORS = (
     {"methods"},
     {"quantization", "checkpoint", "hf", "metrics", "cost", "gallery"},
     {"evaluation", "coverage", "environment"},
-    {"console", "failures", "arguments", "interruption"},
+    {"console", "failures", "arguments", "interruption", "options"},
+    {"measuring"},
     {"cli"},
     {"__init__", "__main__"},
 )

@@ -27,7 +27,9 @@ class Frechet(Metric):
     def __init__(self, extractor_name: str, reference: Reference):
         self.key = self.name(extractor_name)
         moments = self.pick_moments(reference)
-        self._distance = FrechetInceptionDistance(Precomputed(len(moments.mu)), reset_real_features=False)
+        # no metric here syncs by itself: of several processes the first sees everything, and the others wait elsewhere
+        how = {"reset_real_features": False, "sync_on_compute": False}
+        self._distance = FrechetInceptionDistance(Precomputed(len(moments.mu)), **how)
         inject(self._distance, moments, reference.num_images)
 
     @staticmethod

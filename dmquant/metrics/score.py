@@ -34,6 +34,7 @@ class ClassifierScore(Metric):
             warnings.filterwarnings("ignore", "Metric `InceptionScore` will save")
             warnings.filterwarnings("ignore", "std\\(\\)")  # the deviation over splits, of which there may be one
             torch.manual_seed(0)
-            score = InceptionScore(Precomputed(logits.shape[1]), splits=max(1, len(logits) // SPLIT_SIZE))
+            splits = max(1, len(logits) // SPLIT_SIZE)
+            score = InceptionScore(Precomputed(logits.shape[1]), splits=splits, sync_on_compute=False)
             score.update(logits)
             return {self.key: float(score.compute()[0])}

@@ -1,0 +1,108 @@
+"""The commands that measure: eval, compare, reference. Like all commands thin, with everything heavy imported inside them."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from dmquant import arguments, console, ranks
+from dmquant.errors import Interrupted
+from dmquant.options import HIDDEN, Batch, Device, Model, Sampler, Seed, Steps
+
+REPORT = "File NAME.json, or folder for report.json; default: beside a quantized MODEL, else runs/eval-NAME."
+Extractor = Annotated[str, typer.Option(help="resnet-cifar10 or inception.")]
+Weights = Annotated[Path | None, typer.Option("--inception-weights", help="File of the FID Inception.", **HIDDEN)]
+
+
+def evaluate(
+    context: typer.Context,
+    model: Model = None,
+    fid: Annotated[bool, typer.Option("--fid", help="Frechet distance; the default, with --psnr of a quantized model.")] = False,
+    sfid: Annotated[bool, typer.Option("--sfid", help="Frechet distance of spatial features.")] = False,
+    kid: Annotated[bool, typer.Option("--kid", help="Kernel distance, unbiased for few images.")] = False,
+    score: Annotated[bool, typer.Option("--is", help="Inception score.")] = False,
+    prdc: Annotated[bool, typer.Option("--prdc", help="Precision, recall, density, coverage; k = 3.")] = False,
+    psnr: Annotated[bool, typer.Option("--psnr", help="PSNR to the float model at equal seeds.")] = False,
+    ssim: Annotated[bool, typer.Option("--ssim", help="SSIM to the float model at equal seeds.")] = False,
+    cosine: Annotated[bool, typer.Option("--cosine", help="Cosine to the float denoiser's answers, by timestep.")] = False,
+    num_images: Annotated[int, typer.Option(help="Images to draw.", min=2)] = 1000,
+    steps: Steps = 20,
+    sampler: Sampler = None,
+    seed: Seed = 0,
+    batch: Batch = 50,
+    reference: Annotated[str | None, typer.Option(help="Built-in name, npz, or images.", show_default="the extractor's")] = None,
+    extractor: Extractor = "resnet-cifar10",
+    inception_weights: Weights = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help=REPORT, **HIDDEN)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The report as JSON on stdout.")] = False,
+    keep: Annotated[bool, typer.Option("--cache/--no-cache", help="Keep images, and use those kept.")] = True,
+    num_processes: Annotated[int, typer.Option(help="Processes to split the seeds over.", min=1)] = 1,
+    device: Device = None,
+) -> None:
+    """Draw images of a float or quantized pipeline, measure them, and write a report."""
+    if num_processes > 1 and not ranks.is_launched():
+        raise typer.Exit(ranks.launch(context.obj, num_processes))
+    from dmquant import comparison, denoiser, evaluation, gallery
+    from dmquant.report import name_file
+
+    wanted = {"fid": fid, "sfid": sfid, "kid": kid, "is": score, "prdc": prdc, "psnr": psnr, "ssim": ssim, "cosine": cosine}
+    metrics = tuple(name for name, is_wanted in wanted.items() if is_wanted) or None
+    denoiser.locate(model)
+    file = name_file(output or arguments.name_evaluation(model))
+    arguments.require_writable(file.parent)
+    try:
+        report = evaluation.evaluate(
+            arguments.open_model(model, device), metrics=metrics, num_images=num_images, seed=seed, steps=steps,
+            sampler=sampler, batch=batch, extractor=extractor, inception_weights=inception_weights, reference=reference,
+            cache=gallery.default_folder() if keep else None, track=console.Tracker(),
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted" + ("; the same command goes on with the images that were drawn" if keep else "")) from None
+    if ranks.is_first():
+        report.save(file)
+    if as_json:
+        console.show(report.to_json())
+    else:
+        console.show_comparison(comparison.compare([report]))
+    console.say(f"wrote {file}")
+    ranks.leave_together()
+
+
+def compare(
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Reports, or folders that hold a report.json.")],
+    form: Annotated[Literal["table", "md", "csv", "json"], typer.Option("--format", help="How to write it.")] = "table",
+    mixed: Annotated[bool, typer.Option("--mixed", help="Allow different protocols; what differs becomes a column.")] = False,
+) -> None:
+    """Put reports side by side, the float model first."""
+    from dmquant import comparison
+
+    table = comparison.compare(paths, mixed=mixed)
+    if form == "table":
+        console.show_comparison(table)
+    else:
+        console.show({"md": table.to_markdown, "csv": table.to_csv, "json": table.to_json}[form]())
+
+
+def reference(
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGES...", help="Folders or zips of images.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="File NAME.npz to write.")],
+    extractor: Extractor = "resnet-cifar10",
+    inception_weights: Weights = None,
+    size: Annotated[int | None, typer.Option(help="Bring images to this side: bicubic, centre crop.", min=1, **HIDDEN)] = None,
+    device: Device = None,
+) -> None:
+    """Compute what `eval --reference` compares with: statistics of images, and features of some of them."""
+    arguments.require_new(output, ".npz")
+    import torch
+
+    from dmquant.denoiser import choose_device
+    from dmquant.images import list_images
+    from dmquant.metrics.extractor import load_extractor
+    from dmquant.metrics.reference import compute_reference, save_reference
+
+    files = list_images(*images)
+    network = load_extractor(extractor, inception_weights).to(torch.device(device or choose_device()))
+    found = compute_reference(files, network, name=output.stem, size=size, track=console.Tracker())
+    output.parent.mkdir(parents=True, exist_ok=True)
+    save_reference(found, network, output, size=size)
+    console.say(f"wrote {output}: {found.num_images} images, features of {len(found.features)}")

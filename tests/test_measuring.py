@@ -1,0 +1,141 @@
+"""eval, reference and compare as a user gives them: one process or several, with and without what was drawn before."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dmquant import cli, gallery, ranks
+from dmquant.report import Report
+
+QUICK = ["--num-images", "10", "--steps", "2", "--batch", "4", "--seed", "5"]
+ALONE = ["--fid", "--is", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def in_a_fresh_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A saved pipeline of the embedded extractor's image size."""
+    import torch
+    from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "add_attention": False}
+    unet = UNet2DModel(sample_size=32, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, **blocks)
+    path = tmp_path_factory.mktemp("pipelines") / "plain"
+    DDIMPipeline(unet, DDIMScheduler()).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    path, generator = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for i in range(8):
+        Image.fromarray(generator.integers(0, 256, (40, 36, 3), dtype=np.uint8)).save(path / f"{i}.png")
+    return path
+
+
+def run(*arguments: object) -> int:
+    return cli.run([str(argument) for argument in arguments])
+
+
+def test_two_processes_measure_what_one_does(folder, tmp_path):
+    import torch
+
+    line = ["eval", folder, "--fid", "--sfid", "--kid", "--is", "--prdc", *QUICK, "--device", "cpu", "--no-cache"]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # sums in another order are other sums
+    try:
+        assert run(*line, "-o", "one") == 0
+    finally:
+        torch.set_num_threads(threads)
+    program = [sys.executable, "-m", "dmquant", *map(str, line), "-o", "two", "--num-processes", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(program, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("protocol: ") == 1 and done.stderr.count("wrote ") == 1
+    assert "destroy_process_group" not in done.stderr
+    one, two = Report.load("one"), Report.load("two")
+    assert one.metrics == two.metrics and one.protocol == two.protocol and one.seconds_per_image > 0 < two.seconds_per_image
+
+
+def test_a_launched_process_launches_no_others(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(ranks.subprocess, "run", lambda *_, **__: pytest.fail("launched"))
+    assert run("eval", "nosuch", "--num-processes", 2) == 3
+
+
+def test_several_processes_get_the_command_line_and_their_exit_code_comes_back(monkeypatch):
+    calls = []
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(ranks.subprocess, "run", lambda *a, **how: calls.append(a[0]) or subprocess.CompletedProcess(a, 1))
+    assert run("eval", "model", "--num-processes", 2, "--fid") == 1
+    assert calls[0][-7:] == ["--nproc_per_node=2", "-m", "dmquant", "eval", "model", "--num-processes", "2", "--fid"][-7:]
+
+
+def test_what_was_drawn_is_used_again_unless_told_otherwise(folder, monkeypatch, tmp_path):
+    monkeypatch.setenv("DMQUANT_CACHE", str(tmp_path / "images"))
+    assert run("eval", folder, *ALONE, *QUICK, "-o", "first") == 0
+    assert len(list((tmp_path / "images").rglob("*.safetensors"))) == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(gallery, "generate", lambda *_, **__: pytest.fail("an image was drawn"))
+        assert run("eval", folder, "--kid", "--prdc", "--device", "cpu", *QUICK, "-o", "second") == 0
+        assert run("eval", folder, *ALONE, *QUICK, "-o", "third") == 0
+    assert Report.load("third") == Report.load("first")
+    drawn = []
+    real = gallery.generate
+    monkeypatch.setattr(gallery, "generate", lambda *a, **how: drawn.append(1) or real(*a, **how))
+    assert run("eval", folder, *ALONE, *QUICK, "-o", "fourth", "--no-cache") == 0
+    assert len(drawn) == 3 and Report.load("fourth").metrics == Report.load("first").metrics
+
+
+def test_an_interrupt_keeps_what_was_drawn(folder, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("DMQUANT_CACHE", str(tmp_path / "images"))
+    real = gallery.generate
+
+    def stop(pipeline, seeds, **how):
+        if seeds[0] == 9:
+            raise KeyboardInterrupt
+        return real(pipeline, seeds, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gallery, "generate", stop)
+        assert run("eval", folder, *ALONE, *QUICK, "-o", "run") == 130
+    assert "the same command goes on" in capsys.readouterr().err and not Path("run").exists()
+    assert run("eval", folder, *ALONE, *QUICK, "-o", "run") == 0
+    assert run("eval", folder, *ALONE, *QUICK, "-o", "again", "--no-cache") == 0
+    assert Report.load("run").metrics == Report.load("again").metrics
+
+
+def test_a_reference_is_made_and_compared_with(folder, pictures, capsys):
+    assert run("reference", pictures, "-o", "new/mine.npz", "--size", 32, "--device", "cpu") == 0
+    assert "wrote new/mine.npz: 8 images, features of 8" in capsys.readouterr().err
+    assert run("eval", folder, "--fid", "--sfid", "--kid", "--prdc", *QUICK, "--reference", "new/mine.npz", "-o", "by-file") == 0
+    assert run("eval", folder, "--fid", "--sfid", "--kid", "--prdc", *QUICK, "--reference", pictures, "-o", "by-images") == 0
+    by_file, by_images = Report.load("by-file"), Report.load("by-images")
+    assert by_file.metrics == pytest.approx(by_images.metrics, rel=1e-6) and by_file.protocol.reference_images == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["reference", "nowhere", "-o", "x.npz"], 2, "nowhere does not exist"),
+        (["reference", ".", "-o", "x.txt"], 2, "must end in .npz"),
+        (["reference", ".", "-o", "taken.npz"], 2, "is there already"),
+        (["reference", "."], 2, "--output"),
+        (["eval", "--num-processes", "0"], 2, "--num-processes"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, code, message, capsys):
+    Path("taken.npz").touch()
+    assert run(*arguments) == code
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and message in err
