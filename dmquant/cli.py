@@ -95,7 +95,8 @@ def quantize(
         storage.lock(folder) if ranks.is_first() else nullcontext(),
         interruption.resumable(folder, context.obj, resume=resume, force=force) as run,
     ):
-        quantized = quantization.quantize(arguments.open_model(model, device), chosen, seed=seed, data=data, run=run, track=console.Tracker())
+        pipeline = arguments.open_model(model, device)
+        quantized = quantization.quantize(pipeline, chosen, seed=seed, data=data, run=run, track=console.Tracker())
         if ranks.is_first():
             checkpoint.save(quantized, folder, force=force)
             _say_size(quantized, folder)

@@ -7,59 +7,24 @@ import csv
 import io
 import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from dmquant.columns import CHANGE, COST, IDENTITY, MEMORY, NUM_IMAGES, TIME, Cell, Column, is_distance, name_metric, rank
 from dmquant.errors import InputError
-from dmquant.report import Protocol, Report
+from dmquant.report import FLOAT_METHOD, Protocol, Report
 
-Cell = str | int | float | None
-ABSENT = "–"
-FRECHET = ("fid", "fd-")
 # below this many images a Frechet distance is clearly biased upwards (Chong & Forsyth, 2020)
 FEW_IMAGES = 2048
-
-
-@dataclass(frozen=True)
-class Column:
-    """One quantity: how it is called, its unit, which way is better, how it is rounded for reading."""
-
-    key: str
-    title: str
-    unit: str = ""
-    better: str = ""  # "lower", "higher" or neither
-    decimals: int = 2
-    is_signed: bool = False
-
-    @property
-    def heading(self) -> str:
-        arrow = {"lower": " ↓", "higher": " ↑", "": ""}[self.better]
-        return self.title + (f", {self.unit}" if self.unit else "") + arrow
-
-    def write(self, value: Cell) -> str:
-        """The value as a reader wants it."""
-        if value is None:
-            return ABSENT
-        if isinstance(value, float):
-            return f"{value:{'+' if self.is_signed else ''},.{self.decimals}f}"
-        return str(value)
-
-
-IDENTITY = (Column("model", "model"), Column("method", "method"), Column("bits", "W/A"))
-COST = (
-    Column("size_mb", "size", "MB", "lower"),
-    Column("size_ratio", "float size / size", "", "higher"),
-    Column("bits_per_weight", "bits/weight", "", "lower"),
-    Column("giga_ops", "OPs", "G", "lower", 3),
-)
-NUM_IMAGES = Column("num_images", "n")
-TIME = Column("seconds_per_image", "time", "s/image", "lower", 3)
-METRICS = {
-    "fid": Column("fid", "FID", "", "lower"),
-    "psnr": Column("psnr", "PSNR to float", "dB", "higher"),
-}
+BOLD = "\0"  # in no text that is shown
+LATEX = {
+    **{char: "\\" + char for char in "&%$#_{}"}, "\\": r"\textbackslash{}", "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}", "↓": r"$\downarrow$", "↑": r"$\uparrow$", "–": "--", "<": "$<$", ">": "$>$",
+}  # fmt: skip
+LATEX_SPECIAL = re.compile("|".join(map(re.escape, LATEX)))
 
 
 @dataclass(frozen=True)
@@ -73,16 +38,41 @@ class Comparison:
     def headings(self) -> list[str]:
         return [column.heading for column in self.columns]
 
-    def cells(self) -> list[list[str]]:
-        """The table's body, rounded and written out."""
-        return [[column.write(row[column.key]) for column in self.columns] for row in self.rows]
+    def cells(self, *, mark: Callable[[str], str] = str) -> list[list[str]]:
+        """The table's body, rounded and written out; `mark` gets the text of the best of the quantized models."""
+        best = self.best()
+        return [
+            [(mark if (number, column.key) in best else str)(column.write(row[column.key])) for column in self.columns]
+            for number, row in enumerate(self.rows)
+        ]
+
+    def best(self) -> set[tuple[int, str]]:
+        """(row, column key) of the best value of each column, float models apart; none where there is nothing to choose."""
+        found = set()
+        for column in self.columns:
+            rows = {n: row[column.key] for n, row in enumerate(self.rows) if row.get("method") != FLOAT_METHOD}
+            values = {number: value for number, value in rows.items() if value is not None}
+            if column.better and not column.is_change and len(set(values.values())) > 1:
+                target = (min if column.better == "lower" else max)(values.values())
+                found |= {(number, column.key) for number, value in values.items() if value == target}
+        return found
 
     def to_markdown(self) -> str:
         # names stand on the left, numbers on the right
         rules = [":--" if column in IDENTITY else "--:" for column in self.columns]
-        table = [self.headings(), rules, *self.cells()]
+        table = [self.headings(), rules, *self.cells(mark="**{}**".format)]
         lines = ["| " + " | ".join(map(_escape_markdown, line)) + " |" for line in table]
         return "\n".join([*lines, "", *(_escape_markdown(note) + "  " for note in self.notes)]) + "\n"
+
+    def to_latex(self) -> str:
+        """A tabular for the booktabs package; the notes stand below it as comments."""
+        sides = "".join("l" if column in IDENTITY else "r" for column in self.columns)
+        body = [[_escape_latex(cell) for cell in line] for line in self.cells(mark=lambda text: f"{BOLD}{text}")]
+        head = [_escape_latex(heading) for heading in self.headings()]
+        lines = [" & ".join(line) + r" \\" for line in (head, *body)]
+        notes = [f"% {_escape_latex(note)}" for note in self.notes]
+        rules = (r"\begin{tabular}{" + sides + "}", r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule")
+        return "\n".join([*rules, r"\end{tabular}", *notes]) + "\n"
 
     def to_csv(self) -> str:
         text = io.StringIO()
@@ -134,26 +124,21 @@ def _describe_differences(reports: Sequence[Report], varying: Sequence[str]) -> 
 
 def _choose_columns(reports: Sequence[Report], varying: Sequence[str]) -> tuple[Column, ...]:
     conditions = [Column(name, name.replace("_", " ")) for name in varying if name != NUM_IMAGES.key]
-    return (*IDENTITY, *COST, NUM_IMAGES, *conditions, *_metric_columns(reports), TIME)
+    memory = [MEMORY] if any(report.peak_memory_bytes for report in reports) else []
+    return (*IDENTITY, *COST, NUM_IMAGES, *conditions, *_metric_columns(reports), TIME, *memory)
 
 
 def _metric_columns(reports: Sequence[Report]) -> list[Column]:
-    """A column per metric, Frechet distances first, each followed by its change where a float model has it too."""
+    """A column per metric; Frechet distances are followed by their change where a float model has them too."""
     names = {name for report in reports for name in report.metrics}
     measured_on_float = {name for report in reports if report.is_float for name in report.metrics}
     columns = []
-    for name in sorted(names, key=lambda name: (not name.startswith(FRECHET), name)):
-        metric = METRICS.get(name) or _name_metric(name)
+    for name in sorted(names, key=rank):
+        metric = name_metric(name)
         columns.append(metric)
-        if name in measured_on_float and len(reports) > 1:
-            columns.append(Column(f"{name}_change", "to float", "%", metric.better, 1, is_signed=True))
+        if is_distance(name) and name in measured_on_float and len(reports) > 1:
+            columns.append(Column(f"{name}{CHANGE}", "to float", "%", metric.better, 1, is_signed=True))
     return columns
-
-
-def _name_metric(name: str) -> Column:
-    if name.startswith("fd-"):
-        return Column(name, f"FD {name.removeprefix('fd-')}", "", "lower", 4)
-    return Column(name, name, "", "", 4)
 
 
 def _make_row(report: Report, baseline: Report | None, columns: Sequence[Column]) -> dict[str, Cell]:
@@ -167,6 +152,7 @@ def _make_row(report: Report, baseline: Report | None, columns: Sequence[Column]
         "bits_per_weight": report.bits_per_weight,
         "giga_ops": report.ops / 1e9,
         "seconds_per_image": report.seconds_per_image,
+        "peak_memory_mb": report.peak_memory_bytes and report.peak_memory_bytes / 1e6,
         **asdict(report.protocol),
         **_changes(report, baseline),
     }
@@ -178,7 +164,7 @@ def _changes(report: Report, baseline: Report | None) -> dict[str, float]:
     if baseline is None or report.is_float:
         return {}
     shared = {name: value for name, value in report.metrics.items() if baseline.metrics.get(name)}
-    return {f"{name}_change": 100 * (value / baseline.metrics[name] - 1) for name, value in shared.items()}
+    return {f"{name}{CHANGE}": 100 * (value / baseline.metrics[name] - 1) for name, value in shared.items()}
 
 
 def _find_baseline(report: Report, reports: Sequence[Report]) -> Report | None:
@@ -215,11 +201,20 @@ def _write_notes(reports: Sequence[Report], varying: Sequence[str]) -> list[str]
     }
     agreed = [text for name, text in parts.items() if name not in varying and getattr(shared, name) is not None]
     notes.append("protocol: " + ", ".join(agreed))
-    if any(name.startswith(FRECHET) and r.protocol.num_images < FEW_IMAGES for r in reports for name in r.metrics):
+    if any(is_distance(name) and r.protocol.num_images < FEW_IMAGES for r in reports for name in r.metrics):
         notes.append(f"a Frechet distance of fewer than {FEW_IMAGES} images is biased upwards: compare it at equal n only")
-    if any("psnr" in report.metrics for report in reports):
-        notes.append("PSNR: mean over the first seeds, at most 64")
+    measured = {name for report in reports for name in report.metrics}
+    if measured & {"psnr", "ssim"}:
+        notes.append("PSNR and SSIM: mean over the first seeds, at most 64")
+    if "cosine" in measured:
+        notes.append("cosine: of the denoisers' answers along the float model's trajectories, mean over the timesteps")
     return notes
+
+
+def _escape_latex(text: str) -> str:
+    is_bold, text = text.startswith(BOLD), " ".join(text.removeprefix(BOLD).split())
+    written = LATEX_SPECIAL.sub(lambda found: LATEX[found.group()], text)
+    return rf"\textbf{{{written}}}" if is_bold else written
 
 
 def _escape_markdown(text: str) -> str:

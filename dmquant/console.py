@@ -21,7 +21,8 @@ from rich.table import Table
 from rich.text import Text
 
 from dmquant import ranks
-from dmquant.comparison import IDENTITY, Comparison
+from dmquant.columns import IDENTITY
+from dmquant.comparison import Comparison
 
 PIPED_WIDTH = 100_000  # columns; nothing is cut or wrapped
 QUIET_PERIOD_S = 10.0
@@ -40,13 +41,14 @@ def show_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, align:
 
 def show_comparison(comparison: Comparison) -> None:
     """The comparison's table with its notes; on a terminal too narrow for it, one column per model."""
-    headings, cells = comparison.headings(), comparison.cells()
+    headings, cells = comparison.headings(), comparison.cells(mark="*{}".format)
+    notes = ["* the best of the quantized models"] if comparison.best() else []
     align = "".join("l" if column in IDENTITY else "r" for column in comparison.columns)
     table, console = _make_table(headings, cells, align), _console(sys.stdout)
     if console.measure(table, options=console.options.update(width=PIPED_WIDTH)).maximum > console.width:
         first, *others = zip(headings, *cells)
         table = _make_table(first, others, "l" + "r" * len(cells))
-    _show(table, ["", *comparison.notes])
+    _show(table, ["", *notes, *comparison.notes])
 
 
 def say(text: str) -> None:

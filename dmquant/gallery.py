@@ -13,6 +13,7 @@ import secrets
 import time
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,9 +28,12 @@ from torch import Tensor, nn
 from dmquant import __version__
 from dmquant.denoiser import find_denoiser
 from dmquant.generation import generate
+from dmquant.kernels.catalogue import choice
 
 VARIABLE = "DMQUANT_CACHE"
 PACKAGES = ("torch", "diffusers")
+# our own code between a seed and its image: in a checkout it changes while the version stays
+SOURCES = ("generation.py", "clock.py", "layers.py", "packed.py", "quantizers", "kernels")
 PRIVATE = "_"  # what diffusers adds to configs: paths, versions, marks
 IMAGES = "images"
 
@@ -88,9 +92,19 @@ def name_folder(pipeline: DiffusionPipeline, steps: int) -> str:
     denoiser = find_denoiser(pipeline)[1]
     facts = {
         "pipeline": hash_pipeline(pipeline), "steps": steps, "device": denoiser.device.type, "dtype": str(denoiser.dtype),
-        "versions": [__version__, *(version(package) for package in PACKAGES)],
+        "versions": [__version__, *(version(package) for package in PACKAGES)], "sources": hash_sources(), "kernels": choice(),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@cache
+def hash_sources() -> str:
+    """SHA-256 over our own files that decide what is drawn."""
+    digest, folder = hashlib.sha256(), Path(__file__).parent
+    for name in SOURCES:
+        for file in sorted([folder / name] if name.endswith(".py") else (folder / name).rglob("*.[pch]*")):
+            digest.update(file.read_bytes() if file.is_file() and "__pycache__" not in file.parts else b"")
+    return digest.hexdigest()
 
 
 def hash_pipeline(pipeline: DiffusionPipeline) -> str:

@@ -57,7 +57,8 @@ def evaluate(
             cache=gallery.default_folder() if keep else None, track=console.Tracker(),
         )  # fmt: skip
     except KeyboardInterrupt:
-        raise Interrupted("interrupted" + ("; the same command goes on with the images that were drawn" if keep else "")) from None
+        advice = "; the same command goes on with the images that were drawn"
+        raise Interrupted("interrupted" + (advice if keep else "")) from None
     if ranks.is_first():
         report.save(file)
     if as_json:
@@ -70,7 +71,7 @@ def evaluate(
 
 def compare(
     paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Reports, or folders that hold a report.json.")],
-    form: Annotated[Literal["table", "md", "csv", "json"], typer.Option("--format", help="How to write it.")] = "table",
+    form: Annotated[Literal["table", "md", "csv", "json", "latex"], typer.Option("--format", help="How to write it.")] = "table",
     mixed: Annotated[bool, typer.Option("--mixed", help="Allow different protocols; what differs becomes a column.")] = False,
 ) -> None:
     """Put reports side by side, the float model first."""
@@ -80,7 +81,8 @@ def compare(
     if form == "table":
         console.show_comparison(table)
     else:
-        console.show({"md": table.to_markdown, "csv": table.to_csv, "json": table.to_json}[form]())
+        write = {"md": table.to_markdown, "csv": table.to_csv, "json": table.to_json, "latex": table.to_latex}
+        console.show(write[form]())
 
 
 def reference(

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from dmquant.comparison import ABSENT, compare, find_differences
+from dmquant.columns import ABSENT
+from dmquant.comparison import compare, find_differences
 from dmquant.errors import InputError
 from dmquant.report import Protocol, Report
 
@@ -117,3 +118,44 @@ def test_reports_are_read_from_files_and_folders(tmp_path):
 def test_nothing_to_compare_is_an_error():
     with pytest.raises(InputError, match="nothing to compare"):
         compare([])
+
+
+# The best, and the formats that show it
+
+BETTER = replace(QUANTIZED, model="better", metrics={"fd-resnet-cifar10": 10.5, "psnr": 29.0}, seconds_per_image=0.2)
+
+
+def test_the_best_of_the_quantized_models_is_found_by_the_direction_of_each_column():
+    comparison = compare([FLOAT, QUANTIZED, BETTER])
+    assert comparison.best() == {(2, "fd-resnet-cifar10"), (1, "psnr"), (1, "seconds_per_image")}
+    assert compare([FLOAT, QUANTIZED]).best() == set()
+
+
+def test_the_best_is_bold_in_markdown_and_latex():
+    comparison = compare([FLOAT, QUANTIZED, BETTER])
+    assert "**10.5000**" in comparison.to_markdown() and "**11.0000**" not in comparison.to_markdown()
+    assert r"\textbf{30.00}" in comparison.to_latex()
+
+
+def test_latex_is_a_booktabs_table_of_the_same_cells():
+    comparison = compare([replace(FLOAT, model="a_b & 100% ~{x}^2 #\\"), QUANTIZED])
+    lines = comparison.to_latex().splitlines()
+    assert lines[0] == r"\begin{tabular}{lll" + "r" * (len(comparison.columns) - 3) + "}" and lines[1] == r"\toprule"
+    assert r"FD resnet-cifar10 $\downarrow$" in lines[2] and r"to float, \% $\downarrow$" in lines[2]
+    assert lines[4].startswith(r"a\_b \& 100\% \textasciitilde{}\{x\}\textasciicircum{}2 \#\textbackslash{} & float & 32/32 &")
+    rows = (lines[2], lines[4], lines[5])
+    assert all(line.count(" & ") == len(comparison.columns) - 1 and line.endswith(r" \\") for line in rows)
+    assert lines[6:8] == [r"\bottomrule", r"\end{tabular}"] and all(line.startswith("% ") for line in lines[8:])
+
+
+def test_metrics_stand_in_one_order_and_only_distances_carry_their_change():
+    metrics = {"cosine": 0.99, "psnr": 30.0, "kd-x": 0.01, "fd-x": 3.0, "sfd-x": 4.0, "precision-x": 0.5, "is": 9.0, "odd": 1.0}
+    comparison = compare([replace(FLOAT, metrics=metrics), replace(QUANTIZED, metrics=metrics)])
+    shown = [column.key for column in comparison.columns[8:-1]]
+    assert shown == ["fd-x", "fd-x_change", "sfd-x", "sfd-x_change", "kd-x", "is", "precision-x", "psnr", "cosine", "odd"]
+    assert {"SFD x ↓", "KD x ↓", "IS ↑", "precision x ↑", "cosine to float ↑"} <= set(comparison.headings())
+
+
+def test_peak_memory_is_a_column_where_it_was_measured():
+    assert "peak_memory_mb" not in compare([FLOAT]).rows[0]
+    assert compare([replace(FLOAT, peak_memory_bytes=2_000_000), QUANTIZED]).rows[0]["peak_memory_mb"] == 2.0

@@ -273,7 +273,7 @@ def test_operations_stand_in_the_report_with_attention_apart(pipeline):
 def count_draws(monkeypatch) -> list[list[int]]:
     """The seeds of every call of the sampler."""
     calls, real = [], gallery.generate
-    monkeypatch.setattr(gallery, "generate", lambda pipeline, seeds, **how: calls.append(list(seeds)) or real(pipeline, seeds, **how))
+    monkeypatch.setattr(gallery, "generate", lambda model, seeds, **how: calls.append(list(seeds)) or real(model, seeds, **how))
     return calls
 
 

@@ -9,9 +9,9 @@ import pytest
 ROOT = Path(__file__).parents[1] / "dmquant"
 FLOORS = (
     {"errors"},
-    {"report", "packing", "clock", "storage", "progress", "images", "ranks"},
+    {"report", "packing", "clock", "storage", "progress", "images", "ranks", "columns"},
     {"quantizers", "kernels", "comparison"},
-    {"layers", "packed"},
+    {"layers", "attention", "packed"},
     {"denoiser", "blocks", "generation", "samples", "calibration", "distill", "denoising", "runs"},
     {"methods"},
     {"quantization", "checkpoint", "hf", "metrics", "cost", "gallery"},
@@ -27,7 +27,8 @@ NEIGHBOURS = {
     ("blocks", "denoiser"), ("generation", "denoiser"), ("samples", "denoiser"), ("samples", "generation"),
     ("calibration", "samples"),
     ("distill", "samples"), ("distill", "runs"), ("runs", "samples"), ("denoising", "denoiser"), ("denoising", "generation"),
-    ("packed", "layers"), ("quantization", "hf"), ("checkpoint", "hf"), ("failures", "console"), ("interruption", "console"),
+    ("packed", "layers"), ("packed", "attention"), ("quantization", "hf"), ("checkpoint", "hf"), ("failures", "console"),
+    ("interruption", "console"),
     ("kernels", "quantizers"),
 }  # fmt: skip
 FORBIDDEN = {"torchvision", "torch_fidelity", "click"}

@@ -49,7 +49,8 @@ def test_without_a_folder_nothing_is_kept(pipeline, drawing, tmp_path, monkeypat
     assert len(drawing) == 2 and list(tmp_path.iterdir()) == []
 
 
-def test_whatever_changes_the_images_changes_the_folder(pipeline, tiny_folder):
+def test_whatever_changes_the_images_changes_the_folder(pipeline, tiny_folder, monkeypatch):
+    monkeypatch.delenv("DMQUANT_KERNELS", raising=False)
     names = [name_folder(pipeline, 2), name_folder(pipeline, 3)]
     set_sampler(pipeline, "dpm++")
     names.append(name_folder(pipeline, 2))
@@ -57,7 +58,11 @@ def test_whatever_changes_the_images_changes_the_folder(pipeline, tiny_folder):
         pipeline.unet.conv_out.bias[0] += 1e-6
     names.append(name_folder(pipeline, 2))
     names.append(name_folder(open_pipeline(tiny_folder).to(torch.bfloat16), 2))
-    assert len(set(names)) == 5
+    monkeypatch.setenv("DMQUANT_KERNELS", "torch")
+    names.append(name_folder(pipeline, 2))
+    monkeypatch.setattr(gallery, "hash_sources", lambda: "edited")
+    names.append(name_folder(pipeline, 2))
+    assert len(set(names)) == 7
 
 
 def test_where_a_pipeline_lies_does_not_matter(pipeline, tmp_path):
