@@ -6,7 +6,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
-from dmquant.layers import bypassed, quantized_layers
+from dmquant.layers import bypassed, quantized_inputs, quantized_layers
 from dmquant.progress import Track, plain
 from dmquant.quantizers.base import Quantizer
 from dmquant.samples import Samples
@@ -22,16 +22,16 @@ def observe_weights(student: nn.Module) -> None:
 
 
 def observe_inputs(student: nn.Module, samples: Samples, *, batch: int, track: Track = plain) -> None:
-    """Shows every input quantizer what its layer reads when the student runs in float."""
-    layers = {name: layer for name, layer in quantized_layers(student).items() if isinstance(layer.input_quantizer, Quantizer)}
-    collectors = {name: Collector(seed) for seed, name in enumerate(layers)}
+    """Shows every input quantizer what its layer or product reads when the student runs in float."""
+    readers = {name: part for name, part in quantized_inputs(student).items() if isinstance(part.input_quantizer, Quantizer)}
+    collectors = {name: Collector(seed) for seed, name in enumerate(readers)}
     with ExitStack() as hooks:
-        for name, layer in layers.items():
-            hooks.callback(layer.register_forward_pre_hook(collectors[name].note).remove)
+        for name, reader in readers.items():
+            hooks.callback(reader.register_forward_pre_hook(collectors[name].note).remove)
         run_float(student, track(samples.split(batch), "calibrate"))
-    for name, layer in layers.items():
+    for name, reader in readers.items():
         if collectors[name].rows:  # a layer that never runs needs no grid
-            layer.input_quantizer.observe(torch.cat(collectors[name].rows))
+            reader.input_quantizer.observe(torch.cat(collectors[name].rows))
 
 
 @torch.no_grad()

@@ -86,7 +86,8 @@ def quantize(
 
     if dry_run:
         pipeline = arguments.open_model(model, "cpu")
-        _show_coverage(pipeline, chosen.weight_bits, chosen.act_bits, bits=quantization.plan(pipeline, chosen))
+        planned = {"bits": quantization.plan(pipeline, chosen), "attention_bits": chosen.attention_bits}
+        _show_coverage(pipeline, chosen.weight_bits, chosen.act_bits, **planned)
         return
     denoiser.locate(model)
     if ranks.is_first():
@@ -196,12 +197,14 @@ def fetch(resource: Annotated[Literal["inception"], typer.Argument(help="What to
     console.show(str({"inception": weights.fetch_inception}[resource]()))
 
 
-def _show_coverage(pipeline: "DiffusionPipeline", weight_bits: int, act_bits: int, *, bits: dict | None = None) -> None:
+def _show_coverage(
+    pipeline: "DiffusionPipeline", weight_bits: int, act_bits: int, *, bits: dict | None = None, attention_bits: int | None = None
+) -> None:
     from dmquant import coverage
     from dmquant.cost import measure_cost
     from dmquant.denoiser import find_denoiser
 
-    cost = measure_cost(find_denoiser(pipeline)[1], bits=bits)
+    cost = measure_cost(find_denoiser(pipeline)[1], bits=bits, attention_bits=attention_bits)
     rows = coverage.tabulate(cost, weight_bits=weight_bits, act_bits=act_bits)
     console.show_table(coverage.HEADINGS, rows, align="lllrrrl", notes=["", *coverage.summarize(cost)])
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from dmquant.attention import product_bits
 from dmquant.denoiser import Role, named_layers, find_roles
 from dmquant.errors import InputError
 from dmquant.packed import FLOAT_BITS, layer_bits
@@ -78,6 +79,7 @@ class Cost:
     size_bytes: int
     header_bytes: int
     attention_macs: int
+    attention_bits: int = FLOAT_BITS  # of their factors
 
     @property
     def float_size_bytes(self) -> int:
@@ -117,11 +119,11 @@ class Cost:
 
 def measure_cost(
     denoiser: nn.Module, *, bits: Mapping[str, tuple[int, int]] | None = None, notes: Mapping[str, str] | None = None,
-    inputs: Mapping[str, Any] | None = None,
+    attention_bits: int | None = None, inputs: Mapping[str, Any] | None = None,
 ) -> Cost:
     """Cost of a denoiser at the bits given per layer name, (weight, activation); a layer not named is float.
 
-    Without `bits` they are read off the layers. `inputs` replaces `example_inputs`: other sizes, more text tokens.
+    Without `bits` and `attention_bits` they are read off the denoiser. `inputs` replaces `example_inputs`: other sizes, more text tokens.
     """
     roles = find_roles(denoiser)
     bits = {name: layer_bits(layer) for name, layer in named_layers(denoiser).items()} if bits is None else bits
@@ -141,7 +143,8 @@ def measure_cost(
     names = [*others, *chain.from_iterable(_tensor_names(cost, widths) for cost in costs)]
     header_bytes = sum(len(name) + ENTRY_BYTES for name in names)
     size_bytes = header_bytes + sum(others.values()) + sum(cost.size_bytes for cost in costs)
-    return Cost(tuple(costs), num_params, size_bytes, header_bytes, attention_macs)
+    attention_bits = attention_bits or product_bits(denoiser) or FLOAT_BITS
+    return Cost(tuple(costs), num_params, size_bytes, header_bytes, attention_macs, attention_bits)
 
 
 def build_skeleton(denoiser: nn.Module) -> nn.Module:

@@ -30,7 +30,7 @@ def summarize(cost: Cost) -> list[str]:
         f"size: {cost.size_bytes / 1e6:.2f} MB, 1/{ratio:.2f} of {cost.float_size_bytes / 1e6:.2f} MB in float32",
         f"bits per weight: {cost.weight_bits_effective:.2f}, scales, biases and norms included",
         f"OPs: {cost.ops / 1e9:.3f} G of {cost.macs / 1e9:.3f} G MACs in float, per denoiser call on one image",
-        f"attention products: {cost.attention_macs / 1e9:.3f} G MACs, in float, not in the OPs",
+        f"attention products: {cost.attention_macs / 1e9:.3f} G MACs, {_name(cost.attention_bits)}, not in the OPs",
     ]
 
 
@@ -39,3 +39,7 @@ def _explain(layer: LayerCost, weight_bits: int, act_bits: int) -> str:
     if bits == (weight_bits, act_bits):
         return ""
     return f"{layer.role}: kept in float" if bits == (FLOAT_BITS, FLOAT_BITS) else f"{layer.role}: kept at {bits[0]}/{bits[1]}"
+
+
+def _name(bits: int) -> str:
+    return "in float" if bits == FLOAT_BITS else f"of factors with {bits} bits"

@@ -17,8 +17,8 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from dmquant.errors import DmquantError
-from dmquant.layers import quantized_layers
 from dmquant.progress import Track, plain
+from dmquant.quantizers.base import Quantizer
 from dmquant.runs import Run
 from dmquant.samples import Samples
 
@@ -153,12 +153,11 @@ def parameter_groups(student: nn.Module, training: Training) -> list[dict]:
     the small one.
     """
     groups, in_quantizers = [], set()
-    for layer in quantized_layers(student).values():
-        for quantizer in (layer.weight_quantizer, layer.input_quantizer):
-            for parameter in quantizer.parameters():
-                size = max(parameter.detach().abs().mean().item(), quantizer.scale.detach().abs().mean().item())
-                groups.append({"params": [parameter], "peak": training.quantizer_rate * size, "weight_decay": 0.0})
-                in_quantizers.add(parameter)
+    for quantizer in (module for module in student.modules() if isinstance(module, Quantizer)):
+        for parameter in quantizer.parameters():
+            size = max(parameter.detach().abs().mean().item(), quantizer.scale.detach().abs().mean().item())
+            groups.append({"params": [parameter], "peak": training.quantizer_rate * size, "weight_decay": 0.0})
+            in_quantizers.add(parameter)
     weights = [p for p in student.parameters() if p not in in_quantizers]
     groups.append({"params": weights, "peak": training.learning_rate, "weight_decay": training.weight_decay})
     return [{**group, "lr": group["peak"]} for group in groups]

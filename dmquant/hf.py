@@ -43,7 +43,7 @@ class DmquantConfig(QuantizationConfigMixin):
 
     def __init__(
         self, *, weight_bits: int, act_bits: int, kinds: Sequence[str] = (),
-        overrides: Mapping[str, list[int | str]] | None = None, method: str | None = None,
+        overrides: Mapping[str, list[int | str]] | None = None, attention_bits: int = FLOAT_BITS, method: str | None = None,
         settings: Mapping[str, Any] | None = None, base_model: str | None = None, record: Mapping[str, Any] | None = None,
         producer: str = f"dmquant {__version__}", format_version: int = FORMAT_VERSION, quant_method: str = "dmquant",
     ):  # fmt: skip
@@ -51,6 +51,7 @@ class DmquantConfig(QuantizationConfigMixin):
         self.format_version, self.producer = format_version, producer
         self.weight_bits, self.act_bits, self.kinds = weight_bits, act_bits, list(kinds)
         self.overrides = {name: list(entry) for name, entry in (overrides or {}).items()}
+        self.attention_bits = attention_bits
         self.method, self.settings, self.base_model = method, dict(settings or {}), base_model
         self.record = dict(record or {})  # whatever else is known of how it was made: seed, timesteps, ...
 
@@ -69,7 +70,7 @@ class DmquantConfig(QuantizationConfigMixin):
     @property
     def layout(self) -> Layout:
         overrides = {name: Format(*entry[:2], tuple(entry[2:])) for name, entry in self.overrides.items()}
-        return Layout(Format(self.weight_bits, self.act_bits, tuple(self.kinds)), overrides)
+        return Layout(Format(self.weight_bits, self.act_bits, tuple(self.kinds)), overrides, self.attention_bits)
 
     @property
     def run(self) -> dict[str, Any]:
@@ -192,7 +193,8 @@ def mark(model: nn.Module) -> None:
     layout = read_layout(model, None if None in bits else bits)
     overrides = {name: [*format[:2], *format.kinds] for name, format in layout.overrides.items()}
     known = {name: run.pop(name) for name in ("method", "settings", "base_model") if name in run}
-    config = DmquantConfig(**layout.default._asdict(), overrides=overrides, **known, record=run)
+    grids = {**layout.default._asdict(), "overrides": overrides, "attention_bits": layout.attention_bits}
+    config = DmquantConfig(**grids, **known, record=run)
     # through JSON, so that what is refused when read is refused before it is written
     config = DmquantConfig.from_dict(json.loads(json.dumps(config.to_dict(), allow_nan=False)))
     model.register_to_config(quantization_config=config)
@@ -280,7 +282,8 @@ def _is_json_object(value: object) -> bool:
 _IS_VALID = {
     "quant_method": _is_text, "format_version": lambda value: value == FORMAT_VERSION and type(value) is int,
     "producer": lambda value: isinstance(value, str), "weight_bits": _is_bits, "act_bits": _is_bits,
-    "kinds": _is_kinds, "overrides": _is_overrides, "method": _is_text, "settings": _is_json_object, "base_model": _is_text,
+    "kinds": _is_kinds, "overrides": _is_overrides, "attention_bits": _is_bits,
+    "method": _is_text, "settings": _is_json_object, "base_model": _is_text,
     "record": _is_json_object,
 }  # fmt: skip
 

@@ -59,15 +59,21 @@ def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: layer for name, layer in model.named_modules() if type(layer) in FLOAT}
 
 
+def quantized_inputs(model: nn.Module) -> dict[str, nn.Module]:
+    """Everything that quantizes what it reads, by name, in module order: layers, and factors of attention products."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, "input_quantizer")}
+
+
 @contextmanager
 def bypassed(model: nn.Module) -> Iterator[None]:
     """The model in float while inside: every quantizer steps aside."""
-    layers = list(quantized_layers(model).values())
-    kept = [(layer.weight_quantizer, layer.input_quantizer) for layer in layers]
+    places = [(module, "input_quantizer") for module in quantized_inputs(model).values()]
+    places += [(layer, "weight_quantizer") for layer in quantized_layers(model).values()]
+    kept = [getattr(module, name) for module, name in places]
     try:
-        for layer in layers:
-            layer.weight_quantizer, layer.input_quantizer = nn.Identity(), nn.Identity()
+        for module, name in places:
+            setattr(module, name, nn.Identity())
         yield
     finally:
-        for layer, (weight_quantizer, input_quantizer) in zip(layers, kept):
-            layer.weight_quantizer, layer.input_quantizer = weight_quantizer, input_quantizer
+        for (module, name), quantizer in zip(places, kept):
+            setattr(module, name, quantizer)

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from dmquant import kernels
+from dmquant.attention import QuantInput, product_bits, quantize_products, restore_products
 from dmquant.kernels.blocked import BlockedCodes
 from dmquant.layers import find_layers, quantized_layers
 from dmquant.packing import check_bits, pack, unpack
-from dmquant.quantizers.base import BasisCodes, Codes, FixedGrid
+from dmquant.quantizers.base import BasisCodes, Codes, FixedGrid, Quantizer
 
 FLOAT_BITS = 32
 Bits = tuple[int, int]  # of weights, of activations
@@ -139,6 +140,7 @@ class Layout:
 
     default: Format
     overrides: Mapping[str, Format] = field(default_factory=dict)
+    attention_bits: int = FLOAT_BITS  # of the factors of attention products
 
     def format(self, name: str) -> Format:
         return self.overrides.get(name, self.overrides.get(_generalize(name), self.default))
@@ -149,7 +151,7 @@ class Layout:
 
 
 def read_layout(denoiser: nn.Module, bits: Bits | None = None) -> Layout:
-    """The format of every layer of a quantized or packed model. The most frequent one, of those with these bits, is the default."""
+    """The formats of a quantized or packed model. The default is the most frequent one, of those with the bits given."""
     found = {name: layer_format(layer) for name, layer in layers_of(denoiser).items()}
     frequent = Counter(format for format in found.values() if bits is None or format[:2] == tuple(bits)).most_common(1)
     default = frequent[0][0] if frequent else Format(*bits)
@@ -161,7 +163,7 @@ def read_layout(denoiser: nn.Module, bits: Bits | None = None) -> Layout:
         for name, format in found.items()
         if format != default
     }
-    return Layout(default, overrides)
+    return Layout(default, overrides, product_bits(denoiser) or FLOAT_BITS)
 
 
 def layer_bits(layer: nn.Module) -> Bits:
@@ -193,6 +195,8 @@ def pack_model(denoiser: nn.Module) -> nn.Module:
     # deepcopy takes what the memo holds for an object instead of copying it
     memo = {id(tensor): _share(tensor) for tensor in chain(denoiser.parameters(), denoiser.buffers())}
     memo |= {id(layer): pack_layer(layer) for layer in quantized_layers(denoiser).values()}
+    grids = (module.input_quantizer for module in denoiser.modules() if isinstance(module, QuantInput))
+    memo |= {id(grid): grid.freeze() for grid in grids if isinstance(grid, Quantizer)}
     return deepcopy(denoiser, memo)
 
 
@@ -221,6 +225,8 @@ def prepare_packed(denoiser: nn.Module, layout: Layout, *, dtype: torch.dtype) -
     for name, layer in layers.items():
         if layout.format(name) != FLOAT:
             _replace(denoiser, name, empty_layer(layer, layout.format(name), dtype=dtype, device="meta"))
+    if layout.attention_bits != FLOAT_BITS:
+        quantize_products(denoiser, lambda: FixedGrid(layout.attention_bits, "meta"))
 
 
 @torch.no_grad()
@@ -232,6 +238,7 @@ def restore_float(denoiser: nn.Module) -> None:
         layer.weight = nn.Parameter(weight, requires_grad=False)
         layer.bias = packed.bias
         _replace(denoiser, name, layer.train(packed.training))
+    restore_products(denoiser)
 
 
 def empty_layer(layer: nn.Module, format: Format, *, dtype: torch.dtype, device: torch.device | str) -> nn.Module:

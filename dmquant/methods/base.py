@@ -1,4 +1,4 @@
-"""What a method is: a frozen dataclass of settings and a few verbs. A method reads as its difference from this base: plain LSQ."""
+"""What a method is: a frozen dataclass of settings and a few verbs. Each reads as its difference from this base: plain LSQ."""
 
 import dataclasses
 import difflib
@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, Self, get_args
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
+from dmquant.attention import find_attentions, quantize_products
 from dmquant.calibration import correct_biases, observe_inputs, observe_weights
 from dmquant.clock import Clock
 from dmquant.denoiser import Role, find_roles
@@ -49,6 +50,7 @@ class Method:
 
     weight_bits: int = setting(4, "bits per weight, 1 to 8; 32 keeps weights in float")
     act_bits: int = setting(8, "bits per activation, 2 to 8; 32 keeps activations in float")
+    attention_bits: int = setting(32, "bits per query, key, value and attention probability, 2 to 8; 32 keeps products in float")
     eight_bit: tuple[Role, ...] = setting((Role.FIRST, Role.LAST, Role.TIME_EMBEDDING), "roles kept at 8 bits")
     keep: tuple[Role, ...] = setting((), "roles left in float")
     trajectories: int = setting(256, "teacher trajectories to record")
@@ -66,7 +68,7 @@ class Method:
     precision: Literal["no", "bf16"] = setting("no", "mixed precision of fine-tuning")
 
     def __post_init__(self) -> None:
-        for name, least in (("weight_bits", 1), ("act_bits", 2)):
+        for name, least in (("weight_bits", 1), ("act_bits", 2), ("attention_bits", 2)):
             bits = getattr(self, name)
             if type(bits) is not int:
                 raise ValueError(f"{name} must be a whole number, got {bits!r}")
@@ -149,6 +151,11 @@ class Method:
             return self.weight_quantizer(layer, weight_bits), self.input_quantizer(layer, act_bits, clock)
 
         swap(student, choose)
+        if self.attention_bits != FLOAT_BITS:
+            if not find_attentions(student):
+                kind = type(student).__name__
+                raise InputError(f"attention_bits: {kind} has no attention products that dmquant knows; leave it at 32")
+            quantize_products(student, lambda: LearnedStep(self.attention_bits, symmetric=False))
 
     def calibrate(self, student: nn.Module, samples: Samples, *, track: Track) -> None:
         """Sets the grids from values; no gradients."""
