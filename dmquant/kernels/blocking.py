@@ -2,13 +2,17 @@
 
 planes: [output block of 32][channel block][tap][4 channels][2 x 16 outputs][bit][64 bits], bit o * 4 + j of the last being
 channel j of output o. Weights of eight bits are signed bytes instead. nibbles: [bit][output block][channel block][tap]
-[16 channels][64 bytes], byte o * 4 + g having outputs o (low) and o + 16 (high) of the four channels of group g.
+[16 channels][64 bytes], byte o * 4 + g having outputs o (low) and o + 16 (high) of the four channels of group g; or, by group,
+byte h * 32 + o having groups 2 h (low) and 2 h + 1 (high) of output o.
 """
 
 import torch
 from torch import Tensor, nn
 
 OUTPUTS = 32  # of a block
+# dimensions of to_nibbles' cells in the order of memory; the last two make a byte
+NIBBLES = (0, 3, 8, 4, 2, 5, 6, 1, 7)
+NIBBLES_BY_GROUP = (0, 3, 8, 4, 5, 1, 2, 6, 7)
 
 
 def to_planes(codes: Tensor, bits: int, block: int) -> Tensor:
@@ -32,19 +36,22 @@ def from_planes(blocked: Tensor, shape: tuple[int, int, int], bits: int, block: 
     return _unblock(cells.permute(0, 4, 5, 1, 3, 6, 2), shape)
 
 
-def to_nibbles(codes: Tensor, bits: int, block: int) -> Tensor:
+def to_nibbles(codes: Tensor, bits: int, block: int, *, by_group: bool = False) -> Tensor:
     """Blocked bytes of uint8 codes (O, C, taps)."""
-    cells = _blocks(codes, block).unflatten(4, (block // 16, 4))  # (O / 32, 2, 16, C / block, block / 16, 4, 4, T)
-    cells = cells.permute(0, 3, 7, 4, 2, 5, 1, 6)  # (..., output, group, half, channel): eight bits of a byte
+    # output block, half, output, channel block, 16 channels, pair of groups, group, channel, tap
+    cells = _blocks(codes, block).unflatten(4, (block // 16, 2, 2))
+    cells = cells.permute(NIBBLES_BY_GROUP if by_group else NIBBLES)
     return torch.stack([_pack(cells >> bit & 1) for bit in range(bits)]).view(-1)
 
 
-def from_nibbles(blocked: Tensor, shape: tuple[int, int, int], bits: int, block: int) -> Tensor:
+def from_nibbles(blocked: Tensor, shape: tuple[int, int, int], bits: int, block: int, *, by_group: bool = False) -> Tensor:
     """The codes (O, C, taps) again."""
     num_outputs, channels, taps = _sizes(shape, block)
+    order = NIBBLES_BY_GROUP if by_group else NIBBLES
+    sizes = (num_outputs // OUTPUTS, 2, 16, channels // block, block // 16, 2, 2, 4, taps)
     cells = sum(_unpack(plane) << bit for bit, plane in enumerate(blocked.view(bits, -1)))
-    cells = cells.view(num_outputs // OUTPUTS, channels // block, taps, block // 16, 16, 4, 2, 4)
-    return _unblock(cells.permute(0, 6, 4, 1, 3, 5, 7, 2).flatten(4, 5), shape)
+    cells = cells.view([sizes[place] for place in order])
+    return _unblock(cells.permute([order.index(place) for place in range(len(order))]).flatten(4, 6), shape)
 
 
 def fill_up(count: int, step: int) -> int:

@@ -6,7 +6,7 @@ All of them give the same floats bit for bit (csrc/job.h says why), so which one
 import ctypes
 import os
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 from torch import Tensor
 
@@ -15,23 +15,25 @@ from dmquant.kernels.compiler import CannotCompile
 
 AVX2, AVX512, VNNI, VBMI, AMX = (1 << bit for bit in range(5))  # as in csrc/isa.c
 NAMES = {AVX2: "AVX2", AVX512: "AVX-512", VNNI: "AVX-512 VNNI", VBMI: "AVX-512 VBMI", AMX: "AMX"}
-X86_512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
+FLAGS_256 = ("-mavx2", "-mfma")
+FLAGS_512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
 CHOICES = ("auto", "c", "onednn", "torch")
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One source of csrc/. Its weights lie as bit planes, or as nibbles where it looks products up."""
+    """One source of csrc/. Layouts are those of blocking.py."""
 
     name: str
-    does: str
     needs: int = 0  # instruction sets
     flags: tuple[str, ...] = ()
     max_weight_bits: int = 8
     max_act_bits: int = 8
     blocks: tuple[int, ...] = (64, 32)  # channels
-    has_nibbles: bool = False
+    layout: str = "planes"
+    outdoes: tuple[str, ...] = ()  # kernels that need not run where this one does
     must_ask: bool = False  # the operating system for permission
+    is_portable: bool = False
 
     def fits(self, weight_bits: int, act_bits: int) -> bool:
         return weight_bits <= self.max_weight_bits and act_bits <= self.max_act_bits
@@ -42,22 +44,33 @@ class Kernel:
 
     def to_blocked(self, codes: Tensor, bits: int) -> Tensor:
         """Bytes of the codes (O, C, taps) in this kernel's order."""
-        return (blocking.to_nibbles if self.has_nibbles else blocking.to_planes)(codes, bits, self.block_for(codes.shape[1]))
+        return LAYOUTS[self.layout][0](codes, bits, self.block_for(codes.shape[1]))
 
     def from_blocked(self, blocked: Tensor, shape: tuple[int, int, int], bits: int) -> Tensor:
         """The codes (O, C, taps) again."""
-        unblock = blocking.from_nibbles if self.has_nibbles else blocking.from_planes
-        return unblock(blocked, shape, bits, self.block_for(shape[1]))
+        return LAYOUTS[self.layout][1](blocked, shape, bits, self.block_for(shape[1]))
 
 
+LAYOUTS = {
+    "planes": (blocking.to_planes, blocking.from_planes),
+    "nibbles": (blocking.to_nibbles, blocking.from_nibbles),
+    "nibbles by group": (partial(blocking.to_nibbles, by_group=True), partial(blocking.from_nibbles, by_group=True)),
+}
+LUT = {"max_weight_bits": 2, "max_act_bits": 6}
 KERNELS = (
-    Kernel("amx", "tiles of bytes", AVX512 | AMX, (*X86_512, "-mamx-tile", "-mamx-int8"), blocks=(64,), must_ask=True),
     Kernel(
-        "lut", "lookup tables", AVX512 | VNNI | VBMI, (*X86_512, "-mavx512vnni", "-mavx512vbmi"), 2, 6, has_nibbles=True
+        "amx", AVX512 | AMX, (*FLAGS_512, "-mamx-tile", "-mamx-int8"), blocks=(64,), outdoes=("lut2", "avx2", "scalar"),
+        must_ask=True,
     ),
-    Kernel("vnni", "dot products of bytes", AVX512 | VNNI, (*X86_512, "-mavx512vnni")),
-    Kernel("scalar", "plain C"),
-)
+    Kernel(
+        "lut", AVX512 | VNNI | VBMI, (*FLAGS_512, "-mavx512vnni", "-mavx512vbmi"), **LUT, layout="nibbles",
+        outdoes=("lut2", "avx2", "scalar"),
+    ),
+    Kernel("vnni", AVX512 | VNNI, (*FLAGS_512, "-mavx512vnni"), outdoes=("avx2", "scalar")),
+    Kernel("lut2", AVX2, FLAGS_256, **LUT, layout="nibbles by group", outdoes=("scalar",)),
+    Kernel("avx2", AVX2, FLAGS_256, outdoes=("scalar",)),
+    Kernel("scalar", is_portable=True),
+)  # fmt: skip
 BY_NAME = {kernel.name: kernel for kernel in KERNELS}
 
 

@@ -59,15 +59,15 @@ def prepare(layer: nn.Module, x: Tensor) -> None:
 
 def candidates(format: trial.Format) -> Iterator[str]:
     """Names of the kernels that can multiply this format here and agree with the reference."""
-    wanted = choice()
-    if wanted in ("auto", "c"):
-        usable = [kernel for kernel in KERNELS if kernel.fits(format.bits, format.act_bits) and not catalogue.state(kernel)]
-        found = [kernel.name for kernel in usable if not trial.check(kernel.name, format)]
-        # plain C is for machines that have nothing else
-        yield from found[:-1] if len(found) > 1 and found[-1] == "scalar" else found
-        if found:
-            return
-    if wanted in ("auto", "onednn") and format.planes == 1 and not onednn.state() and not trial.check(onednn.NAME, format):
+    wanted, outdone = choice(), set()
+    for kernel in KERNELS if wanted in ("auto", "c") else ():
+        is_wanted = kernel.name not in outdone and kernel.fits(format.bits, format.act_bits)
+        # plain C saves memory, not time: not unless it is asked for
+        is_wanted &= wanted == "c" or not kernel.is_portable
+        if is_wanted and not catalogue.state(kernel) and not trial.check(kernel.name, format):
+            outdone.update(kernel.outdoes)
+            yield kernel.name
+    if not outdone and wanted in ("auto", "onednn") and format.planes == 1 and not onednn.state() and not trial.check(onednn.NAME, format):
         yield onednn.NAME
 
 

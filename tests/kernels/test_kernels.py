@@ -75,11 +75,10 @@ def test_this_machine_has_a_kernel():
 
 @pytest.mark.parametrize("act_bits", range(1, 9))
 @pytest.mark.parametrize("weight_bits", range(1, 9))
-@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
-def test_every_kernel_gives_the_products_of_float64_and_all_give_the_same_bits(weight_bits, act_bits, symmetric):
+def test_every_kernel_gives_the_products_of_float64_and_all_give_the_same_bits(weight_bits, act_bits):
     torch.manual_seed(weight_bits * 16 + act_bits)
-    for case in CONVOLUTIONS:
-        layer, x = convolution(case, weight_bits, act_bits, symmetric=symmetric)
+    for index, case in enumerate(CONVOLUTIONS):
+        layer, x = convolution(case, weight_bits, act_bits, symmetric=bool(index + act_bits & 1))
         wanted, first = expected(layer, x), None
         for name in USABLE:
             if BY_NAME[name].fits(weight_bits, act_bits):

@@ -1,0 +1,105 @@
+/* Products by vpmaddubsw and vpmaddwd: u8 codes times s8 levels in pairs, 4 pixels x 16 outputs in registers.
+ *
+ * A pair must fit 16 bits: all do but 8-bit codes times 8-bit levels, whose codes are split into two halves that are added.
+ * Needs AVX2 and FMA. */
+#define CELL 1
+#define ALWAYS_SUMS(job) 0
+#include "half.h"
+
+static void fill(const Job *job, float zero, int64_t k, int64_t count, uint8_t *cells) {
+    int64_t real = least(job->block, job->channels - k * job->block);
+    for (int64_t p = 0; p < count; p++, cells += job->block) {
+        memset(cells, (int)zero, real);
+        memset(cells + real, 0, job->block - real);
+    }
+}
+
+static void build(const Job *job, int64_t n, int64_t k, const float *x, int64_t count, uint8_t *cells, int32_t *sums) {
+    Grid grid = grid_of(job, n);
+    int64_t real = least(job->block, job->channels - k * job->block);
+    for (int64_t p = 0; p < count; p++, x += job->channels, cells += job->block) {
+        __m256i sum = _mm256_setzero_si256(), a;
+        for (int64_t c = 0; c < job->block; c += 8) {
+            _mm_storel_epi64((__m128i *)(cells + c), quantize(&grid, x + c, most(0, real - c), &a));
+            sum = _mm256_add_epi32(sum, a);
+        }
+        if (sums) sums[p] += sum_lanes(sum);
+    }
+}
+
+/* Bit planes -> levels: 32 weights are 32 bits of each plane, spread to bytes by a shuffle and tested one bit each. */
+static const uint8_t *expand(const Job *job, const Shape *s, const uint8_t *plane, int64_t from, int64_t to, uint8_t *weights) {
+    int64_t bits = job->bits, count = (to - from) * s->weight_bytes / 32;
+    if (bits == 8) return plane + from * s->weight_bytes;
+    const uint8_t *masks = plane + from * s->weight_bytes / 8 * bits;
+    /* byte i of a half takes byte i / 8 of the mask */
+    const __m256i spread = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+    const __m256i place = _mm256_set1_epi64x((long long)0x8040201008040201);
+    for (int64_t i = 0; i < count; i++) {
+        __m256i level = _mm256_set1_epi8((char)level_least(bits));
+        for (int64_t bit = 0; bit < bits; bit++) {
+            int32_t mask;
+            memcpy(&mask, masks + i / 2 * 8 * bits + 8 * bit + i % 2 * 4, 4);
+            __m256i at = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(mask), spread), place);
+            __m256i step = _mm256_set1_epi8((char)(level_step(bits) << bit));
+            level = _mm256_add_epi8(level, _mm256_and_si256(_mm256_cmpeq_epi8(at, place), step));
+        }
+        _mm256_storeu_si256((__m256i *)(weights + 32 * i), level);
+    }
+    return weights;
+}
+
+INLINE __m256i dot(__m256i acc, __m256i codes, __m256i levels, const int split) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    if (!split) return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, levels), ones));
+    __m256i half = _mm256_and_si256(_mm256_srli_epi16(codes, 1), _mm256_set1_epi8(127));
+    __m256i first = _mm256_madd_epi16(_mm256_maddubs_epi16(half, levels), ones);
+    __m256i second = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_sub_epi8(codes, half), levels), ones);
+    return _mm256_add_epi32(acc, _mm256_add_epi32(first, second));
+}
+
+INLINE void tile(const Row *row, int64_t block, int half, int64_t pixel, const int P, const int split) {
+    const uint8_t *levels = row->weights + (block - row->from) * row->shape->weight_bytes + 64 * half;
+    int64_t step = row->job->stride_w * row->shape->cell_bytes, groups = row->job->block / 4;
+    const uint8_t *first = row->cells + pixel * step;
+    __m256i acc[4][2];
+#pragma GCC unroll 4
+    for (int p = 0; p < P; p++) acc[p][0] = acc[p][1] = _mm256_setzero_si256();
+    for (int64_t i = 0; i < row->count; i++) {
+        const uint8_t *cells = first + row->offsets[i];
+        for (int64_t g = 0; g < groups; g++, levels += 128) {
+            __m256i w0 = _mm256_loadu_si256((const __m256i *)levels), w1 = _mm256_loadu_si256((const __m256i *)(levels + 32));
+#pragma GCC unroll 4
+            for (int p = 0; p < P; p++) {
+                int32_t four;
+                memcpy(&four, cells + p * step + 4 * g, 4);
+                __m256i codes = _mm256_set1_epi32(four);
+                acc[p][0] = dot(acc[p][0], codes, w0, split);
+                acc[p][1] = dot(acc[p][1], codes, w1, split);
+            }
+        }
+    }
+    int64_t output = block * OUTPUTS + 16 * half;
+    __m256i zero = _mm256_set1_epi32((int)row->act_zero);
+    for (int v = 0; v < 2; v++, output += 8) {
+        __m256i excess = _mm256_mullo_epi32(totals(row, output), zero);
+#pragma GCC unroll 4
+        for (int p = 0; p < P; p++) put(row, output, _mm256_sub_epi32(acc[p][v], excess), pixel + p);
+    }
+}
+
+INLINE void walk(const Row *row, const int split) {
+    for (int64_t pixel = 0, size; pixel < row->pixels; pixel += size) {
+        size = row->pixels - pixel >= 4 ? 4 : 1;
+        for (int64_t block = row->from; block < row->to; block++)
+            for (int half = 0; half < 2; half++) {
+                if (size == 4) tile(row, block, half, pixel, 4, split);
+                else tile(row, block, half, pixel, 1, split);
+            }
+    }
+}
+
+static void row_of_tiles(const Row *row) {
+    if (row->job->bits == 8 && row->job->act_max > 127) walk(row, 1);
+    else walk(row, 0);
+}

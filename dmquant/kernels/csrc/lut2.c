@@ -1,0 +1,145 @@
+/* Products by lookup, as in lut.c, in 256 bits: vpshufb looks up 32 outputs in the table of four channels.
+ *
+ * The tables are unsigned sums of the codes whose bit is set. So many of them are added as fit a byte (four up to 4-bit
+ * codes, two of 5 bits, one of 6), then widened; sums of 16 bits are added up in 32 before they overflow. Needs AVX2 and FMA. */
+#define CELL 4
+#define ALWAYS_SUMS(job) 1
+#include "half.h"
+
+/* Entry e of a table sums the channels over the bits of e; a shuffle by a negative byte gives zero. Two groups of four. */
+INLINE __m256i tabulate(__m256i all, int first) {
+    __m256i set = _mm256_setzero_si256();
+    for (int j = 0; j < 4; j++) {
+        int8_t channel[32];
+        for (int i = 0; i < 32; i++) channel[i] = (int8_t)(i >> j & 1 ? first + i / 16 * 4 + j : -1);
+        set = _mm256_add_epi8(set, _mm256_shuffle_epi8(all, _mm256_loadu_si256((const __m256i *)channel)));
+    }
+    return set;
+}
+
+/* Eight codes -> two tables. */
+INLINE void put_tables(__m128i codes, uint8_t *cells) {
+    _mm256_storeu_si256((__m256i *)cells, tabulate(_mm256_broadcastsi128_si256(codes), 0));
+}
+
+static void fill(const Job *job, float zero, int64_t k, int64_t count, uint8_t *cells) {
+    int64_t real = least(job->block, job->channels - k * job->block), bytes = job->block * CELL;
+    uint8_t codes[64] __attribute__((aligned(16))) = {0};
+    if (!count) return;
+    memset(codes, (int)zero, real);
+    for (int64_t c = 0; c < job->block; c += 8) put_tables(_mm_loadl_epi64((const __m128i *)(codes + c)), cells + 4 * c);
+    for (int64_t p = 1; p < count; p++) memcpy(cells + p * bytes, cells, bytes);
+}
+
+static void build(const Job *job, int64_t n, int64_t k, const float *x, int64_t count, uint8_t *cells, int32_t *sums) {
+    Grid grid = grid_of(job, n);
+    int64_t real = least(job->block, job->channels - k * job->block);
+    for (int64_t p = 0; p < count; p++, x += job->channels) {
+        __m256i sum = _mm256_setzero_si256(), a;
+        for (int64_t c = 0; c < job->block; c += 8, cells += 32) {
+            put_tables(quantize(&grid, x + c, most(0, real - c), &a), cells);
+            sum = _mm256_add_epi32(sum, a);
+        }
+        sums[p] += sum_lanes(sum);
+    }
+}
+
+/* Read as they lie: one bit of each weight is one bit of an index. */
+static const uint8_t *expand(const Job *job, const Shape *s, const uint8_t *plane, int64_t from, int64_t to, uint8_t *weights) {
+    (void)job, (void)to, (void)weights;
+    return plane + from * s->weight_bytes / 8;
+}
+
+/* Sums of 16 bits, of even and of odd outputs (the latter still among the former) -> added to 32 outputs. */
+INLINE void flush(__m256i *both, __m256i *odd, int bit, int32_t sums[OUTPUTS]) {
+    uint16_t of_even[16], of_odd[16];
+    _mm256_storeu_si256((__m256i *)of_even, _mm256_sub_epi16(*both, _mm256_slli_epi16(*odd, 8)));
+    _mm256_storeu_si256((__m256i *)of_odd, *odd);
+    for (int i = 0; i < 16; i++) {
+        sums[2 * i] += of_even[i] << bit;
+        sums[2 * i + 1] += of_odd[i] << bit;
+    }
+    *both = *odd = _mm256_setzero_si256();
+}
+
+INLINE __m256i look_up(const uint8_t *table, __m256i index) {
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table)), index);
+}
+
+INLINE void widen(__m256i sum, __m256i *both, __m256i *odd) {
+    *both = _mm256_add_epi16(*both, sum);
+    *odd = _mm256_add_epi16(*odd, _mm256_srli_epi16(sum, 8));
+}
+
+/* Adds up one bit of the weights of 32 outputs for P pixels. `together`: tables whose sum fits a byte. */
+INLINE void accumulate(const Row *row, const uint8_t *nibbles, const uint8_t *first, int bit, const int P, const int together,
+                       int32_t sums[][OUTPUTS]) {
+    int64_t stride = row->job->stride_w * row->shape->cell_bytes, steps = row->job->block / 16;
+    int64_t room = 65535 / (16 * row->job->act_max), used = 0;
+    const __m256i low = _mm256_set1_epi8(15);
+    __m256i both[4], odd[4];
+#pragma GCC unroll 4
+    for (int p = 0; p < P; p++) both[p] = odd[p] = _mm256_setzero_si256();
+    for (int64_t i = 0; i < row->count; i++) {
+        const uint8_t *tables = first + row->offsets[i];
+        for (int64_t k = 0; k < steps; k++, nibbles += 64, used++) {
+            if (used == room) {
+                for (int p = 0; p < P; p++) flush(&both[p], &odd[p], bit, sums[p]);
+                used = 0;
+            }
+            __m256i v0 = _mm256_loadu_si256((const __m256i *)nibbles);
+            __m256i v1 = _mm256_loadu_si256((const __m256i *)(nibbles + 32));
+            __m256i i0 = _mm256_and_si256(v0, low), i1 = _mm256_and_si256(_mm256_srli_epi16(v0, 4), low);
+            __m256i i2 = _mm256_and_si256(v1, low), i3 = _mm256_and_si256(_mm256_srli_epi16(v1, 4), low);
+#pragma GCC unroll 4
+            for (int p = 0; p < P; p++) {
+                const uint8_t *t = tables + p * stride + 64 * k;
+                __m256i s0 = look_up(t, i0), s1 = look_up(t + 16, i1), s2 = look_up(t + 32, i2), s3 = look_up(t + 48, i3);
+                if (together == 1) widen(s1, &both[p], &odd[p]), widen(s3, &both[p], &odd[p]);
+                if (together >= 2) s0 = _mm256_add_epi8(s0, s1), s2 = _mm256_add_epi8(s2, s3);
+                if (together == 4) s0 = _mm256_add_epi8(s0, s2);
+                else widen(s2, &both[p], &odd[p]);
+                widen(s0, &both[p], &odd[p]);
+            }
+        }
+    }
+    for (int p = 0; p < P; p++) flush(&both[p], &odd[p], bit, sums[p]);
+}
+
+/* From sums of codes whose bit is set: level = 2 * sum of 2^bit - top, and a = code - zero. */
+INLINE void finish(const Row *row, int64_t block, int64_t pixel, const int32_t sums[OUTPUTS]) {
+    int32_t top = (1 << row->job->bits) - 1, inputs = (int32_t)(row->job->channels * row->shape->taps);
+    int32_t zero = (int32_t)row->act_zero;
+    __m256i rest = _mm256_set1_epi32(top * (inputs * zero + row->box[pixel]));
+    for (int v = 0; v < OUTPUTS; v += 8) {
+        __m256i excess = _mm256_mullo_epi32(totals(row, block * OUTPUTS + v), _mm256_set1_epi32(zero));
+        __m256i twice = _mm256_slli_epi32(_mm256_loadu_si256((const __m256i *)(sums + v)), 1);
+        put(row, block * OUTPUTS + v, _mm256_sub_epi32(twice, _mm256_add_epi32(excess, rest)), pixel);
+    }
+}
+
+INLINE void tile(const Row *row, int64_t block, int64_t pixel, const int P, const int together) {
+    const Shape *s = row->shape;
+    int32_t sums[4][OUTPUTS] = {{0}};
+    for (int bit = 0; bit < row->job->bits; bit++) {
+        const uint8_t *nibbles = row->weights + (bit * s->output_blocks + block - row->from) * (s->weight_bytes / 8);
+        accumulate(row, nibbles, row->cells + pixel * row->job->stride_w * s->cell_bytes, bit, P, together, sums);
+    }
+    for (int p = 0; p < P; p++) finish(row, block, pixel + p, sums[p]);
+}
+
+INLINE void walk(const Row *row, const int together) {
+    for (int64_t pixel = 0, size; pixel < row->pixels; pixel += size) {
+        size = row->pixels - pixel >= 4 ? 4 : 1;
+        for (int64_t block = row->from; block < row->to; block++) {
+            if (size == 4) tile(row, block, pixel, 4, together);
+            else tile(row, block, pixel, 1, together);
+        }
+    }
+}
+
+static void row_of_tiles(const Row *row) {
+    if (row->job->act_max <= 15) walk(row, 4);
+    else if (row->job->act_max <= 31) walk(row, 2);
+    else walk(row, 1);
+}
