@@ -67,6 +67,13 @@ def require_picture(file: Path) -> None:
     require_writable(file.absolute().parent)
 
 
+def require_page(file: Path) -> None:
+    """Refuses a file name that no page can be written to; a page that is there is replaced."""
+    if file.suffix.lower() not in (".html", ".htm") or file.is_dir():
+        raise InputError(f"{file} must be a file that ends in .html")
+    require_writable(file.absolute().parent)
+
+
 def require_new(file: Path, suffix: str) -> None:
     """Refuses a file name that does not end as it should or is taken."""
     if file.suffix != suffix:

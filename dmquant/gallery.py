@@ -33,7 +33,7 @@ from dmquant.kernels.catalogue import choice
 VARIABLE = "DMQUANT_CACHE"
 PACKAGES = ("torch", "diffusers")
 # our own code between a seed and its image: in a checkout it changes while the version stays
-SOURCES = ("generation.py", "clock.py", "layers.py", "packed.py", "quantizers", "kernels")
+SOURCES = ("generation.py", "clock.py", "attention.py", "layers.py", "packed.py", "quantizers", "kernels")
 PRIVATE = "_"  # what diffusers adds to configs: paths, versions, marks
 IMAGES = "images"
 
@@ -55,13 +55,21 @@ class Gallery:
 
     def draw(self, seeds: Sequence[int]) -> Drawn:
         """The images of seeds that follow each other, as one batch."""
-        file = self._folder and self._folder / f"{seeds[0]}-{seeds[-1]}.safetensors"
+        file = self._name(seeds)
         drawn = read(file, len(seeds)) if file and file.is_file() else None
         if drawn is None:
             drawn = draw(self._pipeline, seeds, self._steps)
             if file:
                 self._keep(drawn, file)
         return drawn
+
+    def holds(self, seeds: Sequence[int]) -> bool:
+        """Whether these seeds were drawn together before."""
+        file = self._name(seeds)
+        return file is not None and file.is_file()
+
+    def _name(self, seeds: Sequence[int]) -> Path | None:
+        return self._folder and self._folder / f"{seeds[0]}-{seeds[-1]}.safetensors"
 
     def _keep(self, drawn: Drawn, file: Path) -> None:
         try:

@@ -9,13 +9,13 @@ import pytest
 ROOT = Path(__file__).parents[1] / "dmquant"
 FLOORS = (
     {"errors"},
-    {"report", "packing", "clock", "storage", "progress", "images", "ranks", "columns"},
+    {"report", "packing", "clock", "storage", "progress", "images", "ranks", "columns", "plot"},
     {"quantizers", "kernels", "comparison"},
     {"layers", "attention", "packed"},
     {"denoiser", "blocks", "generation", "samples", "calibration", "distill", "denoising", "runs"},
     {"methods"},
     {"quantization", "checkpoint", "hf", "metrics", "cost", "gallery"},
-    {"evaluation", "coverage", "environment"},
+    {"evaluation", "coverage", "environment", "page", "sheet"},
     {"console", "failures", "arguments", "interruption", "options"},
     {"measuring"},
     {"cli"},
@@ -28,7 +28,7 @@ NEIGHBOURS = {
     ("calibration", "samples"),
     ("distill", "samples"), ("distill", "runs"), ("runs", "samples"), ("denoising", "denoiser"), ("denoising", "generation"),
     ("packed", "layers"), ("packed", "attention"), ("quantization", "hf"), ("checkpoint", "hf"), ("failures", "console"),
-    ("interruption", "console"),
+    ("interruption", "console"), ("sheet", "page"),
     ("kernels", "quantizers"),
 }  # fmt: skip
 FORBIDDEN = {"torchvision", "torch_fidelity", "click"}

@@ -139,3 +139,13 @@ def test_mistakes_are_one_line(arguments, code, message, capsys):
     assert run(*arguments) == code
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and message in err
+
+
+def test_compare_writes_a_page_beside_its_table(folder, capsys, monkeypatch):
+    assert run("eval", folder, *ALONE, *QUICK, "-o", "float") == 0
+    capsys.readouterr()
+    assert run("compare", "float", "--format", "latex", "--html", "new/page.html", "--samples", 2, "--device", "cpu") == 0
+    out, err = capsys.readouterr()
+    assert out.startswith(r"\begin{tabular}") and "wrote new/page.html" in err
+    assert Path("new/page.html").read_text(encoding="utf-8").count("data:image/png") == 1
+    assert run("compare", "float", "--html", "page.txt") == 2 and run("compare", "float", "--html", "new") == 2

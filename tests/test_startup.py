@@ -14,7 +14,7 @@ import sys, dmquant.cli
 code = dmquant.cli.run(sys.argv[1:])
 sys.exit(code or str(set(sys.modules) & set({HEAVY})).replace("set()", "") or 0)
 """
-COMMANDS = ("quantize", "eval", "compare", "methods", "inspect", "sample", "verify", "doctor", "fetch")
+COMMANDS = ("quantize", "eval", "compare", "methods", "inspect", "sample", "verify", "doctor", "fetch", "reference")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -37,6 +37,8 @@ def test_a_comparison_of_report_files_comes_without_torch(tmp_path):
     done = run("compare", str(report.save(tmp_path)), "--format", "json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["rows"][0]["model"] == "m"
+    page = tmp_path / "page.html"
+    assert run("compare", str(tmp_path), "--html", str(page), "--samples", "0").returncode == 0 and page.is_file()
 
 
 def test_the_package_itself_imports_nothing_heavy():

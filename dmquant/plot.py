@@ -1,0 +1,142 @@
+"""Plots as SVG text, without a plotting library: what a page needs and no more.
+
+Colours are those of Okabe and Ito (2008), told apart by most eyes; frame and text take the colour of the page around.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH, HEIGHT = 620, 380  # pixels
+LEFT, RIGHT, TOP, BOTTOM = 70, 20, 16, 48
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d1f", "#7f7f7f")
+NUM_TICKS = 6
+LABEL_GAP = 14  # pixels between two labels
+
+
+@dataclass(frozen=True)
+class Point:
+    x: float
+    y: float
+    label: str
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Values -> pixels."""
+
+    title: str
+    low: float
+    high: float
+    start: float
+    end: float
+    is_log: bool = False
+
+    def place(self, value: float) -> float:
+        low, high, value = (math.log10(v) for v in (self.low, self.high, value)) if self.is_log else (self.low, self.high, value)
+        return self.start + (value - low) / (high - low) * (self.end - self.start)
+
+    def ticks(self) -> list[float]:
+        if not self.is_log:
+            return nice_ticks(self.low, self.high)
+        decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+        fine = [factor * 10.0**decade for decade in decades for factor in (1, 2, 5)]
+        return [tick for tick in fine if self.low <= tick <= self.high]
+
+
+def scatter(points: Sequence[Point], *, x_title: str, y_title: str) -> str:
+    """Labelled points, x on a logarithmic axis where it spans a factor of 4; a line joins those that nothing beats in both."""
+    x_axis = make_axis(x_title, [point.x for point in points], LEFT, WIDTH - RIGHT)
+    y_axis = make_axis(y_title, [point.y for point in points], HEIGHT - BOTTOM, TOP, may_be_log=False)
+    front = [(x_axis.place(point.x), y_axis.place(point.y)) for point in find_front(points)]
+    parts = [_frame(x_axis, y_axis), _line(front, "currentColor", dash="4 4")]
+    taken: list[tuple[float, float]] = []
+    for number, point in enumerate(sorted(points, key=lambda point: (point.y, point.x))):
+        x, y = x_axis.place(point.x), y_axis.place(point.y)
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{COLOURS[number % len(COLOURS)]}"/>')
+        is_right = x > (LEFT + WIDTH) / 2
+        height = _free(taken, x, y)
+        parts.append(_text(x + (-9 if is_right else 9), height + 4, point.label, "end" if is_right else "start"))
+    return _wrap(parts, f"{y_title} against {x_title}")
+
+
+def lines(curves: Mapping[str, Sequence[tuple[float, float]]], *, x_title: str, y_title: str) -> str:
+    """One line per name through its (x, y), with a legend below the frame's lower right corner."""
+    x_axis = make_axis(x_title, [x for curve in curves.values() for x, _ in curve], LEFT, WIDTH - RIGHT, may_be_log=False)
+    y_axis = make_axis(y_title, [y for curve in curves.values() for _, y in curve], HEIGHT - BOTTOM, TOP, may_be_log=False)
+    parts = [_frame(x_axis, y_axis)]
+    for number, (name, curve) in enumerate(curves.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        parts.append(_line([(x_axis.place(x), y_axis.place(y)) for x, y in sorted(curve)], colour))
+        height = HEIGHT - BOTTOM - 12 - LABEL_GAP * (len(curves) - 1 - number)
+        parts.append(f'<circle cx="{WIDTH - RIGHT - 12}" cy="{height - 4}" r="4" fill="{colour}"/>')
+        parts.append(_text(WIDTH - RIGHT - 22, height, name, "end"))
+    return _wrap(parts, f"{y_title} against {x_title}")
+
+
+def find_front(points: Sequence[Point]) -> list[Point]:
+    """The points that no other one is at most as large as in both, from left to right."""
+    front: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.x, point.y)):
+        if not front or point.y < front[-1].y:
+            front.append(point)
+    return front
+
+
+def make_axis(title: str, values: Sequence[float], start: float, end: float, *, may_be_log: bool = True) -> Axis:
+    low, high = min(values), max(values)
+    if may_be_log and low > 0 and high > 4 * low:
+        return Axis(title, low / 1.25, high * 1.25, start, end, is_log=True)
+    margin = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
+    return Axis(title, low - margin, high + margin, start, end)
+
+
+def nice_ticks(low: float, high: float) -> list[float]:
+    """Round numbers between the two, some six of them."""
+    rough = (high - low) / NUM_TICKS
+    scale = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * scale for factor in (1, 2, 5, 10) if factor * scale >= rough)
+    first, last = math.ceil(low / step), math.floor(high / step)
+    return [number * step for number in range(first, last + 1)]
+
+
+def _frame(x_axis: Axis, y_axis: Axis) -> str:
+    bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
+    parts = []
+    for tick in x_axis.ticks():
+        x = x_axis.place(tick)
+        parts.append(f'<line class="grid" x1="{x:.1f}" y1="{TOP}" x2="{x:.1f}" y2="{bottom}"/>')
+        parts.append(_text(x, bottom + 16, f"{tick:.6g}", "middle"))
+    for tick in y_axis.ticks():
+        y = y_axis.place(tick)
+        parts.append(f'<line class="grid" x1="{LEFT}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}"/>')
+        parts.append(_text(LEFT - 8, y + 4, f"{tick:.6g}", "end"))
+    middle = (TOP + bottom) / 2
+    parts.append(_text((LEFT + right) / 2, HEIGHT - 10, x_axis.title, "middle"))
+    parts.append(f'<g transform="rotate(-90 16 {middle})">{_text(16, middle, y_axis.title, "middle")}</g>')
+    box = f'x="{LEFT}" y="{TOP}" width="{right - LEFT}" height="{bottom - TOP}"'
+    return "".join([*parts, f'<rect {box} fill="none" stroke="currentColor"/>'])
+
+
+def _free(taken: list[tuple[float, float]], x: float, y: float) -> float:
+    """A height near y at which no label stands yet; it is taken from now on."""
+    is_right = x > (LEFT + WIDTH) / 2
+    while any(side == is_right and abs(height - y) < LABEL_GAP for side, height in taken):
+        y -= LABEL_GAP / 2
+    taken.append((is_right, y))
+    return y
+
+
+def _line(places: Sequence[tuple[float, float]], colour: str, *, dash: str = "none") -> str:
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+    return f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5" stroke-dasharray="{dash}"/>'
+
+
+def _text(x: float, y: float, text: str, anchor: str) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _wrap(parts: Sequence[str], title: str) -> str:
+    head = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" role="img" aria-label="{escape(title)}"'
+    return f'{head} xmlns="http://www.w3.org/2000/svg">{"".join(parts)}</svg>'

@@ -1,0 +1,104 @@
+"""A page shows what the table shows, stands alone, and lets no name from a file become markup."""
+
+import base64
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+
+from dmquant.comparison import compare
+from dmquant.page import Strip, choose_metric, render
+from dmquant.report import Protocol, Report
+
+PROTOCOL = Protocol(num_images=5000, seed=0, steps=20, sampler="ddim", batch=50, image_size=32, extractor="resnet-cifar10")
+FLOAT = Report(
+    model="embedded", method="float", settings={}, weight_bits=32, act_bits=32, metrics={"fd-resnet-cifar10": 10.0},
+    protocol=PROTOCOL, size_bytes=8_000_000, float_size_bytes=8_000_000, bits_per_weight=32.0, ops=96e9,
+    seconds_per_image=0.1, versions={"torch": "2"}, bops=7_000_000_000, attention_macs=3_000_000,
+)  # fmt: skip
+QUANTIZED = replace(
+    FLOAT, model="out", method="lsq", weight_bits=4, act_bits=8, metrics={"fd-resnet-cifar10": 11.0, "psnr": 30.0},
+    size_bytes=1_000_000, ops=12.3e9, base_model="embedded", settings={"keep": ["first", "last"], "note": "<b>"},
+    curves={"cosine": {"900": 0.99, "20": 0.9}},
+)  # fmt: skip
+OTHER = replace(QUANTIZED, model="other", metrics={"fd-resnet-cifar10": 12.0}, curves={})
+
+
+class Parser(HTMLParser):
+    """Tags with their attributes, and all text, of a page whose tags must match."""
+
+    VOID = {"meta", "img", "br", "link"}
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.text, self._open = [], [], []
+        self.feed(text)
+        assert not self._open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self._open += [] if tag in self.VOID else [tag]
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def parse(*reports: Report, strips=()) -> Parser:
+    return Parser(render(compare(list(reports)), list(reports), strips))
+
+
+def test_every_cell_and_note_of_the_table_is_on_the_page():
+    page, comparison = parse(FLOAT, QUANTIZED, OTHER), compare([FLOAT, QUANTIZED, OTHER])
+    for text in (*comparison.headings(), *sum(comparison.cells(), [])):
+        assert text in page.text, text
+    assert all(note in "".join(page.text) for note in comparison.notes)
+    best = [attributes for tag, attributes in page.tags if tag == "td" and "best" in (attributes.get("class") or "")]
+    assert len(best) == len(comparison.best()) > 0
+
+
+def test_it_stands_alone():
+    page = parse(FLOAT, QUANTIZED, strips=[Strip("embedded", b"png"), Strip("out", b"png", b"heat")])
+    links = [attributes[name] for _, attributes in page.tags for name in ("src", "href") if name in attributes]
+    assert len(links) == 3 and all(link.startswith("data:image/png;base64,") for link in links)
+    assert base64.b64decode(links[2].split(",")[1]) == b"heat"
+    assert not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}
+
+
+def test_names_from_files_stay_text():
+    evil = '<script>alert(1)</script>"><img src=x>'
+    page = parse(replace(FLOAT, model=evil), replace(QUANTIZED, model=evil, base_model=evil), strips=[Strip(evil, note=evil)])
+    assert evil in page.text and not {"script"} & {tag for tag, _ in page.tags}
+    assert [attributes for tag, attributes in page.tags if tag == "img"] == []
+
+
+def test_protocol_settings_and_operations_are_told():
+    text = "\n".join(parse(FLOAT, QUANTIZED).text)
+    for told in ("image size", "ddim", '["first", "last"]', '"<b>"', "7.000 G", "0.003 G float MACs", "torch 2"):
+        assert told in text, told
+
+
+def test_plots_set_the_first_distance_against_size_operations_and_bits_and_show_the_agreement():
+    page = parse(FLOAT, QUANTIZED, OTHER)
+    assert [a["aria-label"] for tag, a in page.tags if tag == "svg"] == [
+        "FD resnet-cifar10 against size, MB", "FD resnet-cifar10 against bits/weight", "FD resnet-cifar10 against OPs, G",
+        "cosine to the float denoiser's answer against timestep",
+    ]
+    assert not [tag for tag, _ in parse(replace(FLOAT, metrics={"psnr": 3.0})).tags if tag == "svg"]
+
+
+@pytest.mark.parametrize(("metrics", "chosen"), [({"kd-x": 1.0, "sfd-x": 1.0}, "sfd-x"), ({"psnr": 1.0}, None)])
+def test_a_model_is_judged_by_the_first_metric_of_which_less_is_better(metrics, chosen):
+    found = choose_metric(compare([replace(FLOAT, metrics=metrics)]))
+    assert (found and found.key) == chosen
+
+
+def test_mixed_protocols_list_all_their_values():
+    other = replace(QUANTIZED, protocol=replace(PROTOCOL, steps=50))
+    page = Parser(render(compare([FLOAT, other], mixed=True), [FLOAT, other]))
+    assert "20, 50" in page.text
