@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import constants
 
-from dmquant import __version__
+from dmquant import __version__, kernels
 from dmquant.denoiser import ASSETS
 from dmquant.errors import MissingResource
 from dmquant.metrics.weights import find_inception
@@ -63,7 +63,10 @@ def _devices() -> Iterator[Finding]:
 
 
 def _kernels() -> Iterator[Finding]:
-    yield Finding("kernels", "torch: packed weights are unpacked to float before each product")
+    states = kernels.survey()
+    in_use = [name for name, reason in states.items() if not reason]
+    yield Finding("kernels", ", ".join(in_use) or "torch: packed weights are unpacked to float before each product")
+    yield from (Finding(f"kernel {name}", reason or "in use") for name, reason in states.items())
 
 
 def _files() -> Iterator[Finding]:

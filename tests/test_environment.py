@@ -21,6 +21,17 @@ def test_a_package_that_is_missing_is_amiss_only_if_it_is_required(monkeypatch):
     assert found["no-such-extra"].is_ok
 
 
+def test_the_kernels_are_named_with_the_reason_of_each_that_is_not_in_use(monkeypatch):
+    def found() -> dict[str, str]:
+        return {finding.name: finding.value for finding in environment.examine() if finding.name.startswith("kernel")}
+
+    monkeypatch.setenv("DMQUANT_KERNELS", "torch")
+    assert found()["kernels"].startswith("torch") and found()["kernel vnni"] == "DMQUANT_KERNELS=torch"
+    states = {"fast": "", "other": "this processor has no X", "third": ""}
+    monkeypatch.setattr(environment.kernels, "survey", lambda: states)
+    assert found()["kernels"] == "fast, third" and found()["kernel other"] == "this processor has no X"
+
+
 def test_inception_weights_are_no_fault_when_absent_and_named_when_present(monkeypatch, tmp_path):
     def inception() -> str:
         return {finding.name: finding for finding in environment.examine()}["inception weights"].value

@@ -67,7 +67,9 @@ def candidates(format: trial.Format) -> Iterator[str]:
         if is_wanted and not catalogue.state(kernel) and not trial.check(kernel.name, format):
             outdone.update(kernel.outdoes)
             yield kernel.name
-    if not outdone and wanted in ("auto", "onednn") and format.planes == 1 and not onednn.state() and not trial.check(onednn.NAME, format):
+    if outdone or wanted not in ("auto", "onednn") or format.planes > 1 or onednn.state():
+        return
+    if not trial.check(onednn.NAME, format):
         yield onednn.NAME
 
 
@@ -113,10 +115,19 @@ def window_of(layer: nn.Module) -> tuple[int, ...]:
 
 
 def survey() -> dict[str, str]:
-    """Each kernel by name, with an empty text if it is in use or why it is not."""
-    wanted = choice()
-    unwanted = f"DMQUANT_KERNELS={wanted}"
-    found = {kernel.name: unwanted if wanted in ("onednn", "torch") else catalogue.state(kernel) for kernel in KERNELS}
-    has_c = not all(found.values())
-    found[onednn.NAME] = unwanted if wanted in ("c", "torch") else "the kernels in C are faster" if has_c else onednn.state()
+    """Each kernel by name, with an empty text if it is in use or why it is not. Compiles what has not been compiled yet."""
+    wanted, found, outdone = choice(), {}, {}
+    for kernel in KERNELS:
+        if wanted in ("onednn", "torch"):
+            found[kernel.name] = f"DMQUANT_KERNELS={wanted}"
+        elif kernel.name in outdone:
+            found[kernel.name] = f"not needed beside {outdone[kernel.name]}"
+        elif kernel.is_portable and wanted == "auto":
+            found[kernel.name] = "plain C, only with DMQUANT_KERNELS=c"
+        else:
+            found[kernel.name] = catalogue.state(kernel) or trial.check(kernel.name, trial.Format(1, 1, 4))
+        if not found[kernel.name]:
+            outdone |= dict.fromkeys(set(kernel.outdoes) - set(outdone), kernel.name)
+    reason = f"DMQUANT_KERNELS={wanted}" if wanted in ("c", "torch") else ""
+    found[onednn.NAME] = reason or ("not needed beside the others" if outdone else onednn.state())
     return found

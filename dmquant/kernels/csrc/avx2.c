@@ -1,6 +1,7 @@
 /* Products by vpmaddubsw and vpmaddwd: u8 codes times s8 levels in pairs, 4 pixels x 16 outputs in registers.
  *
  * A pair must fit 16 bits: all do but 8-bit codes times 8-bit levels, whose codes are split into two halves that are added.
+ * Where the products are small (4 bits times 4 to 7), the pairs of a whole block are added up in 16 bits before they are widened.
  * Needs AVX2 and FMA. */
 #define CELL 1
 #define ALWAYS_SUMS(job) 0
@@ -49,35 +50,53 @@ static const uint8_t *expand(const Job *job, const Shape *s, const uint8_t *plan
     return weights;
 }
 
-INLINE __m256i dot(__m256i acc, __m256i codes, __m256i levels, const int split) {
+enum { NARROW, PAIRS, SPLIT };   /* what fits 16 bits: a block, a pair, half a code's pair */
+
+INLINE __m256i dot(__m256i acc, __m256i codes, __m256i levels, const int mode) {
     const __m256i ones = _mm256_set1_epi16(1);
-    if (!split) return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, levels), ones));
+    if (mode == NARROW) return _mm256_add_epi16(acc, _mm256_maddubs_epi16(codes, levels));
+    if (mode == PAIRS) return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, levels), ones));
     __m256i half = _mm256_and_si256(_mm256_srli_epi16(codes, 1), _mm256_set1_epi8(127));
     __m256i first = _mm256_madd_epi16(_mm256_maddubs_epi16(half, levels), ones);
     __m256i second = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_sub_epi8(codes, half), levels), ones);
     return _mm256_add_epi32(acc, _mm256_add_epi32(first, second));
 }
 
-INLINE void tile(const Row *row, int64_t block, int half, int64_t pixel, const int P, const int split) {
+/* One block of channels under one tap. */
+INLINE void multiply_block(__m256i acc[4][2], const uint8_t *cells, int64_t step, const uint8_t *levels, int64_t groups, const int P,
+                           const int mode) {
+    for (int64_t g = 0; g < groups; g++, levels += 128) {
+        __m256i w0 = _mm256_loadu_si256((const __m256i *)levels), w1 = _mm256_loadu_si256((const __m256i *)(levels + 32));
+#pragma GCC unroll 4
+        for (int p = 0; p < P; p++) {
+            int32_t four;
+            memcpy(&four, cells + p * step + 4 * g, 4);
+            __m256i codes = _mm256_set1_epi32(four);
+            acc[p][0] = dot(acc[p][0], codes, w0, mode);
+            acc[p][1] = dot(acc[p][1], codes, w1, mode);
+        }
+    }
+}
+
+INLINE void tile(const Row *row, int64_t block, int half, int64_t pixel, const int P, const int mode) {
     const uint8_t *levels = row->weights + (block - row->from) * row->shape->weight_bytes + 64 * half;
     int64_t step = row->job->stride_w * row->shape->cell_bytes, groups = row->job->block / 4;
     const uint8_t *first = row->cells + pixel * step;
-    __m256i acc[4][2];
+    __m256i acc[4][2], narrow[4][2];
 #pragma GCC unroll 4
     for (int p = 0; p < P; p++) acc[p][0] = acc[p][1] = _mm256_setzero_si256();
-    for (int64_t i = 0; i < row->count; i++) {
-        const uint8_t *cells = first + row->offsets[i];
-        for (int64_t g = 0; g < groups; g++, levels += 128) {
-            __m256i w0 = _mm256_loadu_si256((const __m256i *)levels), w1 = _mm256_loadu_si256((const __m256i *)(levels + 32));
-#pragma GCC unroll 4
-            for (int p = 0; p < P; p++) {
-                int32_t four;
-                memcpy(&four, cells + p * step + 4 * g, 4);
-                __m256i codes = _mm256_set1_epi32(four);
-                acc[p][0] = dot(acc[p][0], codes, w0, split);
-                acc[p][1] = dot(acc[p][1], codes, w1, split);
-            }
+    for (int64_t i = 0; i < row->count; i++, levels += 128 * groups) {
+        if (mode != NARROW) {
+            multiply_block(acc, first + row->offsets[i], step, levels, groups, P, mode);
+            continue;
         }
+#pragma GCC unroll 4
+        for (int p = 0; p < P; p++) narrow[p][0] = narrow[p][1] = _mm256_setzero_si256();
+        multiply_block(narrow, first + row->offsets[i], step, levels, groups, P, mode);
+#pragma GCC unroll 4
+        for (int p = 0; p < P; p++)
+            for (int v = 0; v < 2; v++)
+                acc[p][v] = _mm256_add_epi32(acc[p][v], _mm256_madd_epi16(narrow[p][v], _mm256_set1_epi16(1)));
     }
     int64_t output = block * OUTPUTS + 16 * half;
     __m256i zero = _mm256_set1_epi32((int)row->act_zero);
@@ -88,18 +107,21 @@ INLINE void tile(const Row *row, int64_t block, int half, int64_t pixel, const i
     }
 }
 
-INLINE void walk(const Row *row, const int split) {
+INLINE void walk(const Row *row, const int mode) {
     for (int64_t pixel = 0, size; pixel < row->pixels; pixel += size) {
         size = row->pixels - pixel >= 4 ? 4 : 1;
         for (int64_t block = row->from; block < row->to; block++)
             for (int half = 0; half < 2; half++) {
-                if (size == 4) tile(row, block, half, pixel, 4, split);
-                else tile(row, block, half, pixel, 1, split);
+                if (size == 4) tile(row, block, half, pixel, 4, mode);
+                else tile(row, block, half, pixel, 1, mode);
             }
     }
 }
 
 static void row_of_tiles(const Row *row) {
-    if (row->job->bits == 8 && row->job->act_max > 127) walk(row, 1);
-    else walk(row, 0);
+    const Job *job = row->job;
+    int64_t largest = job->act_max * -level_least(job->bits);
+    if (largest * job->block / 2 <= 32767) walk(row, NARROW);
+    else if (2 * largest <= 32767) walk(row, PAIRS);
+    else walk(row, SPLIT);
 }

@@ -1,0 +1,136 @@
+"""Packed layers against torch, per shape: float NCHW, float channels_last, oneDNN's bytes, and every kernel that fits.
+
+    python benchmarks/kernels.py -o benchmarks/results/kernels.json
+
+All in one process and in turns, so the ratios hold when the machine is busy; rates (GMAC/s) do not. Float in, float out:
+quantizing the input is in every packed time. Float weights are not prepacked, which is what torch's eager convolution does;
+on processors for which MKL is slow the float linear layers flatter everybody else.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dmquant import kernels
+from dmquant.kernels import catalogue, dispatch, onednn
+from dmquant.packed import Format, PackedConv2d, empty_layer
+
+BITS = ((1, 4), (1, 5), (1, 6), (2, 4), (4, 4), (8, 8))
+
+
+class Shape(NamedTuple):
+    """A convolution of square images with padding of half its kernel."""
+
+    images: int
+    channels: int
+    outputs: int
+    side: int
+    kernel: int
+    stride: int = 1
+
+    @property
+    def products(self) -> int:
+        return self.images * (self.side // self.stride) ** 2 * self.channels * self.outputs * self.kernel**2
+
+
+SHAPES = (
+    Shape(1, 256, 256, 32, 3), Shape(4, 256, 256, 16, 3), Shape(4, 512, 512, 8, 3), Shape(1, 128, 128, 64, 3),
+    Shape(1, 1280, 1280, 16, 3), Shape(4, 256, 256, 32, 3, 2), Shape(4, 256, 256, 32, 1), Shape(1, 1024, 1024, 32, 1),
+    Shape(50, 48, 48, 32, 3), Shape(50, 96, 96, 16, 3),
+)  # fmt: skip
+
+
+def main() -> None:
+    args = parse_arguments()
+    rows = [measure(shape, args.seconds) for shape in SHAPES]
+    conditions = {
+        "torch": torch.__version__, "threads": torch.get_num_threads(), "load": os.getloadavg(), "kernels": kernels.survey(),
+    }  # fmt: skip
+    print(table(rows))
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps({"conditions": conditions, "rows": rows}, indent=2) + "\n")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each shape")
+    parser.add_argument("-o", "--output", type=Path)
+    return parser.parse_args()
+
+
+@torch.no_grad()
+def measure(shape: Shape, seconds: float) -> dict[str, object]:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(shape.channels, shape.outputs, shape.kernel, shape.stride, shape.kernel // 2)
+    x = torch.randn(shape.images, shape.channels, shape.side, shape.side)
+    last = x.contiguous(memory_format=torch.channels_last)
+    weight_last = layer.weight.contiguous(memory_format=torch.channels_last)
+    calls: dict[str, Callable[[], Tensor]] = {
+        "fp32 NCHW": lambda: layer(x), "fp32 channels_last": lambda: layer._conv_forward(last, weight_last, layer.bias),
+    }  # fmt: skip
+    for weight_bits, act_bits in BITS:
+        for kernel in fitting(weight_bits, act_bits):
+            packed = make_packed(layer, weight_bits, act_bits, kernel)
+            calls[f"W{weight_bits}A{act_bits} {kernel}"] = partial(dispatch.apply, packed, packed.weight.blocked, last)
+    return {"shape": shape._asdict(), "variants": compare(calls, shape.products, seconds)}
+
+
+def fitting(weight_bits: int, act_bits: int) -> list[str]:
+    found = [kernel.name for kernel in catalogue.KERNELS if kernel.fits(weight_bits, act_bits) and not catalogue.state(kernel)]
+    return [name for name in found if name != "scalar"] + [onednn.NAME] * ((weight_bits, act_bits) == (8, 8))
+
+
+def make_packed(layer: nn.Conv2d, weight_bits: int, act_bits: int, kernel: str) -> PackedConv2d:
+    """Made-up codes: times depend on shapes only."""
+    packed, middle = empty_layer(layer, Format(weight_bits, act_bits), dtype=torch.float32, device="cpu"), 1 << (weight_bits - 1)
+    packed.weight.codes.random_(0, 256)
+    packed.weight.zero.fill_(0.5 if weight_bits == 1 else middle)
+    packed.input.scale.fill_(6.0 / (1 << act_bits))
+    packed.input.zero.fill_(1 << (act_bits - 1))
+    packed.bias = layer.bias
+    packed.weight.block(kernel)
+    return packed
+
+
+def compare(calls: dict[str, Callable[[], Tensor]], products: int, seconds: float) -> dict[str, dict[str, float]]:
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    started = time.perf_counter()
+    while time.perf_counter() - started < seconds or len(taken["fp32 NCHW"]) < 6:
+        for name, run in calls.items():
+            before = time.perf_counter()
+            run()
+            taken[name].append(time.perf_counter() - before)
+    medians = {name: statistics.median(times[1:]) for name, times in taken.items()}
+    return {
+        name: {
+            "median_ms": round(median * 1e3, 3), "min_ms": round(min(taken[name][1:]) * 1e3, 3),
+            "gmac_per_s": round(products / median * 1e-9, 1), "times_channels_last": round(medians["fp32 channels_last"] / median, 2),
+        }
+        for name, median in medians.items()
+    }  # fmt: skip
+
+
+def table(rows: list[dict]) -> str:
+    """Times faster than fp32 channels_last, of each variant and shape."""
+    names = list(rows[0]["variants"])
+    lines = ["| shape | " + " | ".join(names) + " |", "|---|" + "--:|" * len(names)]
+    for row in rows:
+        shape = Shape(**row["shape"])
+        label = f"{shape.images}x{shape.channels}x{shape.side}x{shape.side} -> {shape.outputs}, {shape.kernel}x{shape.kernel}"
+        label += f" / {shape.stride}" if shape.stride > 1 else ""
+        lines.append(f"| {label} | " + " | ".join(str(row["variants"][name]["times_channels_last"]) for name in names) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
