@@ -21,7 +21,7 @@ from dmquant import methods
 from dmquant.calibration import observe_inputs, observe_weights
 from dmquant.clock import Clock
 from dmquant.denoiser import find_denoiser, open_pipeline
-from dmquant.distill import Distillation, Training, draw, parameter_groups
+from dmquant.distill import Distillation, Training, draw, parameter_groups, start_optimizer
 from dmquant.samples import record
 
 
@@ -59,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def make_step(model: nn.Module, objective: Distillation, training: Training) -> Callable[[int], None]:
     """A training step of the model, like one turn of `dmquant.distill.fit`."""
-    optimizer = torch.optim.AdamW(parameter_groups(model.requires_grad_(True), training), fused=True)
+    _, optimizer = start_optimizer(model, parameter_groups(model, training))
 
     def step(number: int) -> None:
         loss = objective.loss(model, training.batch, step=number, generator=draw(0, number, 0), device=torch.device("cpu"))

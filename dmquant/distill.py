@@ -5,8 +5,9 @@ own training on images. No hidden random state and no counters: whatever changes
 """
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -83,7 +84,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Training:
-    """How to train. Rates are AdamW's; quantizer_rate is relative to the size of each scale or offset."""
+    """How to train. Rates are AdamW's and decay to zero; quantizer_rate is relative to the size of each scale or offset."""
 
     max_steps: int
     batch: int
@@ -93,42 +94,56 @@ class Training:
     clip_norm: float = 1.0
     ema_decay: float = 0.0
     precision: str = "no"
+    decay: Literal["cosine", "linear"] = "cosine"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that are trained at one rate."""
+
+    parameters: Sequence[nn.Parameter]
+    rate: float  # AdamW's, at its peak
+    weight_decay: float = 0.0
 
 
 def fit(
-    student: nn.Module, objective: Objective, training: Training, *, seed: int, run: Run = Run(), track: Track = plain
+    student: nn.Module, objective: Objective, training: Training, groups: Sequence[Group] | None = None, *, seed: int,
+    run: Run = Run(), track: Track = plain,
 ) -> list[float]:
-    """Trains every parameter of the student in place; returns the losses of the steps taken. DmquantError if it diverges."""
+    """Trains the parameters of the groups in place and freezes all others; without groups it trains the whole student.
+
+    Returns the losses of the steps taken. DmquantError if it diverges.
+    """
     if training.max_steps == 0:
         return []
     device = next(student.parameters()).device
     accelerator = start_accelerator(device, training.precision)
-    optimizer = torch.optim.AdamW(parameter_groups(student, training), fused=device.type in ("cpu", "cuda"))
-    model, optimizer = accelerator.prepare(student.requires_grad_(True).eval(), optimizer)
-    average = EMAModel(student.parameters(), decay=training.ema_decay) if training.ema_decay else None
-    guard = Guard(student, optimizer, average)
+    trained, optimizer = start_optimizer(student, parameter_groups(student, training) if groups is None else groups)
+    model, optimizer = accelerator.prepare(student.eval(), optimizer)
+    average = EMAModel(trained, decay=training.ema_decay) if training.ema_decay else None
+    guard = Guard(trained, optimizer, average)
     parts = {"student": student, "optimizer": optimizer, "guard": guard, "average": average, "objective": objective}
     parts = {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
     steps = [Step(number) for number in range(run.restore(parts, device), training.max_steps)]
     for step in run.keep(track(steps, "fine-tune"), parts):
-        set_rates(optimizer, guard.factor * schedule(step.number, training.max_steps))
+        set_rates(optimizer, guard.factor * schedule(step.number, training.max_steps, training.decay))
         generator = draw(seed, step.number, accelerator.process_index)
         loss = objective.loss(model, training.batch, step=step.number, generator=generator, device=device)
         step.loss = accelerator.gather(loss.detach().reshape(1)).mean().item()
         if guard.refuses(step.number, step.loss):
             continue
         accelerator.backward(loss)
-        norm = accelerator.clip_grad_norm_(student.parameters(), training.clip_norm)
+        norm = accelerator.clip_grad_norm_(trained, training.clip_norm)
         if not guard.refuses(step.number, float(norm), is_gradient=True):
             guard.accept(step.number)
             optimizer.step()
             if average is not None:
-                average.step(student.parameters())
+                average.step(trained)
         optimizer.zero_grad()
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     vars(student).pop("forward", None)  # the bound method that unwrapping leaves behind
     if average is not None:
-        average.copy_to(student.parameters())
+        average.copy_to(trained)
     check_finite(student)
     return [step.loss for step in steps]
 
@@ -146,26 +161,42 @@ def start_accelerator(device: torch.device, precision: str) -> Accelerator:
     )
 
 
-def parameter_groups(student: nn.Module, training: Training) -> list[dict]:
-    """One group for weights, biases and norms; one for each quantizer parameter, at a rate relative to its size.
+def start_optimizer(student: nn.Module, groups: Sequence[Group]) -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
+    """The parameters that are trained, all others frozen, and their optimizer."""
+    trained = [parameter for group in groups for parameter in group.parameters]
+    student.requires_grad_(False)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    rates = [
+        {"params": list(group.parameters), "lr": group.rate, "peak": group.rate, "weight_decay": group.weight_decay}
+        for group in groups
+    ]
+    return trained, torch.optim.AdamW(rates, fused=trained[0].device.type in ("cpu", "cuda"))
+
+
+def parameter_groups(student: nn.Module, training: Training) -> list[Group]:
+    """One group for weights, biases and norms; one for each quantizer parameter, at a rate relative to its size."""
+    quantizers = [module for module in student.modules() if isinstance(module, Quantizer)]
+    groups = quantizer_groups(quantizers, training.quantizer_rate)
+    taken = {parameter for group in groups for parameter in group.parameters}
+    weights = [parameter for parameter in student.parameters() if parameter not in taken]
+    return [*groups, Group(weights, training.learning_rate, training.weight_decay)]
+
+
+def quantizer_groups(quantizers: Iterable[Quantizer], rate: float) -> list[Group]:
+    """One group for each parameter of the quantizers' own, at a rate relative to what the quantizer calls its size.
 
     A step size of 0.002 and one of 0.5 must not move by the same amount: with Adam an absolute rate would flip the sign of
     the small one.
     """
-    groups, in_quantizers = [], set()
-    for quantizer in (module for module in student.modules() if isinstance(module, Quantizer)):
-        for parameter in quantizer.parameters():
-            size = max(parameter.detach().abs().mean().item(), quantizer.scale.detach().abs().mean().item())
-            groups.append({"params": [parameter], "peak": training.quantizer_rate * size, "weight_decay": 0.0})
-            in_quantizers.add(parameter)
-    weights = [p for p in student.parameters() if p not in in_quantizers]
-    groups.append({"params": weights, "peak": training.learning_rate, "weight_decay": training.weight_decay})
-    return [{**group, "lr": group["peak"]} for group in groups]
+    sizes = ((quantizer.get_parameter(name), size) for quantizer in quantizers for name, size in quantizer.sizes().items())
+    return [Group([parameter], rate * size) for parameter, size in sizes]
 
 
-def schedule(step: int, max_steps: int) -> float:
-    """Factor on the peak rates: a short warm-up, then a half cosine to zero."""
-    return min(1, (step + 1) / WARM_UP_STEPS) * 0.5 * (1 + math.cos(math.pi * step / max_steps))
+def schedule(step: int, max_steps: int, decay: str = "cosine") -> float:
+    """Factor on the peak rates: a short warm-up, then a half cosine or a straight line to zero."""
+    rest = 0.5 * (1 + math.cos(math.pi * step / max_steps)) if decay == "cosine" else 1 - step / max_steps
+    return min(1, (step + 1) / WARM_UP_STEPS) * rest
 
 
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
@@ -190,8 +221,8 @@ class Guard:
     Every rank sees the same gathered loss and the same reduced gradient norm, so all decide alike.
     """
 
-    def __init__(self, student: nn.Module, optimizer: torch.optim.Optimizer, average: EMAModel | None = None):
-        self._student, self._optimizer, self._average = student, optimizer, average
+    def __init__(self, trained: Sequence[Tensor], optimizer: torch.optim.Optimizer, average: EMAModel | None = None):
+        self._trained, self._optimizer, self._average = trained, optimizer, average
         self._bad_in_row, self._first_loss = 0, None
         self.factor = 1.0
         self._copy()
@@ -224,7 +255,7 @@ class Guard:
         self._first_loss, self._snapshot = state_dict["first_loss"], [kept.cpu() for kept in state_dict["snapshot"]]
 
     def _tensors(self) -> list[Tensor]:
-        return [*self._student.parameters(), *(self._average.shadow_params if self._average else ())]
+        return [*self._trained, *(self._average.shadow_params if self._average else ())]
 
     def _copy(self) -> None:
         self._snapshot = [p.detach().to("cpu", copy=True) for p in self._tensors()]

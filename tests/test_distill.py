@@ -6,9 +6,12 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import nn
 
-from dmquant.distill import SNAPSHOT_EVERY, Distillation, Guard, Training, draw, fit, parameter_groups, schedule, weigh
+from dmquant.distill import (
+    SNAPSHOT_EVERY, Distillation, Group, Guard, Training, draw, fit, parameter_groups, schedule, start_optimizer, weigh,
+)
 from dmquant.errors import DmquantError
 from dmquant.layers import swap
+from dmquant.quantizers.base import Quantizer
 from dmquant.quantizers.uniform import LearnedStep
 from dmquant.samples import Samples
 
@@ -84,15 +87,60 @@ def test_quantizer_rates_are_relative_to_each_parameter():
     student, _ = make()
     with torch.no_grad():
         student.body.weight_quantizer.scale.fill_(0.002)
-    groups = {id(group["params"][0]): group for group in parameter_groups(student, Training(max_steps=1, **RATES))}
-    assert groups[id(student.body.weight_quantizer.scale)]["lr"] == pytest.approx(2e-5)
-    counted = sum(len(group["params"]) for group in groups.values())
+    groups = {id(group.parameters[0]): group for group in parameter_groups(student, Training(max_steps=1, **RATES))}
+    assert groups[id(student.body.weight_quantizer.scale)].rate == pytest.approx(2e-5)
+    counted = sum(len(group.parameters) for group in groups.values())
     assert counted == len(list(student.parameters()))
 
 
-def test_rates_warm_up_and_end_at_zero():
-    assert schedule(0, 1000) < schedule(9, 1000) and schedule(999, 1000) < 1e-4
-    assert max(schedule(step, 1000) for step in range(1000)) == pytest.approx(1, abs=1e-3)
+class Nested(Quantizer):
+    """A quantizer around another one, with a parameter that says its own size."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.shift = inner, nn.Parameter(torch.zeros(3))
+
+    def sizes(self):
+        return {"shift": 7.0}
+
+
+def test_a_quantizer_inside_another_is_found_and_each_says_the_size_of_its_own_parameters():
+    student, _ = make()
+    inner = student.body.weight_quantizer
+    student.body.weight_quantizer = Nested(inner)
+    groups = {id(group.parameters[0]): group for group in parameter_groups(student, Training(max_steps=1, **RATES))}
+    assert groups[id(student.body.weight_quantizer.shift)].rate == pytest.approx(7e-2)
+    assert groups[id(inner.scale)].rate == pytest.approx(1e-2 * inner.scale.mean().item())
+    assert sum(len(group.parameters) for group in groups.values()) == len(list(student.parameters()))
+
+
+def test_only_the_parameters_of_the_groups_are_trained():
+    student, samples = make()
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    training = Training(max_steps=5, ema_decay=0.5, **RATES)
+    fit(student, follow(samples), training, [Group([student.body.bias], 1e-2, 0.1)], seed=0)
+    changed = [name for name, value in student.state_dict().items() if not torch.equal(value, before[name])]
+    assert changed == ["body.bias"]
+    assert [name for name, parameter in student.named_parameters() if parameter.requires_grad] == ["body.bias"]
+
+
+def test_each_group_has_its_rate_and_decay():
+    student, _ = make()
+    trained, optimizer = start_optimizer(student, [Group([student.body.bias], 0.3, 0.1), Group([student.body.weight], 0.2)])
+    assert trained == [student.body.bias, student.body.weight]
+    assert [(group["lr"], group["peak"], group["weight_decay"]) for group in optimizer.param_groups] == [
+        (0.3, 0.3, 0.1), (0.2, 0.2, 0.0)
+    ]
+
+
+@pytest.mark.parametrize("decay", ["cosine", "linear"])
+def test_rates_warm_up_and_end_at_zero(decay):
+    assert schedule(0, 1000, decay) < schedule(9, 1000, decay) and schedule(999, 1000, decay) < 2e-3
+    assert max(schedule(step, 1000, decay) for step in range(1000)) == pytest.approx(1, abs=1e-2)
+
+
+def test_a_linear_decay_falls_by_the_same_amount_at_each_step():
+    assert [schedule(step, 100, "linear") for step in (20, 50, 80)] == pytest.approx([0.8, 0.5, 0.2])
 
 
 class Faulty(Distillation):
@@ -128,7 +176,7 @@ def test_a_student_that_starts_almost_perfect_is_not_taken_for_one_that_diverges
     # one batch's first loss may be thousands of times below the next one's: both are tiny against an answer of zero
     student, samples = make()
     losses = [1e-9] + [1e-5] * 20
-    guard = Guard(student, torch.optim.SGD(student.parameters()))
+    guard = Guard(list(student.parameters()), torch.optim.SGD(student.parameters()))
     assert not any(guard.refuses(step, loss) for step, loss in enumerate(losses))
     assert guard.refuses(21, 2.0)
 

@@ -66,6 +66,11 @@ class Quantizer(nn.Module):
         """Scale and zero in use, float, broadcasting against the tensor. The zero is a whole number on uniform grids."""
         raise TypeError(f"{type(self).__name__} has no uniform grid")
 
+    def sizes(self) -> dict[str, float]:
+        """What the rates of its own parameters are relative to, by name: their mean magnitude, at least one step of the grid."""
+        own = {name: parameter.detach().abs().mean().item() for name, parameter in self.named_parameters(recurse=False)}
+        return {name: max(size, own.get("scale", 0.0)) for name, size in own.items()}
+
     def freeze(self) -> "FixedGrid":
         """The same per-tensor grid for inference: buffers only, no gradients."""
         scale, zero = self.grid()
