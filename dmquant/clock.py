@@ -7,24 +7,33 @@ a clock of its own along.
 
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "timestep_ratio")  # most denoisers; HiDream; Z-Image; Stable Cascade
+NEAREST, LINEAR = LOOKUPS = ("nearest", "linear")  # what a timestep that was not calibrated reads of a table over steps
 
 
 class Clock(nn.Module):
-    """Calibrated timesteps (S,), any order, and `step`: for each sample of the running call the index of the nearest one."""
+    """Calibrated timesteps (S,), any order, and `step`: for each sample of the running call the index of the nearest one.
 
-    def __init__(self, timesteps: Tensor):
+    Between two calibrated timesteps a table over the steps gives its nearest entry, or with lookup "linear" a mean of both.
+    """
+
+    def __init__(self, timesteps: Tensor, lookup: str = NEAREST):
         super().__init__()
         if timesteps.ndim != 1 or not len(timesteps):
             raise ValueError(f"timesteps must be a list of at least one value, got shape {tuple(timesteps.shape)}")
+        if lookup not in LOOKUPS:
+            raise ValueError(f"lookup must be one of {', '.join(LOOKUPS)}, got {lookup!r}")
         self.register_buffer("timesteps", timesteps.float())
+        self.lookup = lookup
         self.step = torch.zeros(1, dtype=torch.long)
+        self.neighbours: tuple[Tensor, Tensor, Tensor] | None = None  # steps before and after, share of the latter; (B,) each
         self.has_warned = False
 
     def set(self, timestep: Tensor, batch: int) -> None:
@@ -32,9 +41,44 @@ class Clock(nn.Module):
         values = torch.as_tensor(timestep, device=self.timesteps.device).float().reshape(-1).expand(batch)
         distance = (values.unsqueeze(1) - self.timesteps).abs()
         self.step = distance.argmin(1)
-        if not torch.compiler.is_compiling() and not self.has_warned and bool(distance.amin(1).max() > self._tolerance()):
+        self.neighbours = self._find_neighbours(values) if self.lookup == LINEAR and len(self.timesteps) > 1 else None
+        # training on images draws any timestep, and nobody needs to hear of it
+        is_told = self.has_warned or torch.compiler.is_compiling() or torch.is_grad_enabled()
+        if not is_told and bool(distance.amin(1).max() > self._tolerance()):
             self.has_warned = True
-            warnings.warn("sampling at timesteps that were not calibrated: each uses the scales of the nearest one", stacklevel=2)
+            use = "each uses the scales of the nearest one" if self.lookup == NEAREST else "scales are interpolated"
+            warnings.warn(f"sampling at timesteps that were not calibrated: {use}", stacklevel=2)
+
+    def read_table(self, table: Tensor, count: int) -> Tensor:
+        """The entries (count,) of a table (S,) for the rows of what a layer reads: one row per sample, or as many for each.
+
+        A layer that reads one row for all samples gets the entry of the first.
+        """
+        if self.neighbours is None:
+            entries = table[self.step]
+        else:
+            before, after, share = self.neighbours
+            entries = torch.lerp(table[before], table[after], share.to(table.dtype))
+        if count == len(entries):
+            return entries
+        if count % len(entries) and count > 1:
+            raise ValueError(f"{count} rows cannot be told apart as {len(entries)} samples")
+        return entries[:1] if count == 1 else entries.repeat_interleave(count // len(entries))
+
+    def _find_neighbours(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ordered, order = self.timesteps.sort()
+        above = torch.searchsorted(ordered, values.contiguous()).clamp(1, len(ordered) - 1)
+        low, high = ordered[above - 1], ordered[above]
+        share = ((values - low) / (high - low).clamp(min=torch.finfo(low.dtype).tiny)).clamp(0, 1)
+        return order[above - 1], order[above], share
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            # timesteps stay in float32: bfloat16 has no 999
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
 
     def _tolerance(self) -> Tensor:
         """Distance that counts as the same step: half a timestep of 1000, or as much of a range that ends at 1."""
@@ -43,12 +87,12 @@ class Clock(nn.Module):
     @contextmanager
     def at(self, timestep: Tensor, batch: int) -> Iterator[None]:
         """The step set for work outside a call of the denoiser; put back afterwards."""
-        before = self.step
+        before = self.step, self.neighbours
         try:
             self.set(timestep, batch)
             yield
         finally:
-            self.step = before
+            self.step, self.neighbours = before
 
     def read(self, denoiser: nn.Module, args: tuple, kwargs: dict) -> None:
         """Forward pre-hook: finds sample and timestep among the call's arguments."""
@@ -56,10 +100,35 @@ class Clock(nn.Module):
         self.set(arguments[find_timestep_name(arguments)], next(iter(arguments.values())).shape[0])
 
 
+class Timed(nn.Module):
+    """A module that reads a clock which is not its own: timesteps are saved once, with the denoiser."""
+
+    clock: Clock
+
+    def follow(self, clock: Clock) -> None:
+        vars(self)["clock"] = clock  # not a submodule
+
+
 def attach(clock: Clock, denoiser: nn.Module) -> None:
     """Makes the clock follow the denoiser's calls; it becomes the submodule `clock`, so its timesteps are saved."""
     denoiser.add_module("clock", clock)
     denoiser.register_forward_pre_hook(clock.read, with_kwargs=True)
+    link(denoiser)
+
+
+def link(denoiser: nn.Module) -> None:
+    """Makes every timed module inside follow the denoiser's own clock."""
+    for module in denoiser.modules():
+        if isinstance(module, Timed):
+            module.follow(denoiser.clock)
+
+
+def detach(denoiser: nn.Module) -> None:
+    """Takes the clock of a denoiser away, if it has one."""
+    clock = denoiser._modules.pop("clock", None)
+    for key, hook in list(denoiser._forward_pre_hooks.items()):
+        if clock is not None and getattr(hook, "__self__", None) is clock:
+            del denoiser._forward_pre_hooks[key], denoiser._forward_pre_hooks_with_kwargs[key]
 
 
 def find_timestep_name(arguments: dict) -> str:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from dmquant.clock import Clock, attach
+from dmquant.clock import Clock, Timed, attach, detach
 
 
 class Denoiser(nn.Module):
@@ -14,12 +14,12 @@ class Denoiser(nn.Module):
         self.scale = nn.Parameter(torch.arange(4.0))
 
     def forward(self, sample, timestep, encoder_hidden_states=None):
-        return sample * self.scale[self.clock.step].view(-1, 1)
+        return sample * self.clock.read_table(self.scale, len(sample)).view(-1, 1)
 
 
-def make():
+def make(lookup="nearest"):
     denoiser = Denoiser()
-    attach(Clock(torch.tensor([900.0, 600.0, 300.0, 0.0])), denoiser)
+    attach(Clock(torch.tensor([900.0, 600.0, 300.0, 0.0]), lookup), denoiser)
     return denoiser
 
 
@@ -45,11 +45,67 @@ def test_a_sampler_that_calls_twice_per_step_does_not_move_the_clock():
 
 def test_other_step_counts_use_the_nearest_calibrated_step_and_say_so_once():
     denoiser, x = make(), torch.ones(1, 3)
-    with pytest.warns(UserWarning, match="not calibrated"):
+    with torch.no_grad(), pytest.warns(UserWarning, match="not calibrated: each uses the scales of the nearest"):
         assert torch.equal(denoiser(x, 740), x)
-    with warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(denoiser(x, 760), 0 * x)
+
+
+def test_training_draws_any_timestep_without_a_word():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make()(torch.ones(1, 3), 740)
+
+
+@torch.no_grad()
+def test_a_linear_lookup_weighs_both_neighbours_and_is_exact_at_calibrated_timesteps():
+    denoiser, x = make("linear"), torch.ones(5, 3)
+    with pytest.warns(UserWarning, match="interpolated"):
+        between = denoiser(x, torch.tensor([750, 660, 10, 950, -3]))
+    assert torch.allclose(between[:, 0], torch.tensor([0.5, 0.8, 3 - 1 / 30, 0.0, 3.0]))
+    exact = denoiser(torch.ones(4, 3), torch.tensor([900, 600, 300, 0]))
+    assert exact[:, 0].tolist() == [0, 1, 2, 3]
+    assert len(Clock(torch.tensor([5.0]), "linear").read_table(torch.ones(1), 3)) == 3
+
+
+def test_a_layer_that_reads_several_rows_per_sample_or_one_for_all_gets_the_entries_of_its_samples():
+    clock, table = make().clock, torch.arange(4.0)
+    clock.set(torch.tensor([0, 300]), 2)
+    assert clock.read_table(table, 6).tolist() == [3, 3, 3, 2, 2, 2] and clock.read_table(table, 1).tolist() == [3]
+    with pytest.raises(ValueError, match="3 rows cannot be told apart as 2 samples"):
+        clock.read_table(table, 3)
+
+
+class Follower(Timed, nn.Module):
+    pass
+
+
+def test_a_timed_module_follows_the_clock_of_its_denoiser_and_its_copy_that_of_the_copy():
+    denoiser = Denoiser()
+    denoiser.inner = Follower()
+    attach(Clock(torch.tensor([900.0, 0.0])), denoiser)
+    twin = copy.deepcopy(denoiser)
+    assert denoiser.inner.clock is denoiser.clock and twin.inner.clock is twin.clock is not denoiser.clock
+    assert set(denoiser.state_dict()) == {"scale", "clock.timesteps"}
+
+
+def test_a_detached_clock_leaves_nothing_behind():
+    denoiser = make()
+    detach(denoiser)
+    assert set(denoiser.state_dict()) == {"scale"} and not denoiser._forward_pre_hooks
+    detach(denoiser)
+
+
+def test_timesteps_stay_whole_in_models_of_half_precision():
+    denoiser = make().bfloat16()
+    assert denoiser.clock.timesteps.dtype == torch.float32 and denoiser.scale.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("arguments", [(torch.zeros(0),), (torch.zeros(2, 2),), (torch.zeros(2), "cubic")])
+def test_a_clock_without_steps_or_of_an_unknown_lookup_is_refused(arguments):
+    with pytest.raises(ValueError, match="must be"):
+        Clock(*arguments)
 
 
 def test_a_deep_copy_has_a_clock_of_its_own():
