@@ -25,6 +25,7 @@ class BinaryDM(Method):
 
     weight_bits: int = setting(1, "bits per weight: 1")
     act_bits: int = setting(4, "bits per activation, 2 to 8; 32 keeps activations in float")
+    learning_rate: float = setting(1e-3, "AdamW rate of weights, biases and norms, decaying to zero along a cosine")
     basis: Literal["evolvable", "multi", "single"] = setting(
         "evolvable", "bases of the first and last blocks: two that become one (EBB), two to the end (LMB), or one"
     )
