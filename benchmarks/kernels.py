@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dmquant import kernels
-from dmquant.kernels import catalogue, dispatch, onednn
+from dmquant.kernels import catalogue, dispatch
 from dmquant.packed import Format, PackedConv2d, empty_layer
 
 BITS = ((1, 4), (1, 5), (1, 6), (2, 4), (4, 4), (8, 8))
@@ -82,24 +82,42 @@ def measure(shape: Shape, seconds: float) -> dict[str, object]:
         for kernel in fitting(weight_bits, act_bits):
             packed = make_packed(layer, weight_bits, act_bits, kernel)
             calls[f"W{weight_bits}A{act_bits} {kernel}"] = partial(dispatch.apply, packed, packed.weight.blocked, last)
+    calls["oneDNN W8A8"] = make_onednn(layer, last)
     return {"shape": shape._asdict(), "variants": compare(calls, shape.products, seconds)}
 
 
 def fitting(weight_bits: int, act_bits: int) -> list[str]:
     found = [kernel.name for kernel in catalogue.KERNELS if kernel.fits(weight_bits, act_bits) and not catalogue.state(kernel)]
-    return [name for name in found if name != "scalar"] + [onednn.NAME] * ((weight_bits, act_bits) == (8, 8))
+    return [name for name in found if name != "scalar"]
 
 
 def make_packed(layer: nn.Conv2d, weight_bits: int, act_bits: int, kernel: str) -> PackedConv2d:
     """Made-up codes: times depend on shapes only."""
-    packed, middle = empty_layer(layer, Format(weight_bits, act_bits), dtype=torch.float32, device="cpu"), 1 << (weight_bits - 1)
+    packed = empty_layer(layer, Format(weight_bits, act_bits), dtype=torch.float32, device="cpu")
     packed.weight.codes.random_(0, 256)
-    packed.weight.zero.fill_(0.5 if weight_bits == 1 else middle)
+    packed.weight.zero.fill_(0.5 if weight_bits == 1 else 1 << (weight_bits - 1))
     packed.input.scale.fill_(6.0 / (1 << act_bits))
     packed.input.zero.fill_(1 << (act_bits - 1))
     packed.bias = layer.bias
     packed.weight.block(kernel)
     return packed
+
+
+def make_onednn(layer: nn.Conv2d, x: Tensor) -> Callable[[], Tensor]:
+    """torch's own best for bytes: prepacked weights, and a quantizer in one pass."""
+    scale, zero, place = 0.04, 128, (list(layer.stride), list(layer.padding), [1, 1], 1)
+    weight_scale = layer.weight.abs().amax((1, 2, 3)) / 127
+    levels = (layer.weight / weight_scale.view(-1, 1, 1, 1)).round().to(torch.int8)
+    packed = torch.ops.onednn.qconv_prepack(levels, weight_scale, scale, zero, *place, list(x.shape))
+    no_zeros = torch.zeros(len(weight_scale), dtype=torch.int32)
+
+    def run() -> Tensor:
+        codes = torch.quantize_per_tensor(x, scale, zero, torch.quint8).int_repr()
+        return torch.ops.onednn.qconv_pointwise(
+            codes, scale, zero, packed, weight_scale, no_zeros, layer.bias, *place, 1.0, 0, torch.float32, "none", [], ""
+        )  # fmt: skip
+
+    return run
 
 
 def compare(calls: dict[str, Callable[[], Tensor]], products: int, seconds: float) -> dict[str, dict[str, float]]:
@@ -114,7 +132,8 @@ def compare(calls: dict[str, Callable[[], Tensor]], products: int, seconds: floa
     return {
         name: {
             "median_ms": round(median * 1e3, 3), "min_ms": round(min(taken[name][1:]) * 1e3, 3),
-            "gmac_per_s": round(products / median * 1e-9, 1), "times_channels_last": round(medians["fp32 channels_last"] / median, 2),
+            "gmac_per_s": round(products / median * 1e-9, 1),
+            "times_channels_last": round(medians["fp32 channels_last"] / median, 2),
         }
         for name, median in medians.items()
     }  # fmt: skip
@@ -128,7 +147,8 @@ def table(rows: list[dict]) -> str:
         shape = Shape(**row["shape"])
         label = f"{shape.images}x{shape.channels}x{shape.side}x{shape.side} -> {shape.outputs}, {shape.kernel}x{shape.kernel}"
         label += f" / {shape.stride}" if shape.stride > 1 else ""
-        lines.append(f"| {label} | " + " | ".join(str(row["variants"][name]["times_channels_last"]) for name in names) + " |")
+        cells = [str(row["variants"][name]["times_channels_last"]) for name in names]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -63,8 +63,8 @@ INLINE __m256i dot(__m256i acc, __m256i codes, __m256i levels, const int mode) {
 }
 
 /* One block of channels under one tap. */
-INLINE void multiply_block(__m256i acc[4][2], const uint8_t *cells, int64_t step, const uint8_t *levels, int64_t groups, const int P,
-                           const int mode) {
+INLINE void multiply_block(__m256i acc[4][2], const uint8_t *cells, int64_t step, const uint8_t *levels, int64_t groups,
+                           const int P, const int mode) {
     for (int64_t g = 0; g < groups; g++, levels += 128) {
         __m256i w0 = _mm256_loadu_si256((const __m256i *)levels), w1 = _mm256_loadu_si256((const __m256i *)(levels + 32));
 #pragma GCC unroll 4

@@ -1,0 +1,170 @@
+"""A packed layer takes the kernel that may run it, keeps its weight once, and leaves what no kernel takes to the reference."""
+
+import copy
+import io
+import pickle
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from dmquant import kernels
+from dmquant.kernels import catalogue, dispatch, trial
+from dmquant.packed import pack_model, packed_layers
+from tests.kernels.test_ops import error, expected, make_layer
+from tests.test_packed import run, tiny_unet
+
+
+@pytest.fixture(autouse=True)
+def automatic(monkeypatch):
+    monkeypatch.setenv("DMQUANT_KERNELS", "c")
+
+
+def resident_bytes(model: nn.Module) -> int:
+    """Of everything that the packed layers hold, weights and what belongs to them."""
+    total = 0
+    for layer in packed_layers(model).values():
+        held = [*layer.parameters(), *layer.buffers()]
+        total += sum(tensor.nbytes for tensor in held) + (layer.weight.blocked.nbytes if layer.weight.blocked else 0)
+    return total
+
+
+def conv(weight_bits: int = 1, act_bits: int = 4, **options) -> nn.Module:
+    return make_layer((40, 70, 3, 3), weight_bits, act_bits, padding=1, **options)
+
+
+def test_the_first_call_chooses_and_the_output_is_that_of_the_reference():
+    layer, x = conv(), torch.randn(2, 70, 6, 5)
+    found = layer(x)
+    assert layer.weight.blocked.kernel in catalogue.BY_NAME and error(found, expected(layer, x)) < 1e-5
+    assert torch.equal(layer(x), found)
+
+
+def test_channels_last_in_and_plain_give_the_same_values():
+    layer, x = conv(), torch.randn(2, 70, 6, 5)
+    assert torch.equal(layer(x), layer(x.contiguous(memory_format=torch.channels_last)))
+
+
+def test_a_one_bit_weight_takes_one_bit_of_memory():
+    layers = nn.ModuleList([make_layer((128, 256, 3, 3), 1, 4, padding=1), make_layer((256, 512), 1, 4)])
+    for layer, shape in zip(layers, [(1, 256, 4, 4), (3, 512)]):
+        layer(torch.randn(shape))
+    float_bytes = sum(4 * layer.weight.numel() for layer in layers)
+    assert all(layer.weight.blocked for layer in layers)
+    assert resident_bytes(layers) <= float_bytes / 24
+
+
+def test_what_is_blocked_reads_copies_pickles_and_saves_as_what_was_stored():
+    for layer in (conv(), conv(4, 8), conv(8, 8), make_layer((9, 33), 0, 4, bases=2)):
+        before, x = copy.deepcopy(layer.state_dict()), torch.randn((2, 70, 6, 5) if layer.weight.shape[1] == 70 else (3, 33))
+        found = layer(x)
+        assert layer.weight.blocked and layer.weight._buffers["codes"] is None
+        stream = io.BytesIO()
+        torch.save(layer, stream)
+        stream.seek(0)
+        others = [copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), torch.load(stream, weights_only=False), layer]
+        for other in others:
+            state = other.state_dict()
+            assert list(state) == list(before) and all(torch.equal(state[name], before[name]) for name in before)
+            assert torch.equal(other(x), found)
+        assert torch.equal(layer.weight.codes, before["weight.codes"])
+
+
+def test_loading_and_moving_let_go_of_the_blocked_weight():
+    layer, other, x = conv(), conv(), torch.randn(1, 70, 4, 4)
+    layer(x)
+    layer.load_state_dict(other.state_dict())
+    assert layer.weight.blocked is None and torch.equal(layer(x), other(x))
+    assert torch.equal(layer.to(torch.float64).weight.codes, other.weight.codes) and layer.weight.blocked is None
+    assert layer.to("meta").weight.codes.is_meta
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer, x: (layer, x.double()), lambda layer, x: (layer, x.requires_grad_()),
+        lambda layer, x: (setattr(layer, "padding_mode", "reflect") or layer, x),
+        lambda layer, x: (setattr(layer, "input", nn.Identity()) or layer, x),
+        lambda layer, x: (layer.input.zero.fill_(0.25) is not None and layer, x),
+        lambda layer, x: (layer.weight.zero.fill_(0.1) is not None and layer, x),
+    ],
+    ids=["float64", "gradients", "reflected", "float input", "fractional zero", "fractional zero of weights"],
+)  # fmt: skip
+def test_what_no_kernel_takes_goes_to_the_reference(change):
+    layer, x = change(conv(), torch.randn(2, 70, 6, 5))
+    assert kernels.run(layer, x) is None and layer.weight.blocked is None
+
+
+@pytest.mark.parametrize("options", [{"groups": 2}, {"dilation": 2}])
+def test_groups_and_dilation_go_to_the_reference(options):
+    layer, x = conv(**options), torch.randn(2, 70 * options.get("groups", 1), 6, 5)
+    assert kernels.run(layer, x) is None and layer(x).shape[1] == 40
+
+
+def test_autocast_goes_to_the_reference():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert kernels.run(conv(), torch.randn(2, 70, 6, 5)) is None
+
+
+def test_a_grid_that_changes_is_followed():
+    layer, x = conv(4, 8), torch.randn(2, 70, 6, 5)
+    layer(x)
+    layer.input.scale.mul_(2)
+    layer.input.zero.fill_(100)
+    layer.weight.scale.mul_(3)
+    assert error(layer(x), expected(layer, x)) < 1e-5
+
+
+def test_a_kernel_that_is_wrong_is_disabled_with_a_warning(monkeypatch):
+    trial.check.cache_clear()
+    right = trial.ops.multiply
+    monkeypatch.setattr(trial.ops, "multiply", lambda *arguments: right(*arguments) * 1.001)
+    try:
+        with pytest.warns(RuntimeWarning, match="is not used: it is wrong by"):
+            assert kernels.run(conv(), torch.randn(2, 70, 6, 5)) is None
+    finally:
+        trial.check.cache_clear()
+
+
+def test_threads_that_call_first_at_once_get_the_same():
+    layer, x = conv(), torch.randn(2, 70, 6, 5)
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(layer(x))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4 and all(torch.equal(y, found[0]) for y in found)
+
+
+def test_a_layer_that_has_run_compiles_to_one_graph_around_the_operator():
+    layer, x = conv(), torch.randn(2, 70, 6, 5)
+    layer(x)
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph
+
+    with torch.no_grad():
+        assert torch.equal(torch.compile(layer, backend=keep, fullgraph=True)(x), layer(x))
+    targets = [str(node.target) for node in graphs[0].graph.nodes]
+    assert len(graphs) == 1 and any("dmquant.multiply" in target for target in targets)
+
+
+def test_a_packed_model_gives_what_the_reference_gives(monkeypatch):
+    packed = pack_model(tiny_unet())
+    found = run(packed)
+    assert all(layer.weight.blocked for layer in packed_layers(packed).values())
+    monkeypatch.setenv("DMQUANT_KERNELS", "torch")
+    assert error(found, run(copy.deepcopy(packed))) < 1e-4
+
+
+def test_the_choice_is_one_of_four(monkeypatch):
+    monkeypatch.setenv("DMQUANT_KERNELS", "fast")
+    with pytest.raises(ValueError, match="auto, c, onednn, torch"):
+        kernels.survey()
+    monkeypatch.setenv("DMQUANT_KERNELS", "torch")
+    assert set(kernels.survey().values()) == {"DMQUANT_KERNELS=torch"}
+    assert kernels.run(conv(), torch.randn(2, 70, 6, 5)) is None
