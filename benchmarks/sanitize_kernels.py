@@ -1,0 +1,73 @@
+"""The C kernels under AddressSanitizer and UndefinedBehaviorSanitizer: odd shapes, tiny and large, every format, against float64.
+
+    python benchmarks/sanitize_kernels.py
+
+Needs gcc with its sanitizers. The sanitizer must be loaded before Python is, so the script starts itself once more. Leaks are not
+looked for: each thread keeps its scratch memory on purpose.
+"""
+
+import argparse
+import os
+import random
+import subprocess
+import sys
+import tempfile
+
+SANITIZERS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", type=int, default=150)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if os.environ.get("DMQUANT_SANITIZED"):
+        check(args.cases, args.seed)
+    else:
+        sys.exit(start_again())
+
+
+def start_again() -> int:
+    compiler = os.environ.get("CC") or "gcc"
+    library = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout.strip()
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {
+            **os.environ, "CC": compiler, "DMQUANT_SANITIZED": "1", "LD_PRELOAD": library, "XDG_CACHE_HOME": folder,
+            "ASAN_OPTIONS": "detect_leaks=0", "PYTHONMALLOC": "malloc",
+        }  # fmt: skip
+        return subprocess.run([sys.executable, *sys.argv], env=environment).returncode
+
+
+def check(cases: int, seed: int) -> None:
+    import torch
+
+    from dmquant.kernels import catalogue, compiler, dispatch
+    from tests.kernels.test_ops import error, expected, make_layer
+
+    compiler.OPTIONS = (*compiler.OPTIONS, *SANITIZERS)
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    usable = [kernel for kernel in catalogue.KERNELS if not catalogue.state(kernel)]
+    print("kernels:", ", ".join(kernel.name for kernel in usable))
+    for case in range(cases):
+        weight_bits, act_bits, bases = draw.randint(1, 8), draw.randint(1, 8), draw.choice([0, 0, 2])
+        channels, outputs, side = draw.choice([1, 3, 31, 64, 65, 130]), draw.choice([1, 16, 33, 70]), draw.choice([1, 2, 5, 8, 17, 40])
+        kernel, stride, padding = draw.choice([1, 2, 3, 5]), draw.randint(1, 3), draw.randint(0, 2)
+        if side + 2 * padding < kernel:
+            continue
+        options = {"bases": bases, "symmetric": draw.random() < 0.5, "stride": stride, "padding": padding}
+        layer = make_layer((outputs, channels, kernel, kernel), weight_bits, act_bits, **options)
+        x = torch.randn(draw.randint(1, 3), channels, side, draw.choice([1, 3, side, side + 1]) + kernel)
+        wanted = expected(layer, x)
+        torch.set_num_threads(draw.randint(1, 3))
+        for each in usable:
+            if each.fits(1 if bases else weight_bits, act_bits):
+                layer.weight.block(each.name)
+                found = dispatch.apply(layer, layer.weight.blocked, x)
+                layer.weight.release()
+                assert error(found, wanted) < 1e-5, (case, each.name, layer, tuple(x.shape))
+    print(f"{cases} cases without a finding")
+
+
+if __name__ == "__main__":
+    main()
