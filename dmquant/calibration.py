@@ -1,7 +1,7 @@
 """Sets what quantized layers start from: grids of weights from themselves, grids of inputs and biases from recorded samples."""
 
 import copy
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -22,16 +22,21 @@ def observe_weights(student: nn.Module) -> None:
 
 
 def observe_inputs(student: nn.Module, samples: Samples, *, batch: int, track: Track = plain) -> None:
-    """Shows every input quantizer what its layer or product reads when the student runs in float."""
+    """Shows every input quantizer what its layer or product reads when the student runs in float.
+
+    Meanwhile the student's clock, if it has one, is at the timesteps of the samples: a temporal quantizer sets its rows.
+    """
     readers = {name: part for name, part in quantized_inputs(student).items() if isinstance(part.input_quantizer, Quantizer)}
     collectors = {name: Collector(seed) for seed, name in enumerate(readers)}
     with ExitStack() as hooks:
         for name, reader in readers.items():
             hooks.callback(reader.register_forward_pre_hook(collectors[name].note).remove)
         run_float(student, track(samples.split(batch), "calibrate"))
-    for name, reader in readers.items():
-        if collectors[name].rows:  # a layer that never runs needs no grid
-            reader.input_quantizer.observe(torch.cat(collectors[name].rows))
+    clock = getattr(student, "clock", None)
+    with nullcontext() if clock is None else clock.at(samples.timestep, len(samples)):
+        for name, reader in readers.items():
+            if collectors[name].rows:  # a layer that never runs needs no grid
+                reader.input_quantizer.observe(torch.cat(collectors[name].rows))
 
 
 @torch.no_grad()

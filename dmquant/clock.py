@@ -117,7 +117,7 @@ def attach(clock: Clock, denoiser: nn.Module) -> None:
 
 
 def link(denoiser: nn.Module) -> None:
-    """Makes every timed module inside follow the denoiser's own clock."""
+    """Makes every timed module inside follow the denoiser's own clock, be it the copy of another's."""
     for module in denoiser.modules():
         if isinstance(module, Timed):
             module.follow(denoiser.clock)

@@ -19,13 +19,16 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
 from dmquant import __version__
+from dmquant.clock import LOOKUPS, Clock
 from dmquant.errors import DamagedFile, InputError
 from dmquant.layers import find_layers
-from dmquant.packed import FLOAT_BITS, KINDS, Format, Layout, PackedWeight, prepare_packed, read_layout, restore_float
+from dmquant.packed import FLOAT_BITS, KINDS, Format, Layout, PackedWeight, Timing, prepare_packed, read_layout, restore_float
 from dmquant.quantizers.base import FixedGrid
+from dmquant.quantizers.temporal import TEMPORAL
 
 FORMAT_VERSION = 1
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+EXACT = (PackedWeight, FixedGrid, Clock)  # modules whose tensors keep the dtype of the file whatever the model computes in
 
 
 class QuantMethod(str, Enum):
@@ -43,7 +46,8 @@ class DmquantConfig(QuantizationConfigMixin):
 
     def __init__(
         self, *, weight_bits: int, act_bits: int, kinds: Sequence[str] = (),
-        overrides: Mapping[str, list[int | str]] | None = None, attention_bits: int = FLOAT_BITS, method: str | None = None,
+        overrides: Mapping[str, list[int | str]] | None = None, attention_bits: int = FLOAT_BITS,
+        timing: Mapping[str, int | str] | None = None, method: str | None = None,
         settings: Mapping[str, Any] | None = None, base_model: str | None = None, record: Mapping[str, Any] | None = None,
         producer: str = f"dmquant {__version__}", format_version: int = FORMAT_VERSION, quant_method: str = "dmquant",
     ):  # fmt: skip
@@ -51,7 +55,7 @@ class DmquantConfig(QuantizationConfigMixin):
         self.format_version, self.producer = format_version, producer
         self.weight_bits, self.act_bits, self.kinds = weight_bits, act_bits, list(kinds)
         self.overrides = {name: list(entry) for name, entry in (overrides or {}).items()}
-        self.attention_bits = attention_bits
+        self.attention_bits, self.timing = attention_bits, None if timing is None else dict(timing)
         self.method, self.settings, self.base_model = method, dict(settings or {}), base_model
         self.record = dict(record or {})  # whatever else is known of how it was made: seed, timesteps, ...
 
@@ -70,7 +74,8 @@ class DmquantConfig(QuantizationConfigMixin):
     @property
     def layout(self) -> Layout:
         overrides = {name: Format(*entry[:2], tuple(entry[2:])) for name, entry in self.overrides.items()}
-        return Layout(Format(self.weight_bits, self.act_bits, tuple(self.kinds)), overrides, self.attention_bits)
+        timing = None if self.timing is None else Timing(**self.timing)
+        return Layout(Format(self.weight_bits, self.act_bits, tuple(self.kinds)), overrides, self.attention_bits, timing)
 
     @property
     def run(self) -> dict[str, Any]:
@@ -140,7 +145,7 @@ class DmquantQuantizer(DiffusersQuantizer):
         module, stored = model.get_submodule(path), state_dict[param_name]
         check_tensor(module, leaf, stored, name=param_name)
         # diffusers has cast param_value to torch_dtype already, which would move the grids
-        value = (stored if isinstance(module, (PackedWeight, FixedGrid)) else param_value).to(target_device)
+        value = (stored if isinstance(module, EXACT) else param_value).to(target_device)
         if leaf in module._parameters:
             module._parameters[leaf] = nn.Parameter(value)
         else:
@@ -164,17 +169,6 @@ class DmquantQuantizer(DiffusersQuantizer):
         return model
 
 
-class UnpackedQuantizer(DmquantQuantizer):
-    """Keeps diffusers from writing, or calling plain, a model whose layers still hold float weights and their quantizers."""
-
-    @property
-    def is_serializable(self) -> bool:
-        raise InputError("this denoiser is not packed yet; write it with dmquant.save(pipeline, folder)")
-
-    def _dequantize(self, model: nn.Module) -> nn.Module:
-        raise InputError("this denoiser is not packed yet; dequantize what dmquant.load(folder) gives after dmquant.save")
-
-
 def register() -> None:
     """Makes diffusers know dmquant. May be called again; refuses to push out somebody else."""
     for table, ours in (
@@ -194,6 +188,7 @@ def mark(model: nn.Module) -> None:
     overrides = {name: [*format[:2], *format.kinds] for name, format in layout.overrides.items()}
     known = {name: run.pop(name) for name in ("method", "settings", "base_model") if name in run}
     grids = {**layout.default._asdict(), "overrides": overrides, "attention_bits": layout.attention_bits}
+    grids["timing"] = None if layout.timing is None else layout.timing._asdict()
     config = DmquantConfig(**grids, **known, record=run)
     # through JSON, so that what is refused when read is refused before it is written
     config = DmquantConfig.from_dict(json.loads(json.dumps(config.to_dict(), allow_nan=False)))
@@ -203,17 +198,12 @@ def mark(model: nn.Module) -> None:
     model.dmquant_record = config.run
 
 
-def mark_unpacked(model: nn.Module) -> None:
-    """Makes diffusers' own save_pretrained refuse a model that is quantized and not packed yet."""
-    model.hf_quantizer = UnpackedQuantizer(None)
-
-
 def check_tensor(module: nn.Module, leaf: str, tensor: Tensor, *, name: str) -> None:
     """A DamagedFile if a stored tensor cannot be this parameter or buffer of this module."""
     expected = getattr(module, leaf)
     if tensor.shape != expected.shape:
         raise DamagedFile(f"{name} has shape {tuple(tensor.shape)} instead of {tuple(expected.shape)}")
-    is_grid = isinstance(module, (PackedWeight, FixedGrid))
+    is_grid = isinstance(module, EXACT)
     allowed = FLOAT_DTYPES if expected.is_floating_point() and not is_grid else (expected.dtype,)
     if tensor.dtype not in allowed:
         raise DamagedFile(f"{name} is {tensor.dtype} instead of {' or '.join(map(str, allowed))}")
@@ -248,12 +238,15 @@ def _check_config(config: dict[str, Any]) -> None:
     version = config.get("format_version")
     if type(version) is int and version > FORMAT_VERSION:
         raise InputError(f"needs dmquant >= {str(config.get('producer')).removeprefix('dmquant ')}, this is {__version__}")
-    if set(config) != set(_IS_VALID):
-        odd = sorted(set(config) ^ set(_IS_VALID))[0]
-        raise DamagedFile(f"quantization_config.{odd} is {'unknown' if odd in config else 'missing'}")
-    for key, is_valid in _IS_VALID.items():
-        if not is_valid(config[key]):
-            raise DamagedFile(f"quantization_config.{key} cannot be {config[key]!r}")
+    odd = sorted((set(config) ^ set(_IS_VALID)) - (LATER - set(config)))
+    if odd:
+        raise DamagedFile(f"quantization_config.{odd[0]} is {'unknown' if odd[0] in config else 'missing'}")
+    for key, value in config.items():
+        if not _IS_VALID[key](value):
+            raise DamagedFile(f"quantization_config.{key} cannot be {value!r}")
+    kinds = {*config["kinds"], *chain.from_iterable(entry[2:] for entry in config["overrides"].values())}
+    if TEMPORAL in kinds and config.get("timing") is None:
+        raise DamagedFile("quantization_config.timing is missing: there are grids per timestep")
 
 
 def _is_bits(value: object) -> bool:
@@ -271,6 +264,12 @@ def _is_overrides(value: object) -> bool:
     )
 
 
+def _is_timing(value: object) -> bool:
+    is_pair = isinstance(value, dict) and set(value) == set(Timing._fields)
+    has_steps = is_pair and type(value["num_steps"]) is int and 1 <= value["num_steps"] <= MAX_STEPS
+    return value is None or (has_steps and value["lookup"] in LOOKUPS)
+
+
 def _is_text(value: object) -> bool:
     return value is None or isinstance(value, str)
 
@@ -279,10 +278,12 @@ def _is_json_object(value: object) -> bool:
     return isinstance(value, dict) and all(math.isfinite(number) for number in value.values() if isinstance(number, float))
 
 
+MAX_STEPS = 1 << 20  # more timesteps than any sampler has
+LATER = {"attention_bits", "timing"}  # keys that older files do not have
 _IS_VALID = {
     "quant_method": _is_text, "format_version": lambda value: value == FORMAT_VERSION and type(value) is int,
     "producer": lambda value: isinstance(value, str), "weight_bits": _is_bits, "act_bits": _is_bits,
-    "kinds": _is_kinds, "overrides": _is_overrides, "attention_bits": _is_bits,
+    "kinds": _is_kinds, "overrides": _is_overrides, "attention_bits": _is_bits, "timing": _is_timing,
     "method": _is_text, "settings": _is_json_object, "base_model": _is_text,
     "record": _is_json_object,
 }  # fmt: skip

@@ -18,15 +18,17 @@ from torch import Tensor, nn
 
 from dmquant import kernels
 from dmquant.attention import QuantInput, product_bits, quantize_products, restore_products
+from dmquant.clock import NEAREST, Clock, attach, detach, link
 from dmquant.kernels.blocked import BlockedCodes
 from dmquant.layers import find_layers, quantized_layers
 from dmquant.packing import check_bits, pack, unpack
 from dmquant.quantizers.base import BasisCodes, Codes, FixedGrid, Quantizer
+from dmquant.quantizers.temporal import TEMPORAL, TemporalGrid
 
 FLOAT_BITS = 32
 Bits = tuple[int, int]  # of weights, of activations
 BASES = "bases"  # every bit plane of the weight is a binary basis with a scale of its own
-KINDS = (BASES,)
+KINDS = (BASES, TEMPORAL)
 
 
 class Format(NamedTuple):
@@ -38,6 +40,13 @@ class Format(NamedTuple):
 
 
 FLOAT = Format(FLOAT_BITS, FLOAT_BITS)
+
+
+class Timing(NamedTuple):
+    """How many calibrated timesteps the tables of temporal grids have, and how timesteps between them are looked up."""
+
+    num_steps: int
+    lookup: str = NEAREST
 
 
 class PackedWeight(BlockedCodes):
@@ -141,6 +150,7 @@ class Layout:
     default: Format
     overrides: Mapping[str, Format] = field(default_factory=dict)
     attention_bits: int = FLOAT_BITS  # of the factors of attention products
+    timing: Timing | None = None  # of a denoiser with temporal grids
 
     def format(self, name: str) -> Format:
         return self.overrides.get(name, self.overrides.get(_generalize(name), self.default))
@@ -163,7 +173,9 @@ def read_layout(denoiser: nn.Module, bits: Bits | None = None) -> Layout:
         for name, format in found.items()
         if format != default
     }
-    return Layout(default, overrides, product_bits(denoiser) or FLOAT_BITS)
+    clock = getattr(denoiser, "clock", None)
+    timing = Timing(len(clock.timesteps), clock.lookup) if isinstance(clock, Clock) else None
+    return Layout(default, overrides, product_bits(denoiser) or FLOAT_BITS, timing)
 
 
 def layer_bits(layer: nn.Module) -> Bits:
@@ -197,14 +209,17 @@ def pack_model(denoiser: nn.Module) -> nn.Module:
     memo |= {id(layer): pack_layer(layer) for layer in quantized_layers(denoiser).values()}
     grids = (module.input_quantizer for module in denoiser.modules() if isinstance(module, QuantInput))
     memo |= {id(grid): grid.freeze() for grid in grids if isinstance(grid, Quantizer)}
-    return deepcopy(denoiser, memo)
+    packed = deepcopy(denoiser, memo)
+    link(packed)
+    return packed
 
 
 @torch.no_grad()
 def pack_layer(layer: nn.Module) -> nn.Module:
     """The packed layer of a quantized one; a float layer if neither its weight nor its input is quantized."""
     format = layer_format(layer)
-    packed = empty_layer(layer, format, dtype=layer.weight.dtype, device=layer.weight.device)
+    clock = getattr(layer.input_quantizer, "clock", None)
+    packed = empty_layer(layer, format, dtype=layer.weight.dtype, device=layer.weight.device, clock=clock)
     if format.weight_bits == FLOAT_BITS:
         packed.weight = _share(layer.weight)
     else:
@@ -222,9 +237,12 @@ def prepare_packed(denoiser: nn.Module, layout: Layout, *, dtype: torch.dtype) -
     unknown = sorted(layout.unused(list(layers)))
     if unknown:
         raise ValueError(f"no Linear, Conv1d or Conv2d layer named {unknown[0]!r} in {type(denoiser).__name__}")
+    clock = None if layout.timing is None else Clock(torch.zeros(layout.timing.num_steps, device="meta"), layout.timing.lookup)
     for name, layer in layers.items():
         if layout.format(name) != FLOAT:
-            _replace(denoiser, name, empty_layer(layer, layout.format(name), dtype=dtype, device="meta"))
+            _replace(denoiser, name, empty_layer(layer, layout.format(name), dtype=dtype, device="meta", clock=clock))
+    if clock is not None:
+        attach(clock, denoiser)
     if layout.attention_bits != FLOAT_BITS:
         quantize_products(denoiser, lambda: FixedGrid(layout.attention_bits, "meta"))
 
@@ -239,21 +257,31 @@ def restore_float(denoiser: nn.Module) -> None:
         layer.bias = packed.bias
         _replace(denoiser, name, layer.train(packed.training))
     restore_products(denoiser)
+    detach(denoiser)
 
 
-def empty_layer(layer: nn.Module, format: Format, *, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
+def empty_layer(
+    layer: nn.Module, format: Format, *, dtype: torch.dtype, device: torch.device | str, clock: Clock | None = None
+) -> nn.Module:
     """A layer with the options of the one given, its parameters on the meta device: packed, or plain where all is float."""
     kind = next(kind for kind in PACKED if isinstance(layer, kind))
     options = {name: getattr(layer, name) for name in OPTIONS[kind]}
     new = (kind if format == FLOAT else PACKED[kind])(**options, bias=layer.bias is not None, dtype=dtype, device="meta")
     if format != FLOAT:
-        new.input = nn.Identity() if format.act_bits == FLOAT_BITS else FixedGrid(format.act_bits, device)
+        new.input = empty_grid(format, device=device, clock=clock)
     if format.weight_bits != FLOAT_BITS:
         shape = new.weight.shape
         del new.weight
         holder = PackedBases if BASES in format.kinds else PackedWeight
         new.weight = holder(shape, format.weight_bits, dtype=dtype, device=device)
     return new
+
+
+def empty_grid(format: Format, *, device: torch.device | str, clock: Clock | None) -> nn.Module:
+    """What quantizes the input of a packed layer; a temporal grid has a row for each step of the clock."""
+    if format.act_bits == FLOAT_BITS:
+        return nn.Identity()
+    return TemporalGrid(format.act_bits, clock, device) if TEMPORAL in format.kinds else FixedGrid(format.act_bits, device)
 
 
 def _share(tensor: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dmquant import hf
+from dmquant.clock import Clock, attach
 from dmquant.errors import DamagedFile, InputError
 from dmquant.hf import DmquantConfig, DmquantQuantizer
 from dmquant.layers import swap
 from dmquant.packed import PackedWeight, pack_model, packed_layers
 from dmquant.quantizers.base import FixedGrid
+from dmquant.quantizers.temporal import TemporalStep
 from dmquant.quantizers.uniform import Uniform
 from tests.conftest import TINY_UNET
 
@@ -58,7 +61,8 @@ MODELS: dict[type[ModelMixin], tuple[dict, dict]] = {  # config, inputs: tensors
 }  # fmt: skip
 
 
-def make_packed(kind: type[ModelMixin] = UNet2DModel) -> ModelMixin:
+def make_packed(kind: type[ModelMixin] = UNet2DModel, timesteps: list[float] | None = None) -> ModelMixin:
+    """Random codes and static grids; with timesteps, temporal grids with a row for each."""
     torch.manual_seed(0)
     model = kind(**MODELS[kind][0]).eval()
     for parameter in model.parameters():  # some models start at zero
@@ -67,12 +71,16 @@ def make_packed(kind: type[ModelMixin] = UNet2DModel) -> ModelMixin:
     def choose(name: str, layer: nn.Module) -> tuple[nn.Module, nn.Module]:
         bits = 8 if "time" in name or name.endswith(("_in", "_out")) else 4
         weight = Uniform(bits, num_channels=len(layer.weight), ndim=layer.weight.ndim, init="minmax")
-        grid = Uniform(8, symmetric=False, init="minmax")
+        grid = Uniform(8, symmetric=False, init="minmax") if clock is None else TemporalStep(8, clock)
         weight.observe(layer.weight)
-        grid.observe(torch.randn(200))
+        with nullcontext() if clock is None else clock.at(clock.timesteps, len(clock.timesteps)):
+            grid.observe(torch.randn(len(timesteps or [0]), 200))
         return weight, grid
 
+    clock = None if timesteps is None else Clock(torch.tensor(timesteps))
     swap(model, choose)
+    if clock is not None:
+        attach(clock, model)
     model.dmquant_record = {"method": "minmax", "settings": {"lr": 0.1}, "base_model": "tiny", "seed": 3}
     packed = pack_model(model)
     hf.mark(packed)
@@ -149,6 +157,46 @@ def test_scales_stay_in_float32_when_the_model_is_loaded_in_half_precision(tmp_p
     assert loaded.dtype == next(iter(packed_layers(loaded).values())).weight.dtype == dtype
     output = run(loaded, dtype)
     assert output.dtype == dtype and (output - run(model)).abs().mean() < 0.1 * run(model).abs().mean()
+
+
+@pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
+@torch.no_grad()
+def test_temporal_grids_of_every_family_come_back_with_their_clock_from_the_file_alone(kind, tmp_path):
+    model = make_packed(kind, [9.0, 1.0, 0.9, 0.1])
+    model.save_pretrained(tmp_path)
+    loaded = kind.from_pretrained(tmp_path)
+    assert equal(loaded.state_dict(), model.state_dict()) and torch.equal(run(loaded), run(model))
+    assert loaded.clock.timesteps.tolist() == model.clock.timesteps.tolist()
+    inputs = [layer.input for layer in packed_layers(loaded).values()]
+    assert all(grid.clock is loaded.clock and grid.scale.shape == (4,) for grid in inputs)
+    assert loaded.config.quantization_config.timing == {"num_steps": 4, "lookup": "nearest"}
+
+
+@torch.no_grad()
+def test_timesteps_and_temporal_grids_stay_in_float32_when_the_model_is_loaded_in_half_precision(tmp_path):
+    model = make_packed(UNet2DModel, [999.0, 9.0, 1.0])
+    model.save_pretrained(tmp_path)
+    loaded = UNet2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert loaded.clock.timesteps.dtype == torch.float32 and equal(grids(loaded), grids(model))
+    assert run(loaded, torch.bfloat16).isfinite().all()
+    plain = UNet2DModel.from_pretrained(tmp_path).dequantize()
+    assert not hasattr(plain, "clock") and run(plain).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "timing", [None, ..., {"num_steps": 0, "lookup": "nearest"}, {"num_steps": True, "lookup": "nearest"}, {"num_steps": 2}, [2],
+               {"num_steps": 3, "lookup": "nearest"}, {"num_steps": 2, "lookup": "cubic"}, {"num_steps": 1 << 40, "lookup": "linear"}]
+)  # fmt: skip
+def test_a_timing_that_is_missing_or_wrong_is_refused(tmp_path, timing):
+    make_packed(UNet2DModel, [9.0, 1.0]).save_pretrained(tmp_path)
+    change_config(tmp_path, timing=timing)
+    with pytest.raises(DamagedFile, match=r"timing|shape \(2,\) instead of \(3,\)"):
+        UNet2DModel.from_pretrained(tmp_path)
+
+
+def test_files_from_before_attention_bits_and_timing_load(damaged, unet):
+    change_config(damaged, attention_bits=..., timing=...)
+    assert torch.equal(run(UNet2DModel.from_pretrained(damaged)), run(unet))
 
 
 def test_the_config_prints_itself_and_survives_json(unet):

@@ -9,13 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from dmquant.clock import Clock, attach
 from dmquant.layers import quantized, swap
 from dmquant.packed import (
-    BASES, FLOAT, FLOAT_BITS, Format, Layout, PackedBases, PackedConv2d, PackedWeight, layer_bits, layer_format, layers_of,
-    pack_layer, pack_model, packed_layers, prepare_packed, read_layout, restore_float,
+    BASES, FLOAT, FLOAT_BITS, Format, Layout, PackedBases, PackedConv2d, PackedWeight, Timing, layer_bits, layer_format,
+    layers_of, pack_layer, pack_model, packed_layers, prepare_packed, read_layout, restore_float,
 )
 from dmquant.quantizers.base import BasisCodes, FixedGrid
 from dmquant.quantizers.binary import Binary
+from dmquant.quantizers.temporal import TEMPORAL, TemporalGrid, TemporalStep
 from dmquant.quantizers.uniform import Uniform
 
 LAYERS = {
@@ -222,6 +224,50 @@ def test_a_layout_remembers_which_weights_are_bases():
     prepare_packed(empty, read_layout(packed), dtype=torch.float32)
     empty.load_state_dict(packed.state_dict(), assign=True)
     assert isinstance(empty.conv_out.weight, PackedBases) and torch.equal(run(empty.eval()), run(packed))
+
+
+def timed_unet(lookup: str = "nearest") -> nn.Module:
+    """A tiny UNet whose inputs, but those of the time embedding, have a grid for each of three timesteps."""
+    unet, clock = tiny_unet(), Clock(torch.tensor([700.0, 300.0, 3.0]), lookup)
+    for name, layer in layers_of(unet).items():
+        if not name.startswith("time_embedding"):
+            layer.input_quantizer = TemporalStep(8, clock)
+            with clock.at(torch.tensor([700, 300, 3]), 3):
+                layer.input_quantizer.observe(torch.randn(3, 50) * torch.tensor([[1.0], [2.0], [3.0]]))
+    attach(clock, unet)
+    return unet
+
+
+@pytest.mark.parametrize("lookup", ["nearest", "linear"])
+def test_temporal_grids_run_packed_as_they_did_each_model_by_its_own_clock(lookup):
+    unet = timed_unet(lookup)
+    packed = pack_model(unet)
+    assert torch.equal(run(packed), run(unet))
+    assert packed.clock is not unet.clock and packed.conv_in.input.clock is packed.clock
+    assert unet.conv_in.input_quantizer.clock is unet.clock
+    packed.clock.set(torch.tensor(300), 2)
+    assert unet.clock.step.tolist() == [2, 0]
+
+
+@pytest.mark.parametrize("lookup", ["nearest", "linear"])
+def test_a_layout_says_which_grids_are_temporal_and_over_how_many_steps(lookup):
+    packed = pack_model(timed_unet(lookup))
+    layout = read_layout(packed)
+    assert layout.timing == Timing(3, lookup) and layout.default == Format(4, 8, (TEMPORAL,))
+    assert layout.format("time_embedding.linear_1") == Format(4, 8)
+    with torch.device("meta"):
+        empty = UNet2DModel.from_config(packed.config)
+    prepare_packed(empty, layout, dtype=torch.float32)
+    empty.load_state_dict(packed.state_dict(), assign=True)
+    assert type(empty.conv_in.input) is TemporalGrid and type(empty.time_embedding.linear_1.input) is FixedGrid
+    assert torch.equal(run(empty.eval()), run(packed))
+
+
+def test_a_model_made_float_again_has_no_clock():
+    restored = pack_model(timed_unet())
+    restore_float(restored)
+    assert not any("clock" in name for name in restored.state_dict()) and read_layout(restored).timing is None
+    assert run(restored).isfinite().all()
 
 
 def test_an_override_of_no_layer_is_found():
