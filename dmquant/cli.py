@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
-from dmquant import __version__, arguments, console, measuring, ranks
+from dmquant import __version__, arguments, comparing, console, measuring, ranks
 from dmquant.failures import INTERRUPTED, explain
 from dmquant.options import HIDDEN, Batch, Device, GivenModel, Model, Sampler, Seed, Steps
 
@@ -105,7 +105,7 @@ def quantize(
 
 
 app.command("eval")(measuring.evaluate)
-app.command()(measuring.compare)
+app.command()(comparing.compare)
 app.command()(measuring.reference)
 
 

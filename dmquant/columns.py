@@ -1,6 +1,6 @@
 """The quantities that reports are compared by: how each is called, its unit, which way is better, how it is rounded."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 Cell = str | int | float | None
 ABSENT = "–"
@@ -73,7 +73,9 @@ def name_metric(name: str) -> Column:
     known = METRICS[kind]
     if not extractor:
         return known
-    _, title, decimals = ELSEWHERE.get(kind, ("", known.title, known.decimals))
+    if kind not in ELSEWHERE:  # a name that promises no network: whose features it was taken in stands in the protocol
+        return replace(known, key=name)
+    _, title, decimals = ELSEWHERE[kind]
     return Column(name, f"{title} {extractor}", known.unit, known.better, decimals)
 
 

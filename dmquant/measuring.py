@@ -1,17 +1,13 @@
-"""The commands that measure: eval, compare, reference. Like all commands thin, with everything heavy imported inside them."""
+"""The commands that measure: eval and reference. Like all commands thin, with everything heavy imported inside them."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from dmquant import arguments, console, ranks
 from dmquant.errors import Interrupted
 from dmquant.options import HIDDEN, Batch, Device, Model, Sampler, Seed, Steps
-
-if TYPE_CHECKING:
-    from dmquant.comparison import Comparison
-    from dmquant.report import Report
 
 REPORT = "File NAME.json, or folder for report.json; default: beside a quantized MODEL, else runs/eval-NAME."
 Extractor = Annotated[str, typer.Option(help="resnet-cifar10 or inception.")]
@@ -71,46 +67,6 @@ def evaluate(
         console.show_comparison(comparison.compare([report]))
     console.say(f"wrote {file}")
     ranks.leave_together()
-
-
-def compare(
-    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Reports, or folders that hold a report.json.")],
-    form: Annotated[Literal["table", "md", "csv", "json", "latex"], typer.Option("--format", help="How to write it.")] = "table",
-    mixed: Annotated[bool, typer.Option("--mixed", help="Allow different protocols; what differs becomes a column.")] = False,
-    html: Annotated[Path | None, typer.Option(help="Also write a page: table, plots, samples, settings.", **HIDDEN)] = None,
-    samples: Annotated[int, typer.Option(help="Images of each model on the page; 0 opens no pipeline.", min=0, max=64)] = 8,
-    device: Device = None,
-) -> None:
-    """Put reports side by side, the float model first."""
-    from dmquant import comparison
-    from dmquant.report import Report
-
-    if html is not None:
-        arguments.require_page(html)
-    reports = [Report.load(path) for path in paths]
-    table = comparison.compare(reports, mixed=mixed)
-    if form == "table":
-        console.show_comparison(table)
-    else:
-        write = {"md": table.to_markdown, "csv": table.to_csv, "json": table.to_json, "latex": table.to_latex}
-        console.show(write[form]())
-    if html is not None:
-        _write_page(html, table, reports, samples, device)
-
-
-def _write_page(file: Path, table: "Comparison", reports: list["Report"], samples: int, device: str | None) -> None:
-    from dmquant import page
-
-    strips = []
-    if samples:
-        from dmquant import gallery, sheet
-
-        strips = sheet.draw_strips(
-            reports, samples, device=device, cache=gallery.default_folder(), track=console.Tracker()
-        )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(page.render(table, reports, strips), encoding="utf-8")
-    console.say(f"wrote {file}")
 
 
 def reference(

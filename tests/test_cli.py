@@ -146,7 +146,7 @@ def test_doctor_reports_versions_as_table_and_json(capsys):
         (["quantize", "--seed", "1.5"], "--seed"),
         (["eval", "--metod", "x"], "--metod"),
         (["eval", "--num-images", "1"], "--num-images"),
-        (["compare"], "PATH"),
+        (["compare"], "nothing to compare"),
         (["compare", "nowhere.json"], "nowhere.json does not exist"),
         (["compare", ".", "--format", "xls"], "--format"),
         (["methods", "lqs"], "did you mean 'lsq'"),
@@ -240,7 +240,7 @@ def failing_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("dmquant.comparison.compare", fail)
+    monkeypatch.setattr("dmquant.report.Report.load", fail)
 
 
 def test_out_of_memory_exits_with_4_and_advice(capsys, monkeypatch):

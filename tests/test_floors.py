@@ -15,9 +15,10 @@ FLOORS = (
     {"denoiser", "blocks", "generation", "samples", "calibration", "distill", "denoising", "runs"},
     {"methods"},
     {"quantization", "checkpoint", "hf", "metrics", "cost", "gallery"},
-    {"evaluation", "coverage", "environment", "page", "sheet"},
+    {"evaluation", "coverage", "environment", "page", "sheet", "cards"},
+    {"experiments"},
     {"console", "failures", "arguments", "interruption", "options"},
-    {"measuring"},
+    {"measuring", "comparing"},
     {"cli"},
     {"__init__", "__main__"},
 )

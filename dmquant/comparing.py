@@ -1,0 +1,139 @@
+"""The command that compares: reports that are there, or experiments that it runs first. Over reports alone it needs no torch."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from dmquant import arguments, console
+from dmquant.errors import DmquantError, InputError, Interrupted
+from dmquant.options import HIDDEN, Device
+
+if TYPE_CHECKING:
+    from dmquant.comparison import Comparison
+    from dmquant.experiments import Plan
+    from dmquant.report import Report
+    from dmquant.runs import SavedRun
+
+RUN = "METHOD:W/A[,KEY=VALUE...] to quantize and evaluate; may be repeated."
+PLAN = "JSON list of experiments with their protocol."
+Format = Literal["table", "md", "csv", "json", "latex"]
+Metrics = Annotated[str | None, typer.Option(help="For --run: fid,sfid,kid,is,prdc,psnr,ssim,cosine.", show_default="fid,psnr")]
+
+
+def compare(
+    paths: Annotated[list[Path] | None, typer.Argument(metavar="PATH...", help="Reports, or folders with a report.json.")] = None,
+    form: Annotated[Format, typer.Option("--format", help="How to write it.")] = "table",
+    mixed: Annotated[bool, typer.Option("--mixed", help="Allow different protocols; what differs becomes a column.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Also write a page: table, plots, samples, settings.", **HIDDEN)] = None,
+    samples: Annotated[int, typer.Option(help="Images of each model on the page; 0 opens no pipeline.", min=0, max=64)] = 8,
+    cards: Annotated[bool, typer.Option("--cards", help="Also write a model card into each quantized folder.")] = False,
+    runs: Annotated[list[str] | None, typer.Option("--run", help=RUN)] = None,
+    plan: Annotated[Path | None, typer.Option("--experiments", help=PLAN, **HIDDEN)] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder of the experiments.", **HIDDEN)] = None,
+    model: Annotated[str | None, typer.Option(help="Float pipeline of the experiments.", show_default="embedded")] = None,
+    metrics: Metrics = None,
+    num_images: Annotated[int | None, typer.Option(help="For --run.", min=2, show_default="1000")] = None,
+    steps: Annotated[int | None, typer.Option(help="For --run.", min=1, show_default="20")] = None,
+    batch: Annotated[int | None, typer.Option(help="For --run.", min=1, show_default="50")] = None,
+    device: Device = None,
+) -> None:
+    """Put reports side by side, the float model first; with --run or --experiments, make them before."""
+    if html is not None:
+        arguments.require_page(html)
+    given = {"num_images": num_images, "steps": steps, "batch": batch}
+    protocol, failures = {name: value for name, value in given.items() if value is not None}, {}
+    if runs or plan:
+        paths, failures = _run(paths, runs or [], plan, output, model, device, metrics, protocol)
+    elif any((output, model, metrics, protocol)):
+        raise InputError("-o, --model, --metrics, --num-images, --steps and --batch are for --run and --experiments")
+    _show(paths or [], form, mixed, html, samples, cards, device)
+    if failures:
+        raise DmquantError("; ".join(f"{name} failed: {reason}" for name, reason in failures.items()))
+
+
+def _run(
+    paths: list[Path] | None, runs: list[str], plan: Path | None, output: Path | None, model: str | None, device: str | None,
+    metrics: str | None, protocol: dict[str, int],
+) -> tuple[list[Path], dict[str, str]]:
+    """Does the experiments; the folders with a report, the float model's first, and what failed."""
+    if output is None:
+        raise InputError("give the folder of the experiments with -o")
+    if plan is not None and (metrics or protocol):
+        raise InputError("the file of --experiments holds its protocol; leave out --metrics, --num-images, --steps and --batch")
+    from dmquant import denoiser, experiments, gallery
+
+    chosen = _make_plan(runs, plan, metrics, protocol)
+    denoiser.locate(model)
+    arguments.require_writable(output)
+    how = {"begin": _begin, "cache": gallery.default_folder(), "tell": console.say, "track": console.Tracker()}
+    try:
+        results = experiments.run_plan(chosen, output, model=model, device=device or denoiser.choose_device(), **how)
+    except (KeyboardInterrupt, Interrupted):
+        raise Interrupted("interrupted; the same command goes on") from None
+    return [*(output / name for name in results.reports), *(paths or [])], results.failures
+
+
+def _make_plan(runs: list[str], plan: Path | None, metrics: str | None, protocol: dict[str, int]) -> "Plan":
+    from dmquant.experiments import DEFAULT_METRICS, Plan, parse_run, read_plan
+
+    own = tuple(parse_run(run) for run in runs)
+    if plan is None:
+        return Plan(own, protocol, tuple(metrics.split(",")) if metrics else DEFAULT_METRICS)
+    read = read_plan(plan)
+    return Plan((*read.experiments, *own), read.given, read.metrics)
+
+
+@contextmanager
+def _begin(folder: Path) -> Iterator["SavedRun"]:
+    """The saved run beside an experiment's folder, continued where there is one; the first Ctrl-C saves it."""
+    from dmquant.interruption import Stop
+    from dmquant.runs import SavedRun
+
+    with Stop() as stop:
+        run = SavedRun(folder.absolute().with_name(f"{folder.name}.run"), should_stop=stop)
+        yield run
+        run.remove()
+
+
+def _show(
+    paths: list[Path], form: Format, mixed: bool, html: Path | None, samples: int, cards: bool, device: str | None
+) -> None:
+    from dmquant import comparison
+    from dmquant.report import Report
+
+    reports = [Report.load(path) for path in paths]
+    table = comparison.compare(reports, mixed=mixed)
+    if form == "table":
+        console.show_comparison(table)
+    else:
+        write = {"md": table.to_markdown, "csv": table.to_csv, "json": table.to_json, "latex": table.to_latex}
+        console.show(write[form]())
+    if html is not None:
+        _write_page(html, table, reports, samples, device)
+    if cards:
+        _write_cards(paths, reports, mixed)
+
+
+def _write_page(file: Path, table: "Comparison", reports: list["Report"], samples: int, device: str | None) -> None:
+    from dmquant import page
+
+    strips = []
+    if samples:
+        from dmquant import gallery, sheet
+
+        how = {"device": device, "cache": gallery.default_folder(), "track": console.Tracker()}
+        strips = sheet.draw_strips(reports, samples, **how)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(page.render(table, reports, strips), encoding="utf-8")
+    console.say(f"wrote {file}")
+
+
+def _write_cards(paths: list[Path], reports: list["Report"], mixed: bool) -> None:
+    from dmquant.cards import write_card
+
+    for path, report in zip(paths, reports, strict=True):
+        if (path / "model_index.json").is_file() and not report.is_float:
+            console.say(f"wrote {write_card(path, report, reports, mixed=mixed)}")

@@ -1,0 +1,91 @@
+"""compare as a user gives it: over reports, with page and cards, and with experiments that it runs first."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dmquant import cli, experiments
+from dmquant.cards import MARK
+from dmquant.report import Report
+
+SMALL = "trajectories=1,sampling_steps=2,calibration_samples=2,batch=2,max_steps=1"
+QUICK = ["--metrics", "psnr", "--num-images", 4, "--steps", 2, "--batch", 2, "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def in_a_fresh_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*arguments: object) -> int:
+    return cli.run(["compare", *(str(argument) for argument in arguments)])
+
+
+def fails(capsys: pytest.CaptureFixture, *arguments: object) -> tuple[int, str]:
+    code = run(*arguments)
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1, (out, err)
+    return code, err
+
+
+def test_runs_are_done_and_shown_and_done_once(tiny_folder, capsys):
+    line = ["--model", tiny_folder, "--run", f"lsq:4/8,{SMALL}", "--run", f"lsq:2/8,{SMALL}", "-o", "all", *QUICK]
+    assert run(*line, "--format", "json", "--html", "page.html", "--samples", 2, "--cards") == 0
+    out, err = capsys.readouterr()
+    assert [row["bits"] for row in json.loads(out)["rows"]] == ["32/32", "4/8", "2/8"]
+    assert "2 of 2 experiments to do, about " in err and "wrote page.html" in err and err.count("README.md") == 2
+    folders = sorted(path.name for path in Path("all").iterdir() if path.is_dir())
+    assert len(folders) == 3 and folders[0] == "float" and MARK in (Path("all") / folders[1] / "README.md").read_text()
+    assert Path("page.html").read_text(encoding="utf-8").count("data:image/png") == 5  # three strips, two differences
+    assert cli.run(["verify", f"all/{folders[1]}"]) == 0
+    capsys.readouterr()
+    assert run(*line, "--format", "json") == 0
+    again = capsys.readouterr()
+    assert again.out == out and "experiments to do" not in again.err
+
+
+def test_a_list_in_a_file_brings_its_protocol(tiny_folder, capsys):
+    settings = {key: int(value) for key, value in (pair.split("=") for pair in SMALL.split(","))}
+    protocol = {"num_images": 4, "steps": 2, "batch": 2}
+    plan = {"protocol": protocol, "metrics": ["psnr"], "runs": [{"name": "a", "method": "lsq", **settings}]}
+    Path("list.json").write_text(json.dumps(plan))
+    assert run("--model", tiny_folder, "--experiments", "list.json", "-o", "all", "--device", "cpu") == 0
+    assert Report.load("all/a").protocol.num_images == 4 and "PSNR" in capsys.readouterr().out
+    code, err = fails(capsys, "--experiments", "list.json", "-o", "all", "--steps", 3)
+    assert code == 2 and "holds its protocol" in err
+
+
+def test_a_failure_is_told_after_the_table_of_the_rest(tiny_folder, capsys, monkeypatch):
+    monkeypatch.setattr(experiments, "quantize", lambda *_, **__: 1 / 0)
+    assert run("--model", tiny_folder, "--run", f"lsq:4/8,{SMALL}", "-o", "all", *QUICK, "--format", "json") == 1
+    out, err = capsys.readouterr()
+    assert len(json.loads(out)["rows"]) == 1 and err.splitlines()[-1].startswith("error: lsq-w4a8")
+
+
+def test_an_interrupt_says_that_the_same_command_goes_on(tiny_folder, capsys, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiments, "quantize", stop)
+    assert run("--model", tiny_folder, "--run", f"lsq:4/8,{SMALL}", "-o", "all", *QUICK) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to compare"),
+        (["--run", "lsq:4/8"], "folder of the experiments with -o"),
+        (["--run", "lsq", "-o", "x"], "a run is METHOD:W/A"),
+        (["--run", "lsq:4/8", "-o", "x", "--metrics", "fid,fdi"], "did you mean 'fid'"),
+        (["--experiments", "nowhere.json", "-o", "x"], "nowhere.json does not exist"),
+        ([".", "-o", "x"], "are for --run and --experiments"),
+        ([".", "--steps", "3"], "are for --run and --experiments"),
+        ([".", "--html", "page.txt"], "ends in .html"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, capsys):
+    code, err = fails(capsys, *arguments)
+    assert code == 2 and message in err
+    assert list(Path().iterdir()) == []
