@@ -1,4 +1,4 @@
-"""The story: record the teacher, prepare the student, calibrate it, fine-tune it."""
+"""The story: record the teacher, prepare the student, calibrate it, fine-tune it, pack it."""
 
 import copy
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from dmquant.errors import InputError
 from dmquant.generation import Conditioning
 from dmquant.layers import find_layers
 from dmquant.methods.base import Method
-from dmquant.packed import FLOAT_BITS
+from dmquant.packed import FLOAT_BITS, pack_model
 from dmquant.progress import Track, plain
 from dmquant.runs import Run
 from dmquant.samples import Samples, record
@@ -30,15 +30,28 @@ def quantize(
     conditioning: Conditioning = Conditioning(), samples: Samples | None = None, run: Run = Run(), track: Track = plain,
     **settings: Any,
 ) -> DiffusionPipeline:
-    """A pipeline like the one given with a quantized, fine-tuned denoiser; the one given is left as it is.
+    """A pipeline like the one given with a quantized, fine-tuned and packed denoiser; the one given is left as it is.
 
     `method` is a name with its `settings` (weight_bits=4, act_bits=8, ...) or a Method. `data` names images to train on
     instead of the teacher's own samples; `samples` is a recording to share between methods; `run`, a SavedRun, survives
-    interruption. Raises InputError for what cannot be quantized as asked.
+    interruption. What comes back computes what dmquant.load gives after dmquant.save. Raises InputError for what cannot be
+    quantized as asked.
     """
     method = resolve(method, settings)
+    how = {"seed": seed, "data": data, "conditioning": conditioning, "samples": samples, "run": run, "track": track}
+    packed = pack_model(make_student(pipeline, method, **how))
+    packed.dmquant_record = describe_run(pipeline, method, seed)
+    hf.mark(packed)
+    return with_denoiser(pipeline, find_denoiser(pipeline)[0], packed)
+
+
+def make_student(
+    pipeline: DiffusionPipeline, method: Method, *, seed: int = 0, data: str | Path | None = None,
+    conditioning: Conditioning = Conditioning(), samples: Samples | None = None, run: Run = Run(), track: Track = plain,
+) -> nn.Module:  # fmt: skip
+    """The denoiser before it is packed: float weights and their quantizers, fine-tuned. Arguments as for `quantize`."""
     refuse_unfit(pipeline, method, seed)
-    name, teacher = find_denoiser(pipeline)
+    teacher = find_denoiser(pipeline)[1]
     objective = None if data is None else open_denoising(pipeline, data)
     run.open(list_facts(pipeline, method, seed, conditioning), list_tensors(teacher, objective, samples))
     if samples is None:
@@ -50,9 +63,7 @@ def quantize(
     objective = objective or Distillation(samples, weigh(samples, pipeline.scheduler, method.snr_cap))
     with evaluating(teacher):
         method.finetune(student, objective, teacher=teacher, samples=samples, seed=seed, run=run, track=track)
-    student.dmquant_record = describe_run(pipeline, method, seed)
-    hf.mark_unpacked(student)
-    return with_denoiser(pipeline, name, student.eval().requires_grad_(False))
+    return student.eval().requires_grad_(False)
 
 
 def plan(pipeline: DiffusionPipeline, method: str | Method = "lsq", **settings: Any) -> dict[str, tuple[int, int]]:

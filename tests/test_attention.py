@@ -14,7 +14,7 @@ from dmquant.cost import measure_cost
 from dmquant.denoiser import open_pipeline
 from dmquant.errors import InputError
 from dmquant.methods.lsq.method import LSQ
-from dmquant.quantization import quantize
+from dmquant.quantization import make_student, quantize
 from dmquant.quantizers.base import FixedGrid
 from dmquant.quantizers.uniform import LearnedStep
 from dmquant.samples import record
@@ -84,18 +84,18 @@ def samples(pipeline):
 
 
 def test_products_are_calibrated_trained_and_come_back_from_the_file(pipeline, samples, tmp_path):
-    still = quantize(pipeline, "lsq", samples=samples, attention_bits=4, **{**QUICK, "max_steps": 0})
-    quantized = quantize(pipeline, "lsq", samples=samples, attention_bits=4, **QUICK)
-    attentions = find_attentions(quantized.unet)
-    assert attentions and product_bits(quantized.unet) == 4 and product_bits(pipeline.unet) is None
-    for name, attention in attentions.items():
-        grid, start = (a.processor.probability.input_quantizer for a in (attention, find_attentions(still.unet)[name]))
-        assert isinstance(grid, LearnedStep) and start.offset == 0  # probabilities: unsigned
-        assert 0 < start.scale * 15 <= 1 and not torch.equal(grid.scale, start.scale)
+    settings = {**QUICK, "attention_bits": 4}
+    start, end = (make_student(pipeline, LSQ(**{**settings, "max_steps": n}), samples=samples) for n in (0, 3))
+    assert find_attentions(end) and product_bits(end) == 4 and product_bits(pipeline.unet) is None
+    for name, attention in find_attentions(end).items():
+        grid, start_grid = (a.processor.probability.input_quantizer for a in (attention, find_attentions(start)[name]))
+        assert isinstance(grid, LearnedStep) and start_grid.offset == 0  # probabilities: unsigned
+        assert 0 < start_grid.scale * 15 <= 1 and not torch.equal(grid.scale, start_grid.scale)
+    quantized = quantize(pipeline, "lsq", samples=samples, **settings)
     dmquant.save(quantized, tmp_path / "out")
     loaded = dmquant.load(tmp_path / "out")
     with torch.no_grad():
-        assert torch.allclose(samples.call(loaded.unet), samples.call(quantized.unet), atol=1e-5)
+        assert torch.equal(samples.call(loaded.unet), samples.call(quantized.unet))
     assert product_bits(loaded.unet) == measure_cost(loaded.unet).attention_bits == 4
     assert not any(isinstance(attention.processor, QuantAttention) for attention in find_attentions(pipeline.unet).values())
 

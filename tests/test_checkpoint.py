@@ -258,18 +258,6 @@ def test_what_is_no_quantized_pipeline_cannot_be_verified(folder, tiny_folder, t
         checkpoint.verify(tiny_folder)
 
 
-def test_a_model_that_is_not_packed_is_written_by_dmquant_only(pipeline, tmp_path):
-    hf.mark_unpacked(pipeline.unet)
-    with pytest.raises(InputError, match="not packed yet.*dmquant.save"):
-        pipeline.save_pretrained(tmp_path / "float")
-    with pytest.raises(InputError, match="not packed yet"):
-        pipeline.unet.dequantize()
-    assert torch.equal(copy.deepcopy(pipeline.unet).to("cpu").conv_in.weight, pipeline.unet.conv_in.weight)
-    packed = checkpoint.pack(pipeline)
-    packed.save_pretrained(tmp_path / "packed")
-    assert torch.equal(run(packed), run(checkpoint.load(checkpoint.save(pipeline, tmp_path / "out"))))
-
-
 FRESH = """
 import sys, torch
 from diffusers import DiffusionPipeline

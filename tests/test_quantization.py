@@ -1,11 +1,14 @@
 import pytest
 import torch
 
+from dmquant import checkpoint
 from dmquant.denoiser import find_denoiser, find_roles, open_pipeline, with_denoiser
 from dmquant.errors import InputError
 from dmquant.generation import generate
+from dmquant.layers import quantized_layers
 from dmquant.methods.lsq.method import LSQ
-from dmquant.quantization import describe_run, plan, quantize
+from dmquant.packed import packed_layers
+from dmquant.quantization import describe_run, make_student, plan, quantize
 
 QUICK = dict(trajectories=2, sampling_steps=2, calibration_samples=4, max_steps=2, batch=2)
 
@@ -35,9 +38,22 @@ def test_high_bits_hardly_change_an_image_and_low_bits_do(pipeline):
     assert error[0] < 0.01 * exact.square().mean() and error[0] < error[1] < error[2]
 
 
-def test_a_quantized_pipeline_is_not_saved_as_a_float_one(pipeline, tmp_path):
-    with pytest.raises(InputError, match="not packed yet.*dmquant.save"):
-        quantize(pipeline, "lsq", **QUICK).save_pretrained(tmp_path)
+def test_what_comes_back_draws_what_is_loaded_after_saving(pipeline, tmp_path):
+    quantized = quantize(pipeline, "lsq", **QUICK)
+    assert packed_layers(quantized.unet) and not quantized_layers(quantized.unet)
+    checkpoint.save(quantized, tmp_path / "saved")
+    quantized.save_pretrained(tmp_path / "by diffusers")
+    for folder in ("saved", "by diffusers"):
+        loaded = checkpoint.load(tmp_path / folder)
+        assert torch.equal(*(torch.cat(list(generate(p, [0, 1], steps=2))) for p in (quantized, loaded)))
+
+
+def test_a_student_has_the_values_that_are_packed(pipeline):
+    student, packed = make_student(pipeline, LSQ(**QUICK)), packed_layers(quantize(pipeline, "lsq", **QUICK).unet)
+    layers = quantized_layers(student)
+    assert list(layers) == list(packed)
+    for name, layer in layers.items():
+        assert torch.equal(layer.weight_quantizer(layer.weight), packed[name].weight.dequantize())
 
 
 def test_the_record_says_how_it_was_made(pipeline):
@@ -59,7 +75,7 @@ def test_images_can_be_trained_on(pipeline, tmp_path):
 
     for index in range(3):
         Image.new("RGB", (8, 8), (80 * index, 10, 10)).save(tmp_path / f"{index}.png")
-    weights = [find_denoiser(quantize(pipeline, "lsq", data=data, **QUICK))[1].conv_in.weight for data in (None, tmp_path)]
+    weights = [make_student(pipeline, LSQ(**QUICK), data=data).conv_in.weight for data in (None, tmp_path)]
     assert not torch.equal(*weights)
 
 

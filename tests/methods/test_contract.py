@@ -12,7 +12,7 @@ from dmquant.errors import InputError
 from dmquant.layers import quantized_layers
 from dmquant.methods.base import Method
 from dmquant.progress import plain
-from dmquant.quantization import quantize
+from dmquant.quantization import make_student, quantize
 from dmquant.quantizers.base import Quantizer
 from dmquant.samples import record
 
@@ -77,7 +77,7 @@ def test_preparing_looks_at_shapes_only_and_so_runs_on_meta(cls, pipeline, sampl
 
 
 def test_the_law_holds_for_every_quantizer_of_a_finished_run(cls, pipeline, samples):
-    student = find_denoiser(quantize(pipeline, cls.parse(QUICK), samples=samples))[1]
+    student = make_student(pipeline, cls.parse(QUICK), samples=samples)
     for layer in quantized_layers(student).values():
         if isinstance(layer.weight_quantizer, Quantizer):
             assert torch.equal(layer.weight_quantizer(layer.weight), layer.weight_quantizer.encode(layer.weight).decode())
@@ -86,7 +86,7 @@ def test_the_law_holds_for_every_quantizer_of_a_finished_run(cls, pipeline, samp
 def test_a_run_leaves_the_teacher_alone_and_repeats_itself(cls, pipeline, samples):
     teacher = find_denoiser(pipeline)[1]
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    one, two = (find_denoiser(quantize(pipeline, cls.parse(QUICK), samples=samples, seed=1))[1] for _ in range(2))
+    one, two = (make_student(pipeline, cls.parse(QUICK), samples=samples, seed=1) for _ in range(2))
     assert all(torch.equal(value, teacher.state_dict()[name]) for name, value in before.items())
     assert all(torch.equal(value, two.state_dict()[name]) for name, value in one.state_dict().items())
 
@@ -95,7 +95,7 @@ def test_fine_tuning_brings_the_student_nearer_to_the_teacher(cls, pipeline, sam
     method = cls.parse({**QUICK, "act_bits": 4, "learning_rate": 1e-3, "quantizer_rate": 1e-2, "batch": 8})
     distance = []
     for max_steps in (0, 60):
-        student = find_denoiser(quantize(pipeline, cls.parse({**method.settings(), "max_steps": max_steps}), samples=samples))[1]
+        student = make_student(pipeline, cls.parse({**method.settings(), "max_steps": max_steps}), samples=samples)
         with torch.no_grad():
             distance.append((samples.call(student) - samples.target).square().mean())
     assert distance[1] < distance[0]

@@ -18,7 +18,7 @@ from dmquant.methods.binarydm.binarizer import EvolvableBasis
 from dmquant.methods.binarydm.evolution import set_bases
 from dmquant.methods.binarydm.method import BinaryDM
 from dmquant.packed import PackedBases, packed_layers
-from dmquant.quantization import plan, quantize
+from dmquant.quantization import make_student, plan, quantize
 from dmquant.quantizers.binary import Binary
 from dmquant.runs import SavedRun
 from dmquant.samples import record
@@ -78,9 +78,9 @@ def test_of_one_basis_all_binary_weights_are_plain(deep):
 @pytest.mark.parametrize("switch", [0, 0.5, 1])
 def test_an_evolved_pipeline_has_one_bit_per_weight_however_short_the_run(deep, samples, switch, max_steps, tmp_path):
     settings = {**QUICK, "max_steps": max_steps, "switch": switch}
+    student = make_student(deep, BinaryDM(**settings), samples=samples)
+    assert {quantizer.bits for quantizer in weights(student).values() if isinstance(quantizer, Binary)} == {1}
     quantized = quantize(deep, "binarydm", samples=samples, **settings)
-    bits = {quantizer.bits for quantizer in weights(quantized.unet).values() if isinstance(quantizer, Binary)}
-    assert bits == {1}
     dmquant.save(quantized, tmp_path / "out")
     loaded = dmquant.load(tmp_path / "out")
     with torch.no_grad():
@@ -119,8 +119,8 @@ def test_warming_up_and_training_on_images_run_too(deep, tmp_path):
     folder.mkdir()
     for index in range(4):
         Image.new("RGB", (8, 8), (index * 40, 0, 0)).save(folder / f"{index}.png")
-    quantized = quantize(deep, "binarydm", data=folder, warmup=1, **QUICK)
-    assert torch.isfinite(quantized.unet.conv_in.weight).all()
+    student = make_student(deep, BinaryDM(warmup=1, **QUICK), data=folder)
+    assert torch.isfinite(student.conv_in.weight).all()
 
 
 def test_the_file_of_the_cifar_ddpm_is_less_than_a_24th_and_its_size_is_the_one_reported(tmp_path):
