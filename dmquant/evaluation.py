@@ -127,10 +127,7 @@ def open_yardstick(
         network.refuse_size(size, size)
     if not chosen.reference_parts:
         return Yardstick(network, None)
-    opened = open_reference(reference, network, size=size, track=track)
-    for part in chosen.reference_parts:
-        opened.require(part)
-    return Yardstick(network, opened)
+    return Yardstick(network, open_reference(reference, network, size=size, parts=chosen.reference_parts, track=track))
 
 
 def make_meters(chosen: Choice, yardstick: Yardstick | None) -> list[Metric]:

@@ -12,7 +12,8 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from dmquant.errors import DmquantError, InputError
 from dmquant.metrics.base import Batch, Metric
-from dmquant.metrics.reference import Moments, Reference
+from dmquant.metrics.moments import Moments
+from dmquant.metrics.reference import Reference
 
 MIN_UNBIASED = 2048  # fewer images than feature dimensions leave the covariance rank deficient
 

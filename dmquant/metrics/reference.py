@@ -12,21 +12,20 @@ import json
 import os
 import secrets
 import zipfile
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dmquant.errors import DamagedFile, DmquantError, InputError
+from dmquant.errors import DamagedFile, InputError
 from dmquant.images import ImageFile, list_images, read_images
+from dmquant.metrics.archive import open_archive, read_array, read_header, stream_images
 from dmquant.metrics.extractor import Extractor
+from dmquant.metrics.moments import Moments, Sums
 from dmquant.metrics.weights import hash_file
 from dmquant.progress import Track, plain
 
@@ -38,13 +37,6 @@ ASYMMETRY = 1e-5  # relative to the largest entry: what float32 leaves
 KEPT = 10_000  # features of a set, as many images as ADM's reference files hold
 MAX_KEPT = 200_000
 PARTS = {"spatial": "spatial statistics (mu_s, sigma_s)", "features": "features"}
-
-
-class Moments(NamedTuple):
-    """Mean and covariance of feature rows."""
-
-    mu: Tensor  # float64 (D,)
-    sigma: Tensor  # float64 (D, D), divisor n - 1
 
 
 @dataclass(frozen=True)
@@ -67,9 +59,21 @@ class Reference:
 
 
 def open_reference(
-    source: str | Path | None, extractor: Extractor, *, size: int | None = None, track: Track = plain
+    source: str | Path | None, extractor: Extractor, *, size: int | None = None, parts: Sequence[str] = (), track: Track = plain
 ) -> Reference:
-    """The reference that `source` names; None is the built-in default. `size` is the side to bring images to."""
+    """The reference that `source` names; None is the built-in default. `size` is the side to bring images to.
+
+    Raises InputError where it lacks one of the `parts` ("mu", "spatial", "features").
+    """
+    found = _find_reference(source, extractor, size, track)
+    if "features" in parts and found.features is None and Path(str(source)).suffix == ".npz":
+        found = replace(found, features=_read_image_features(Path(source), extractor, track))
+    for part in parts:
+        found.require(part)
+    return found
+
+
+def _find_reference(source: str | Path | None, extractor: Extractor, size: int | None, track: Track) -> Reference:
     if source == "":
         raise InputError(f"an empty text names no reference; {_known(extractor)}, or give an npz or images")
     source = DEFAULT if source is None else source
@@ -102,7 +106,7 @@ def compute_reference(
 ) -> Reference:
     """Statistics of image files, streamed; `size` brings every image to size x size first."""
     digest, pooled, spatial, features = hashlib.sha256(), Sums(), Sums(), []
-    chosen = set(np.linspace(0, len(files) - 1, min(kept, len(files))).round().astype(int).tolist())
+    chosen = set(spread(len(files), kept))
     pixels = (image for _, image in track(read_images(files, size=size), f"reference {name}"))
     for images in _stack(pixels, batch, digest):
         seen = extractor.read(images)
@@ -116,29 +120,9 @@ def compute_reference(
     return Reference(name, mu, sigma, pooled.count, digest.hexdigest(), spatial, torch.cat(features))
 
 
-class Sums:
-    """Adds up float64 feature rows and their products."""
-
-    def __init__(self) -> None:
-        self.count, self._total, self._products = 0, 0, 0
-
-    def add(self, rows: Tensor) -> None:
-        self._total, self._products = self._total + rows.sum(0), self._products + rows.T @ rows
-        self.count += len(rows)
-
-    def moments(self) -> Moments:
-        if self.count < 2:
-            raise InputError(f"a reference needs at least 2 images, got {self.count}")
-        mu = self._total / self.count
-        return Moments(mu, (self._products - self.count * mu.outer(mu)) / (self.count - 1))
-
-
-def measure_moments(features: Iterable[Tensor]) -> tuple[Tensor, Tensor, int]:
-    """Mean (D,), covariance (D, D) and count of float64 feature rows that come in batches (B, D)."""
-    sums = Sums()
-    for rows in features:
-        sums.add(rows)
-    return *sums.moments(), sums.count
+def spread(count: int, most: int) -> list[int]:
+    """At most so many of `count` indices, evenly."""
+    return np.linspace(0, count - 1, min(most, count)).round().astype(int).tolist()
 
 
 def _stack(pixels: Iterator[Tensor], batch: int, digest: "hashlib._Hash") -> Iterator[Tensor]:
@@ -187,10 +171,10 @@ def _write_whole(path: Path, content: bytes) -> None:
 
 def read_reference(path: Path, extractor: Extractor, *, name: str | None = None) -> Reference:
     """The statistics of an npz with `mu` and `sigma`; checked for the extractor's width, symmetry and finiteness."""
-    with _open_archive(path) as archive:
+    with open_archive(path) as archive:
         _check_meta(path, archive, extractor)
         moments = _read_moments(path, archive, ("mu", "sigma"), extractor.network.num_features)
-        count = int(_read_array(path, archive, "n", (), "i")) if "n.npy" in archive.namelist() else None
+        count = int(read_array(path, archive, "n", (), "i")) if "n.npy" in archive.namelist() else None
         spatial, features = _read_spatial(path, archive, extractor), _read_features(path, archive, extractor)
     if count is not None and count < 2:
         raise DamagedFile(f"{path} says that it was made from {count} images")
@@ -201,27 +185,15 @@ def _add_more(reference: Reference, path: Path, extractor: Extractor) -> Referen
     """A built-in reference with what the file beside it holds."""
     if not path.is_file():
         return reference
-    with _open_archive(path) as archive:
+    with open_archive(path) as archive:
         _check_meta(path, archive, extractor)
         spatial, features = _read_spatial(path, archive, extractor), _read_features(path, archive, extractor)
     return replace(reference, spatial=spatial, features=features)
 
 
-@contextmanager
-def _open_archive(path: Path) -> Iterator[zipfile.ZipFile]:
-    """The npz, read with every fault of the file told as one."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            yield archive
-    except DmquantError:
-        raise
-    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, RuntimeError) as error:
-        raise DamagedFile(f"{path} cannot be read: {error}") from error
-
-
 def _read_moments(path: Path, archive: zipfile.ZipFile, keys: tuple[str, str], width: int) -> Moments:
-    mu = _read_array(path, archive, keys[0], (width,), "f")
-    sigma = _read_array(path, archive, keys[1], (width, width), "f")
+    mu = read_array(path, archive, keys[0], (width,), "f")
+    sigma = read_array(path, archive, keys[1], (width, width), "f")
     _check_moments(path, mu, sigma, keys[1])
     return Moments(torch.from_numpy(mu).double(), torch.from_numpy(sigma).double())
 
@@ -239,36 +211,24 @@ def _read_features(path: Path, archive: zipfile.ZipFile, extractor: Extractor) -
     if key is None:
         return None
     with archive.open(f"{key}.npy") as member:
-        shape, _ = _read_header(member)
+        shape, _ = read_header(member)
     width = extractor.network.num_features
     if len(shape) != 2 or not 2 <= shape[0] <= MAX_KEPT:
         raise InputError(f"{path}: {key} has shape {shape}; expected (2 to {MAX_KEPT}, {width})")
-    features = _read_array(path, archive, key, (shape[0], width), "f")
+    features = read_array(path, archive, key, (shape[0], width), "f")
     if not np.isfinite(features).all():
         raise DamagedFile(f"{path}: {key} holds values that are not finite")
     return torch.from_numpy(features)
 
 
-def _read_array(path: Path, archive: zipfile.ZipFile, key: str, shape: tuple[int, ...], kind: str) -> np.ndarray:
-    """One array of the archive, after its header promised the shape and a number type."""
-    if f"{key}.npy" not in archive.namelist():
-        raise InputError(f"{path} has no {key!r}; reference statistics are an npz with 'mu' and 'sigma'")
-    with archive.open(f"{key}.npy") as member:
-        found, dtype = _read_header(member)
-    if dtype.kind != kind:
-        raise InputError(f"{path}: {key} is of type {dtype}, not numbers; give statistics as plain arrays")
-    if found != shape:
-        raise InputError(f"{path}: {key} has shape {found}, the extractor needs {shape}; was it made with other features?")
-    with archive.open(f"{key}.npy") as member:
-        return np.lib.format.read_array(member, allow_pickle=False)
-
-
-def _read_header(member: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
-    # later format versions allow a header of 4 GiB, which no array of numbers needs
-    if np.lib.format.read_magic(member) != (1, 0):
-        raise ValueError("unusual npy version")
-    shape, _, dtype = np.lib.format.read_array_header_1_0(member)
-    return shape, dtype
+def _read_image_features(path: Path, extractor: Extractor, track: Track) -> Tensor | None:
+    """Features of the images that ADM's files hold in `arr_0`; of some of them where they are many."""
+    with open_archive(path) as archive:
+        if "arr_0.npy" not in archive.namelist():
+            return None
+        batches = track(stream_images(path, archive, "arr_0", most=MAX_KEPT), f"features of {path.name}")
+        features = torch.cat([extractor.features(images) for images in batches])
+    return features[spread(len(features), KEPT)].half()
 
 
 def _check_meta(path: Path, archive: zipfile.ZipFile, extractor: Extractor) -> None:
@@ -276,7 +236,7 @@ def _check_meta(path: Path, archive: zipfile.ZipFile, extractor: Extractor) -> N
     if "meta.npy" not in archive.namelist():
         return
     with archive.open("meta.npy") as member:
-        shape, dtype = _read_header(member)
+        shape, dtype = read_header(member)
     if shape != () or dtype.kind != "U" or dtype.itemsize > MAX_META_BYTES:
         raise ValueError("meta is not a short string")
     with archive.open("meta.npy") as member:

@@ -8,7 +8,8 @@ import torch
 from dmquant.errors import DmquantError, InputError
 from dmquant.metrics.base import Batch
 from dmquant.metrics.fid import Frechet, SpatialFrechet, distance_name
-from dmquant.metrics.reference import Moments, Reference, measure_moments
+from dmquant.metrics.moments import Moments, measure_moments
+from dmquant.metrics.reference import Reference
 
 
 def frechet_by_eigh(mu1, sigma1, mu2, sigma2):

@@ -12,9 +12,10 @@ from torch import nn
 
 from dmquant.errors import DamagedFile, InputError
 from dmquant.images import list_images
+from dmquant.metrics import archive
 from dmquant.metrics import reference as module
 from dmquant.metrics.extractor import Extractor
-from dmquant.metrics.reference import compute_reference, measure_moments, open_reference, save_reference
+from dmquant.metrics.reference import compute_reference, open_reference, save_reference
 
 WIDTH = 6
 
@@ -213,12 +214,6 @@ def test_a_name_without_statistics_for_this_extractor_lists_what_there_is(tmp_pa
         open_reference("set", extractor)
 
 
-def test_moments_of_streamed_rows_equal_those_of_all_at_once():
-    rows = torch.randn(40, 5, dtype=torch.float64) + 100
-    mu, sigma, count = measure_moments(rows.split(7))
-    assert torch.allclose(mu, rows.mean(0)) and torch.allclose(sigma, rows.T.cov()) and count == 40
-
-
 def test_spatial_statistics_and_features_are_taken_in_the_same_pass(tmp_path, seeing):
     folder = write_images(tmp_path / "images")
     pixels = torch.stack([torch.from_numpy(np.array(Image.open(folder / f"{i}.png"))).permute(2, 0, 1) for i in range(7)])
@@ -286,3 +281,31 @@ def test_features_of_clean_fid_are_read(tmp_path, extractor):
 def test_further_parts_of_a_file_are_checked_like_the_first(tmp_path, seeing, arrays, error, message):
     with pytest.raises(error, match=message):
         open_reference(write_npz(tmp_path / "stats.npz", **moments(), **arrays), seeing)
+
+
+def test_features_of_adms_images_are_taken_when_asked_for(tmp_path, extractor, monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 5, 6, 3), dtype=np.uint8)
+    path = write_npz(tmp_path / "stats.npz", arr_0=pixels, **moments())
+    monkeypatch.setattr(archive, "IMAGES_AT_ONCE", 3)
+    assert open_reference(path, extractor).features is None
+    found = open_reference(path, extractor, parts=["mu", "features"])
+    expected = extractor.features(torch.from_numpy(pixels).permute(0, 3, 1, 2)).half()
+    assert torch.allclose(found.features.float(), expected.float(), rtol=1e-3)
+    monkeypatch.setattr(module, "KEPT", 3)
+    assert torch.equal(open_reference(path, extractor, parts=["features"]).features, found.features[[0, 3, 6]])
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "message"),
+    [
+        (np.zeros((5, 4, 4, 3)), InputError, "arr_0 is float64 .*, not images"),
+        (np.zeros((5, 3, 4, 4), np.uint8), InputError, "not images"),
+        (np.zeros((1, 4, 4, 3), np.uint8), InputError, "expected uint8"),
+        (np.broadcast_to(np.uint8(0), (2, 2049, 2048, 3)), InputError, "not images"),
+        (np.asfortranarray(np.zeros((5, 4, 4, 3), np.uint8)), DamagedFile, "Fortran"),
+    ],
+)
+def test_what_is_no_array_of_images_is_refused(tmp_path, extractor, images, error, message):
+    path = write_npz(tmp_path / "stats.npz", arr_0=images, **moments())
+    with pytest.raises(error, match=message):
+        open_reference(path, extractor, parts=["features"])
