@@ -10,6 +10,7 @@ from dmquant.kernels import catalogue, onednn, ops, trial
 from dmquant.kernels.blocked import Blocked, BlockedCodes
 from dmquant.kernels.catalogue import KERNELS, choice
 from dmquant.quantizers.base import FixedGrid
+from dmquant.quantizers.temporal import TemporalGrid
 
 LARGEST_SUM = 2**16  # products of an output: 2^16 * 255 * 128 fits 32 bits
 LOCK = threading.Lock()  # two threads may call a layer for the first time at once
@@ -29,7 +30,7 @@ def run(layer: nn.Module, x: Tensor) -> Tensor | None:
 
 def is_supported(layer: nn.Module, x: Tensor) -> bool:
     """Whether this is a product of codes by codes in float32 on the CPU, without gradients, of a plain shape."""
-    if not isinstance(layer.weight, BlockedCodes) or type(layer.input) is not FixedGrid:
+    if not isinstance(layer.weight, BlockedCodes) or type(layer.input) not in (FixedGrid, TemporalGrid):
         return False
     if x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
@@ -53,8 +54,8 @@ def prepare(layer: nn.Module, x: Tensor) -> None:
         if found:
             shape = (*as_images(layer, x).shape, weight.shape[0])
             weight.block(trial.fastest(found, format, shape, window, torch.get_num_threads()))
-        if found == (onednn.NAME,) and weight.blocked.is_shifted:
-            weight.release()
+        if found == (onednn.NAME,) and (weight.blocked.is_shifted or isinstance(layer.input, TemporalGrid)):
+            weight.release()  # it knows neither
 
 
 def candidates(format: trial.Format) -> Iterator[str]:
@@ -77,19 +78,23 @@ def has_whole_zeros(layer: nn.Module) -> bool:
     """Whether every zero is a code: sums of levels are whole then. One half is whole where levels are odd."""
     act_zero, zero = layer.input.zero, layer.weight._buffers.get("zero")
     step = 2 if layer.weight.bits <= 2 else 1
-    is_code = bool(act_zero == act_zero.round()) and 0 <= float(act_zero) < 1 << layer.input.bits
-    return is_code and (zero is None or bool((zero * step == (zero * step).round()).all()))
+    if isinstance(layer.input, TemporalGrid):
+        act_zero = act_zero.round()  # as its rows are
+    is_code = (act_zero == act_zero.round()) & (act_zero >= 0) & (act_zero < 1 << layer.input.bits)
+    return bool(is_code.all()) and (zero is None or bool((zero * step == (zero * step).round()).all()))
 
 
 def apply(layer: nn.Module, blocked: Blocked, x: Tensor) -> Tensor:
     """The output of a layer by the kernel that its weight is arranged for."""
-    weight, grid = layer.weight, layer.input
+    weight = layer.weight
+    act_scale, act_zero = grid_of(layer, x)
     multiply = ops.multiply_op if torch.compiler.is_compiling() else ops.multiply
     zero = weight.zero if blocked.is_shifted else None
-    format = (blocked.bits, blocked.halves, grid.bits)
+    format = (blocked.bits, blocked.halves, layer.input.bits)
+    images = as_images(layer, x, act_scale.numel())
     out = multiply(
-        as_images(layer, x), blocked.weight, blocked.total, weight.scale, zero, layer.bias, grid.scale, grid.zero,
-        blocked.kernel, format, window_of(layer),
+        images, blocked.weight, blocked.total, weight.scale, zero, layer.bias, act_scale, act_zero, blocked.kernel, format,
+        window_of(layer),
     )  # fmt: skip
     if isinstance(layer, nn.Linear):
         return out.view(*x.shape[:-1], -1)
@@ -97,10 +102,21 @@ def apply(layer: nn.Module, blocked: Blocked, x: Tensor) -> Tensor:
     return out.squeeze(2) if isinstance(layer, nn.Conv1d) else out
 
 
-def as_images(layer: nn.Module, x: Tensor) -> Tensor:
-    """The input as (N, H, W, C)."""
+def grid_of(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero of the input, one each or one for each sample."""
+    if not isinstance(layer.input, TemporalGrid):
+        return layer.input.scale, layer.input.zero
+    scale, zero = layer.input.rows(len(x))
+    # samplers call with one timestep for all; one image of many pixels is less work than many of few
+    if not torch.compiler.is_compiling() and bool((scale == scale[0]).all() & (zero == zero[0]).all()):
+        return scale[:1], zero[:1]
+    return scale, zero
+
+
+def as_images(layer: nn.Module, x: Tensor, grids: int = 1) -> Tensor:
+    """The input as (N, H, W, C). What a linear layer reads is one image, or one for each grid."""
     if isinstance(layer, nn.Linear):
-        return x.reshape(1, 1, -1, x.shape[-1])
+        return x.reshape(grids, 1, -1, x.shape[-1])
     return (x.unsqueeze(2) if isinstance(layer, nn.Conv1d) else x).permute(0, 2, 3, 1)
 
 

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from dmquant import kernels
-from dmquant.kernels import catalogue, dispatch, trial
+from dmquant.clock import Clock
+from dmquant.kernels import catalogue, trial
 from dmquant.packed import pack_model, packed_layers
+from dmquant.quantizers.temporal import TemporalGrid
 from tests.kernels.test_ops import error, expected, make_layer
 from tests.test_packed import run, tiny_unet
 
@@ -114,6 +116,24 @@ def test_a_grid_that_changes_is_followed():
     layer.input.zero.fill_(100)
     layer.weight.scale.mul_(3)
     assert error(layer(x), expected(layer, x)) < 1e-5
+
+
+@pytest.mark.parametrize("steps", [[0, 0, 0], [2, 0, 1]], ids=["one timestep", "mixed timesteps"])
+@pytest.mark.parametrize("shape", [(40, 70, 3, 3), (40, 70)])
+def test_each_sample_takes_the_grid_of_its_timestep(shape, steps):
+    layer = make_layer(shape, 4, 6, **({"padding": 1} if len(shape) == 4 else {}))
+    clock = Clock(torch.tensor([0.0, 10.0, 20.0]))
+    layer.input = TemporalGrid(6, clock)
+    layer.input.scale.copy_(torch.tensor([0.1, 0.2, 0.4]))
+    layer.input.zero.copy_(torch.tensor([31.0, 20.0, 0.0]))
+    x = torch.randn((3, 70, 5, 6) if len(shape) == 4 else (3, 7, 70))
+    with clock.at(torch.tensor(steps) * 10.0, 3), torch.no_grad():
+        found = layer(x)
+        assert layer.weight.blocked
+        weight, quantized = layer.weight.dequantize(torch.float64), layer.input(x).double()
+        product = layer._conv_forward if len(shape) == 4 else nn.functional.linear
+        wanted = product(quantized, weight, layer.bias.double())
+    assert error(found, wanted) < 1e-5
 
 
 def test_a_kernel_that_is_wrong_is_disabled_with_a_warning(monkeypatch):
