@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 BUILT_IN = {
     "lsq": "dmquant.methods.lsq.method:LSQ",
     "binarydm": "dmquant.methods.binarydm.method:BinaryDM",
+    "efficientdm": "dmquant.methods.efficientdm.method:EfficientDM",
 }
 
 

@@ -45,11 +45,13 @@ class TemporalStep(Quantizer, Timed):
         """Sets each step's grid from the samples at that step, where the clock must be. A step without any is as the nearest."""
         steps = torch.arange(len(self.clock.timesteps), dtype=torch.float32, device=self.clock.timesteps.device)
         step = self._read(steps, x).round().long()
-        seen = step.unique()
-        for index in seen.tolist():
-            low, high = INIT_AFFINE[self.init](x[step == index].detach().float().reshape(1, -1), self.bits)
+        seen, counts = step.unique(return_counts=True)
+        for count in counts.unique():  # steps with equally many samples are searched together
+            here = seen[counts == count]
+            rows = torch.stack([x[step == index].detach().float().flatten() for index in here])
+            low, high = INIT_AFFINE[self.init](rows, self.bits)
             scale = ((high - low) / self.max_code).clamp(min=SMALLEST_SCALE)
-            self.log_scale[index], self.zero[index] = scale.log().item(), (-low / scale).item()
+            self.log_scale[here], self.zero[here] = scale.log().to(self.log_scale), (-low / scale).to(self.zero)
         distance = (self.clock.timesteps.unsqueeze(1) - self.clock.timesteps[seen]).abs()
         nearest = seen[distance.argmin(1)]
         self.log_scale.copy_(self.log_scale[nearest])

@@ -1,0 +1,296 @@
+"""EfficientDM whole: which layers, what is trained and at which rate, through files and other samplers."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
+from PIL import Image
+from torch import nn
+
+import dmquant
+from dmquant.clock import Clock
+from dmquant.denoiser import Role, find_denoiser, find_roles, open_pipeline
+from dmquant.distill import Distillation, fit
+from dmquant.errors import InputError, Interrupted
+from dmquant.generation import generate, set_sampler
+from dmquant.layers import quantized_layers, swap
+from dmquant.methods.efficientdm.adapter import QALoRA, adapted_layers
+from dmquant.methods.efficientdm.method import EfficientDM
+from dmquant.packed import FLOAT_BITS, packed_layers
+from dmquant.progress import plain
+from dmquant.quantization import make_student, quantize
+from dmquant.quantizers.temporal import TemporalGrid, TemporalStep
+from dmquant.quantizers.uniform import LearnedStep
+from dmquant.runs import SavedRun
+from dmquant.samples import Samples, record
+from tests.test_cost import LDM4_BEDS, LDM4_IMAGENET, LDM8_CHURCH, on_meta
+
+QUICK = dict(act_bits=4, trajectories=4, sampling_steps=3, calibration_samples=12, max_steps=6, batch=4)
+TIMESTEPS = torch.tensor([666.0, 333.0, 0.0])
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_folder):
+    return open_pipeline(tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def samples(pipeline):
+    return record(pipeline, 4, steps=3, seed=0)
+
+
+def prepared(pipeline, **settings):
+    student = copy.deepcopy(find_denoiser(pipeline)[1])
+    EfficientDM(**{**QUICK, **settings}).prepare(student, Clock(TIMESTEPS))
+    return student
+
+
+def calibrated(pipeline, samples, **settings):
+    student = prepared(pipeline, **settings)
+    EfficientDM(**{**QUICK, **settings}).calibrate(student, samples, track=plain)
+    return student
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.mark.parametrize(
+    "kind, config, count",
+    [(UNet2DModel, LDM4_BEDS, 73), (UNet2DModel, LDM8_CHURCH, 109), (UNet2DConditionModel, LDM4_IMAGENET, 265)],
+    ids=["LDM-4 beds", "LDM-8 church", "LDM-4 ImageNet"],
+)
+def test_under_policy_paper_as_many_layers_are_quantized_as_by_the_public_code(kind, config, count):
+    denoiser = on_meta(kind, **config)
+    bits = EfficientDM(policy="paper", act_bits=4).plan(denoiser).values()
+    assert sum(pair != (FLOAT_BITS, FLOAT_BITS) for pair in bits) == count and list(bits).count((8, 8)) == 4
+    assert (FLOAT_BITS, FLOAT_BITS) not in EfficientDM().plan(denoiser).values()
+
+
+def test_all_but_the_edges_have_adapters_and_all_but_the_time_embedding_grids_per_timestep(pipeline):
+    student = prepared(pipeline)
+    roles = find_roles(student)
+    for name, layer in quantized_layers(student).items():
+        assert isinstance(layer.weight_quantizer, QALoRA) == (roles[name] not in EfficientDM().eight_bit)
+        assert isinstance(layer.input_quantizer, TemporalStep) == (roles[name] != Role.TIME_EMBEDDING)
+    assert student.clock.timesteps.tolist() == TIMESTEPS.tolist()
+
+
+def test_under_policy_paper_layers_of_eight_bits_are_static(pipeline):
+    student = prepared(pipeline, policy="paper")
+    roles, layers = find_roles(student), quantized_layers(student)
+    assert {roles[name] for name in roles if name not in layers} == {Role.SKIP, Role.RESAMPLE, Role.ATTENTION}
+    assert "up_blocks.0.upsamplers.0.conv" in layers and "down_blocks.0.downsamplers.0.conv" not in layers
+    for name, layer in layers.items():
+        assert isinstance(layer.input_quantizer, TemporalStep) == (roles[name] not in EfficientDM().eight_bit)
+
+
+def test_each_part_can_be_left_out(pipeline):
+    static = prepared(pipeline, temporal=False)
+    assert not any(isinstance(layer.input_quantizer, TemporalStep) for layer in quantized_layers(static).values())
+    assert not hasattr(static, "clock")
+    assert not adapted_layers(prepared(pipeline, weight_bits=32))
+    assert not hasattr(prepared(pipeline, act_bits=32), "clock")
+
+
+@pytest.mark.parametrize("base", ["original", "rounded"])
+@pytest.mark.parametrize("half_base", [True, False])
+@torch.no_grad()
+def test_a_student_starts_as_the_calibrated_model_exactly(pipeline, samples, base, half_base):
+    student = calibrated(pipeline, samples, base=base, half_base=half_base)
+    for layer in adapted_layers(student):
+        layer.weight_quantizer.start(torch.Generator().manual_seed(0))
+    answer = samples.call(student)
+    for layer in adapted_layers(student):
+        layer.weight_quantizer = layer.weight_quantizer.inner
+    assert torch.equal(samples.call(student), answer)
+
+
+@torch.no_grad()
+def test_a_rounded_base_has_the_codes_of_the_original_and_lies_on_their_grid(pipeline, samples):
+    original, rounded = (calibrated(pipeline, samples, base=base) for base in ("original", "rounded"))
+    for one, other in zip(adapted_layers(original), adapted_layers(rounded)):
+        codes = one.weight_quantizer.encode(one.weight)
+        assert torch.equal(other.weight_quantizer.encode(other.weight).codes, codes.codes)
+        assert torch.equal(other.weight, codes.decode()) and not torch.equal(one.weight, codes.decode())
+
+
+@torch.no_grad()
+def test_a_base_in_half_precision_is_one_that_half_precision_has(pipeline, samples):
+    student = calibrated(pipeline, samples)
+    assert all(torch.equal(layer.weight, layer.weight.half().float()) for layer in adapted_layers(student))
+
+
+def test_only_adapters_and_grids_are_trained(pipeline, samples):
+    settings = dict(bias_correction=False)
+    student = make_student(pipeline, EfficientDM(**QUICK, **settings), samples=samples)
+    start = calibrated(pipeline, samples, **settings).state_dict()
+    changed = {name for name, value in student.state_dict().items() if not torch.equal(value, start[name])}
+    assert all("quantizer." in name for name in changed)
+    assert {name.rpartition(".")[2] for name in changed} == {"down", "up", "scale", "offset", "log_scale", "zero"}
+    assert all(value.dtype == torch.float32 for value in student.state_dict().values())
+
+
+def test_rates_follow_steps_sizes_and_the_length_of_the_run(pipeline, samples):
+    student = calibrated(pipeline, samples)
+    layer = adapted_layers(student)[0]
+    adapter, step = layer.weight_quantizer, layer.weight_quantizer.mean_step()
+    assert step == pytest.approx(adapter.inner.scale.mean().item())
+
+    def rates(**settings):
+        groups = EfficientDM(**{**QUICK, **settings}).groups(student)
+        return {parameter: group.rate for group in groups for parameter in group.parameters}
+
+    for max_steps, factor in ((16000, 1), (32000, 1), (1600, 10), (600, 25), (6, 25)):
+        assert rates(max_steps=max_steps)[adapter.up] == pytest.approx(factor * step / 2500)
+    assert rates(max_steps=16000, adapter_divisor=10)[adapter.down] == pytest.approx(step / 10)
+    assert rates(scale_aware=False, learning_rate=3e-4)[adapter.up] == 3e-4
+    assert rates(weight_scale_rate=0.1)[adapter.inner.scale] == pytest.approx(0.1 * step)
+    assert rates(quantizer_rate=0.1)[layer.input_quantizer.log_scale] == 0.1
+    trained, quantizers = set(rates()), [part for name, part in student.named_modules() if "quantizer" in name]
+    assert trained == {parameter for part in quantizers for parameter in part.parameters()}
+
+
+def test_attention_products_are_trained_with_the_activations(pipeline, samples):
+    settings = {**QUICK, "attention_bits": 8}
+    student = calibrated(pipeline, samples, attention_bits=8)
+    groups = EfficientDM(**settings).groups(student)
+    trained = {parameter for group in groups for parameter in group.parameters}
+    factors = [parameter for name, parameter in student.named_parameters() if ".processor." in name]
+    assert len(factors) > 8 and trained.issuperset(factors)
+
+
+class TwoScales(nn.Module):
+    """Two layers whose weights are 100 times apart, read side by side at equal strength."""
+
+    def __init__(self):
+        super().__init__()
+        self.large, self.small = nn.Linear(16, 16), nn.Linear(16, 16)
+        with torch.no_grad():
+            self.small.weight.copy_(self.large.weight / 100)
+            self.small.bias.zero_()
+            self.large.bias.zero_()
+
+    def forward(self, sample, timestep, return_dict=True):
+        return (torch.cat([self.large(sample), 100 * self.small(sample)], 1),)
+
+
+def train_two(**settings):
+    """By how many of its steps the weight of either layer moves on average, and the share of codes that change."""
+    torch.manual_seed(0)
+    student, x = TwoScales(), torch.randn(256, 16)
+    wanted = (x @ torch.randn(16, 16) / 8).repeat(1, 2)  # equally far from both layers
+    swap(student, lambda name, layer: (LearnedStep(4, num_channels=16, ndim=2), nn.Identity()))
+    layers, before = quantized_layers(student), {}
+    for name, layer in layers.items():
+        layer.weight_quantizer.observe(layer.weight)
+        layer.weight_quantizer = QALoRA(layer.weight_quantizer, layer.weight.shape, 8)
+        layer.weight_quantizer.start(torch.Generator().manual_seed(1))
+        before[name] = layer.weight_quantizer.encode(layer.weight).codes
+    method = EfficientDM(act_bits=32, max_steps=20, batch=64, **settings)
+    objective = Distillation(Samples(x, torch.zeros(256), wanted, {}, {}), torch.ones(256))
+    fit(student, objective, method.training(), method.groups(student), seed=0)
+    moved, crossed = {}, {}
+    for name, layer in layers.items():
+        adapter = layer.weight_quantizer
+        moved[name] = ((adapter.merge(layer.weight) - layer.weight).abs().mean() / adapter.mean_step()).item()
+        crossed[name] = (adapter.encode(layer.weight).codes != before[name]).float().mean().item()
+    return moved, crossed
+
+
+def test_with_scale_aware_rates_two_layers_100_times_apart_cross_steps_alike():
+    moved, crossed = train_two(adapter_divisor=250)
+    assert moved["small"] / moved["large"] == pytest.approx(1, abs=0.2)
+    assert crossed["small"] / crossed["large"] == pytest.approx(1, abs=0.3) and min(crossed.values()) > 0.1
+    moved, crossed = train_two(scale_aware=False, learning_rate=1e-4)
+    assert moved["small"] > 30 * moved["large"] and crossed["small"] > 0.1 > 10 * crossed["large"]
+
+
+@pytest.mark.parametrize(
+    "weight_bits, act_bits, policy", [(2, 8, "strict"), (3, 4, "strict"), (4, 4, "paper"), (8, 8, "paper"), (1, 4, "strict")]
+)
+def test_a_pipeline_of_any_bits_saves_and_loads_what_it_computes(pipeline, samples, weight_bits, act_bits, policy, tmp_path):
+    settings = {**QUICK, "weight_bits": weight_bits, "act_bits": act_bits, "policy": policy, "max_steps": 2}
+    quantized = quantize(pipeline, "efficientdm", samples=samples, **settings)
+    dmquant.save(quantized, tmp_path / "out")
+    loaded = find_denoiser(dmquant.load(tmp_path / "out"))[1]
+    with torch.no_grad():
+        assert torch.equal(samples.call(loaded), samples.call(find_denoiser(quantized)[1]))
+    grids = [layer.input for layer in packed_layers(loaded).values() if isinstance(layer.input, TemporalGrid)]
+    assert grids and all(grid.scale.shape == (3,) and grid.clock is loaded.clock for grid in grids)
+    assert not any("quantizer" in name for name in loaded.state_dict())
+
+
+@pytest.mark.parametrize("lookup", ["nearest", "linear"])
+@pytest.mark.filterwarnings("ignore")  # of timesteps that were not calibrated, and from inside diffusers
+def test_any_sampler_and_step_count_runs_on_grids_of_three_steps(pipeline, samples, lookup, tmp_path):
+    dmquant.save(quantize(pipeline, "efficientdm", samples=samples, lookup=lookup, **{**QUICK, "max_steps": 0}), tmp_path / "out")
+    loaded = dmquant.load(tmp_path / "out")
+    assert find_denoiser(loaded)[1].clock.lookup == lookup
+    for sampler, steps in (("ddim", 3), ("ddim", 7), ("heun", 4), ("dpm++", 5), ("euler", 3)):
+        set_sampler(loaded, sampler)
+        assert next(iter(generate(loaded, [0, 1], steps=steps))).shape == (2, 3, 8, 8)
+
+
+@torch.no_grad()
+def test_a_batch_of_mixed_timesteps_gives_each_sample_what_it_gets_alone(pipeline, samples):
+    student = calibrated(pipeline, samples).double()
+    mixed = samples[torch.tensor([0, 11, 5, 7])]
+    mixed = replace(mixed, x=mixed.x.double())
+    alone = torch.cat([mixed[slice(row, row + 1)].call(student) for row in range(4)])
+    assert torch.allclose(mixed.call(student), alone, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("settings", [{"trajectory": "sequential"}, {"precision": "bf16"}, {"ema_decay": 0.5}, {"rank": 1}])
+def test_other_ways_to_train_run_too(pipeline, samples, settings):
+    student = make_student(pipeline, EfficientDM(**{**QUICK, **settings}), samples=samples)
+    assert samples.call(student).isfinite().all()
+
+
+def test_training_on_images_runs_and_has_no_sequence(pipeline, samples, tmp_path):
+    for index in range(4):
+        Image.new("RGB", (8, 8), (index * 40, 0, 0)).save(tmp_path / f"{index}.png")
+    student = make_student(pipeline, EfficientDM(**QUICK), data=tmp_path, samples=samples)
+    assert samples.call(student).isfinite().all()
+    with pytest.raises(InputError, match="leave --data out"):
+        make_student(pipeline, EfficientDM(**QUICK, trajectory="sequential"), data=tmp_path, samples=samples)
+
+
+def test_an_interrupted_run_continues_bit_for_bit(pipeline, samples, tmp_path):
+    calls = []
+
+    def stop_once():
+        calls.append(None)
+        return len(calls) == 4
+
+    method = EfficientDM(**QUICK)
+    whole = make_student(pipeline, method, samples=samples)
+    with pytest.raises(Interrupted):
+        make_student(pipeline, method, samples=samples, run=SavedRun(tmp_path / "run", should_stop=stop_once))
+    resumed = make_student(pipeline, method, samples=samples, run=SavedRun(tmp_path / "run"))
+    assert equal(whole.state_dict(), resumed.state_dict())
+
+
+def test_two_seeds_start_from_two_adapters(pipeline, samples):
+    one, two = (make_student(pipeline, EfficientDM(**QUICK), samples=samples, seed=seed) for seed in (0, 1))
+    assert not torch.equal(adapted_layers(one)[0].weight_quantizer.down, adapted_layers(two)[0].weight_quantizer.down)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"policy": "loose"}, "policy"),
+        ({"rank": 0}, "rank must be at least 1"),
+        ({"adapter_divisor": 0}, "adapter_divisor must be above 0"),
+        ({"adapter_steps": 0}, "adapter_steps must be at least 1"),
+        ({"weight_scale_rate": -1}, "weight_scale_rate must be 0 or more"),
+        ({"guidance": "nan"}, "guidance must be a number"),
+        ({"trajectory": "random"}, "trajectory"),
+        ({"lookup": "cubic"}, "lookup"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(settings, message):
+    with pytest.raises(InputError, match=message):
+        EfficientDM.parse(settings)
