@@ -1,5 +1,6 @@
 # make demo   the whole way on the embedded pipeline: quantize, evaluate, compare, look
 # make test   the tests
+# make experiments LIST=binarydm   a list of benchmarks/experiments: hours; interrupted, it continues
 # PYTHON picks the interpreter of a new .venv. Without a GPU, the smaller CPU build of torch:
 #   make demo PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 
@@ -8,14 +9,18 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 DEMO ?= runs/demo
 DEMO_IMAGES ?= 500
+LIST ?= binarydm
 
-.PHONY: demo test install clean
+.PHONY: demo test experiments install clean
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q
 
 demo: $(STAMP)
 	DMQUANT=$(BIN)/dmquant OUT=$(DEMO) NUM_IMAGES=$(DEMO_IMAGES) bash benchmarks/demo.sh
+
+experiments: $(STAMP)
+	$(BIN)/python benchmarks/run.py benchmarks/experiments/$(LIST).json -o runs/$(LIST)
 
 install: $(STAMP)
 

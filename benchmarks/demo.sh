@@ -1,21 +1,26 @@
 #!/usr/bin/env bash
-# The whole way on the embedded pipeline: quantize, evaluate, compare, look. Run by `make demo`.
+# The whole way on the embedded pipeline: quantize, evaluate, compare, look. Run by `make demo`. Fine-tuning is cut short here.
 set -euo pipefail
 DMQUANT=${DMQUANT:-dmquant}
 OUT=${OUT:-runs/demo}
 NUM_IMAGES=${NUM_IMAGES:-500}
+LSQ=$OUT/lsq-w4a8
+BINARY=$OUT/binarydm-w1a4
 
 run() { printf '\n$ dmquant %s\n' "$*" >&2; "$DMQUANT" "$@"; }
 
 mkdir -p "$OUT"
-run quantize --method lsq --wbits 4 --abits 8 -o "$OUT/lsq-w4a8" --force
+run quantize --method lsq --wbits 4 --abits 8 --max-steps 150 -o "$LSQ" --force
+run quantize --method binarydm --wbits 1 --abits 4 --max-steps 400 -o "$BINARY" --force
 run eval --fid --num-images "$NUM_IMAGES" -o "$OUT/float"
-run eval "$OUT/lsq-w4a8" --fid --psnr --num-images "$NUM_IMAGES"
-run sample embedded -n 16 --beside "$OUT/lsq-w4a8" -o "$OUT/samples.png"
-run compare "$OUT/float" "$OUT/lsq-w4a8"
-run compare "$OUT/float" "$OUT/lsq-w4a8" --format md > "$OUT/comparison.md"
+run eval "$LSQ" --fid --psnr --num-images "$NUM_IMAGES"
+run eval "$BINARY" --fid --psnr --num-images "$NUM_IMAGES"
+run sample embedded -n 16 --beside "$LSQ" --beside "$BINARY" -o "$OUT/samples.png"
+run compare "$OUT/float" "$LSQ" "$BINARY"
+run compare "$OUT/float" "$LSQ" "$BINARY" --format md > "$OUT/comparison.md"
 
 printf '\nFiles written:\n'
-for file in "$OUT/lsq-w4a8/" "$OUT/float/report.json" "$OUT/lsq-w4a8/report.json" "$OUT/samples.png" "$OUT/comparison.md"; do
+for file in "$LSQ/" "$BINARY/" "$OUT/float/report.json" "$LSQ/report.json" "$BINARY/report.json" \
+    "$OUT/samples.png" "$OUT/comparison.md"; do
     printf '  %s\n' "$file"
 done

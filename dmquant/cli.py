@@ -144,7 +144,9 @@ def sample(
     sampler: Sampler = None,
     batch: Batch = 50,
     output: Annotated[Path, typer.Option("-o", "--output", help="Picture to write.")] = Path("samples.png"),
-    beside: Annotated[str | None, typer.Option(help="Another pipeline, drawn below from equal seeds.", **HIDDEN)] = None,
+    beside: Annotated[
+        list[str] | None, typer.Option(help="Another pipeline, drawn below from equal seeds; may be repeated.", **HIDDEN)
+    ] = None,
     device: Device = None,
 ) -> None:
     """Draw images and write them as one picture."""
@@ -154,7 +156,7 @@ def sample(
     from dmquant import generation
 
     rows, track = {}, console.Tracker()
-    for name in dict.fromkeys([model, *([beside] if beside else [])]):
+    for name in dict.fromkeys([model, *(beside or ())]):
         pipeline = arguments.open_model(name, device)
         generation.set_sampler(pipeline, sampler)
         images = generation.generate(pipeline, range(seed, seed + count), steps=steps, batch=batch, track=track)
