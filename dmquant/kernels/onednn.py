@@ -1,16 +1,19 @@
 """Bytes by oneDNN, through operators that torch has for its own quantizer: where there is no compiler.
 
-The operators are private to torch, so they are tried before they are believed. Weights are held as bytes, whatever their bits.
+The operators are private to torch, so they are tried before they are believed. Weights are held as bytes, whatever their bits,
+twice: as they were stored, and as oneDNN wants them.
 """
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from dmquant.quantizers.base import quantize
 
 NAME = "onednn"
+PREPACKED = WeakTensorKeyDictionary()  # levels -> what oneDNN makes of them, by grid and window; gone with the levels
 
 
 def state() -> str:
@@ -43,10 +46,21 @@ def multiply(
         top = left = 0
     codes = codes.to(torch.uint8).contiguous(memory_format=torch.channels_last)
     grid, place = (float(act_scale), int(act_zero)), (list(stride), [top, left], [1, 1], 1)
-    levels = weight[0].unflatten(2, tuple(kernel)).contiguous()
-    packed = torch.ops.onednn.qconv_prepack(levels, scale, *grid, *place, list(codes.shape))
+    packed = prepack(weight, scale, grid, place, tuple(kernel), list(codes.shape))
     no_zeros = torch.zeros(len(scale), dtype=torch.int32)
     out = torch.ops.onednn.qconv_pointwise(
         codes, *grid, packed, scale, no_zeros, bias, *place, 1.0, 0, torch.float32, "none", [], ""
     )  # fmt: skip
     return out.permute(0, 2, 3, 1)
+
+
+def prepack(
+    weight: Tensor, scale: Tensor, grid: tuple[float, int], place: tuple, kernel: tuple[int, ...], shape: list[int]
+) -> Tensor:
+    """The weight in oneDNN's own order, made at the first call."""
+    made, key = PREPACKED.setdefault(weight, {}), (grid, repr(place))
+    if key not in made:
+        levels = weight[0].unflatten(2, kernel).contiguous()
+        made.clear()  # a grid that has changed does not come back
+        made[key] = torch.ops.onednn.qconv_prepack(levels, scale, *grid, *place, shape)
+    return made[key]
