@@ -25,7 +25,7 @@ from dmquant.gallery import Drawn, Gallery
 from dmquant.generation import set_sampler
 from dmquant.metrics import agreement
 from dmquant.metrics.base import Batch, Metric
-from dmquant.metrics.choice import DEFAULT, DEFAULT_PAIRED, Choice, choose_metrics, refuse_unused
+from dmquant.metrics.choice import DEFAULT, DEFAULT_PAIRED, Choice, choose_metrics, refuse_small, refuse_unused
 from dmquant.metrics.extractor import EMBEDDED, Extractor, load_extractor
 from dmquant.metrics.reference import Reference, open_reference
 from dmquant.progress import Track, plain
@@ -94,6 +94,7 @@ def evaluate(
     given = {"extractor": extractor != EMBEDDED, "inception_weights": inception_weights is not None,
              "reference": reference is not None, "float_pipeline": float_pipeline is not None}  # fmt: skip
     refuse_unused(chosen, [name for name, is_given in given.items() if is_given])
+    refuse_small(chosen, find_image_size(pipeline))
     cost = measure_cost(denoiser)
     course = Course(range(seed, seed + num_images), steps, batch, Path(cache) if cache is not None else None, track)
     ranks.join(on_cpu=denoiser.device.type == "cpu")

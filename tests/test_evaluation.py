@@ -179,6 +179,13 @@ def test_images_of_another_size_than_the_extractors_are_refused_before_one_is_dr
         evaluate(make_pipeline(size=16), reference="cifar10-train", **QUICK)
 
 
+def test_images_too_small_for_a_metric_are_refused_before_one_is_drawn(monkeypatch):
+    monkeypatch.setattr(gallery, "generate", lambda *_, **__: pytest.fail("an image was drawn"))
+    small = make_pipeline(size=8)
+    with pytest.raises(InputError, match="ssim needs images of at least 11x11 pixels, got 8x8"):
+        evaluate(small, metrics=["psnr", "ssim"], float_pipeline=small, **QUICK)
+
+
 def test_a_model_that_draws_one_colour_fails_with_the_count():
     flat, good = torch.zeros(10, 3, 4, 4, dtype=torch.uint8), torch.arange(48, dtype=torch.uint8).view(1, 3, 4, 4)
     watch = Watch()

@@ -57,7 +57,8 @@ def stream_images(path: Path, archive: zipfile.ZipFile, key: str, *, most: int) 
     """Images of an array (N, H, W, 3) of bytes, uint8 (B, 3, H, W), without holding them all."""
     with archive.open(f"{key}.npy") as member:
         shape, dtype = read_header(member)
-        if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or not 2 <= shape[0] <= most or shape[1] * shape[2] > MOST_PIXELS:
+        is_image = dtype == np.uint8 and len(shape) == 4 and shape[-1] == 3 and shape[1] * shape[2] <= MOST_PIXELS
+        if not is_image or not 2 <= shape[0] <= most:
             raise InputError(f"{path}: {key} is {dtype} {shape}, not images; expected uint8 (2 to {most}, height, width, 3)")
         for start in range(0, shape[0], IMAGES_AT_ONCE):
             batch = (min(IMAGES_AT_ONCE, shape[0] - start), *shape[1:])

@@ -28,6 +28,7 @@ class Metric(ABC):
     needs_float_images: ClassVar[bool] = False
     reference_part: ClassVar[str | None] = None  # what a reference must hold: "mu", "spatial" or "features"
     least: ClassVar[int] = 1  # images without which nothing can be said
+    smallest: ClassVar[int] = 1  # side in pixels of the smallest images that it can look at
 
     @abstractmethod
     def update(self, batch: Batch) -> None:

@@ -67,6 +67,14 @@ def choose_metrics(names: Sequence[str], num_images: int) -> Choice:
     return chosen
 
 
+def refuse_small(chosen: Choice, side: int | None) -> None:
+    """Raises InputError where the images, of that side in pixels, are too small for a metric; None is not known yet."""
+    for name in chosen.names:
+        if side is not None and name in STREAMED and side < STREAMED[name].smallest:
+            least = STREAMED[name].smallest
+            raise InputError(f"{name} needs images of at least {least}x{least} pixels, got {side}x{side}; leave it out")
+
+
 def refuse_unused(chosen: Choice, given: Sequence[str]) -> None:
     """Raises InputError for settings, by name, that no metric asked for would look at."""
     used = {
@@ -75,4 +83,5 @@ def refuse_unused(chosen: Choice, given: Sequence[str]) -> None:
     }  # fmt: skip
     unused = [name for name in given if not used[name]]
     if unused:
-        raise InputError(f"{', '.join(unused)}: without effect on {', '.join(chosen.names)}; add a metric that looks, or leave out")
+        wanted = ", ".join(chosen.names)
+        raise InputError(f"{', '.join(unused)}: without effect on {wanted}; leave it out, or add a metric that looks at it")

@@ -36,6 +36,7 @@ class Ssim(Metric):
     """Mean over image pairs of the structural similarity. Wang et al., 2004: 11x11 Gaussian window, sigma 1.5, peak 255."""
 
     needs_float_images = True
+    smallest = WINDOW
 
     def __init__(self) -> None:
         self._sum = 0.0
