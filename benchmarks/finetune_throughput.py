@@ -59,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def make_step(model: nn.Module, objective: Distillation, training: Training) -> Callable[[int], None]:
     """A training step of the model, like one turn of `dmquant.distill.fit`."""
-    _, optimizer = start_optimizer(model, parameter_groups(model, training))
+    _, optimizer = start_optimizer(parameter_groups(model, training))
 
     def step(number: int) -> None:
         loss = objective.loss(model, training.batch, step=number, generator=draw(0, number, 0), device=torch.device("cpu"))

@@ -110,15 +110,13 @@ def fit(
     student: nn.Module, objective: Objective, training: Training, groups: Sequence[Group] | None = None, *, seed: int,
     run: Run = Run(), track: Track = plain,
 ) -> list[float]:
-    """Trains the parameters of the groups in place and freezes all others; without groups it trains the whole student.
-
-    Returns the losses of the steps taken. DmquantError if it diverges.
-    """
+    """Trains the groups in place, by default all, and freezes the rest; the losses of the steps. DmquantError if it diverges."""
+    student.requires_grad_(False)
     if training.max_steps == 0:
         return []
     device = next(student.parameters()).device
     accelerator = start_accelerator(device, training.precision)
-    trained, optimizer = start_optimizer(student, parameter_groups(student, training) if groups is None else groups)
+    trained, optimizer = start_optimizer(parameter_groups(student, training) if groups is None else groups)
     model, optimizer = accelerator.prepare(student.eval(), optimizer)
     average = EMAModel(trained, decay=training.ema_decay) if training.ema_decay else None
     guard = Guard(trained, optimizer, average)
@@ -161,10 +159,9 @@ def start_accelerator(device: torch.device, precision: str) -> Accelerator:
     )
 
 
-def start_optimizer(student: nn.Module, groups: Sequence[Group]) -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
-    """The parameters that are trained, all others frozen, and their optimizer."""
+def start_optimizer(groups: Sequence[Group]) -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
+    """The parameters that are trained, and their optimizer."""
     trained = [parameter for group in groups for parameter in group.parameters]
-    student.requires_grad_(False)
     for parameter in trained:
         parameter.requires_grad_(True)
     rates = [

@@ -39,8 +39,9 @@ def quantize(
     """
     method = resolve(method, settings)
     how = {"seed": seed, "data": data, "conditioning": conditioning, "samples": samples, "run": run, "track": track}
-    packed = pack_model(make_student(pipeline, method, **how))
-    packed.dmquant_record = describe_run(pipeline, method, seed)
+    student = make_student(pipeline, method, **how)
+    packed = pack_model(student)
+    packed.dmquant_record = describe_run(pipeline, method, seed) | count_trained(pipeline, student)
     hf.mark(packed)
     return with_denoiser(pipeline, find_denoiser(pipeline)[0], packed)
 
@@ -49,7 +50,10 @@ def make_student(
     pipeline: DiffusionPipeline, method: Method, *, seed: int = 0, data: str | Path | None = None,
     conditioning: Conditioning = Conditioning(), samples: Samples | None = None, run: Run = Run(), track: Track = plain,
 ) -> nn.Module:  # fmt: skip
-    """The denoiser before it is packed: float weights and their quantizers, fine-tuned. Arguments as for `quantize`."""
+    """The denoiser before it is packed: float weights and their quantizers, fine-tuned. Arguments as for `quantize`.
+
+    What was trained requires gradients, nothing else does.
+    """
     refuse_unfit(pipeline, method, seed)
     teacher = find_denoiser(pipeline)[1]
     objective = None if data is None else open_denoising(pipeline, data)
@@ -63,7 +67,7 @@ def make_student(
     objective = objective or Distillation(samples, weigh(samples, pipeline.scheduler, method.snr_cap))
     with evaluating(teacher):
         method.finetune(student, objective, teacher=teacher, samples=samples, seed=seed, run=run, track=track)
-    return student.eval().requires_grad_(False)
+    return student.eval()
 
 
 def plan(pipeline: DiffusionPipeline, method: str | Method = "lsq", **settings: Any) -> dict[str, tuple[int, int]]:
@@ -124,6 +128,13 @@ def describe_run(pipeline: DiffusionPipeline, method: Method, seed: int) -> dict
         "method": method.name, "settings": method.settings(), "seed": seed,
         "weight_bits": method.weight_bits, "act_bits": method.act_bits, "base_model": _name_base(pipeline),
     }
+
+
+def count_trained(pipeline: DiffusionPipeline, student: nn.Module) -> dict[str, Any]:
+    """How many parameters fine-tuning trained, those of quantizers included, and their share of the teacher's."""
+    trained = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
+    total = sum(parameter.numel() for parameter in find_denoiser(pipeline)[1].parameters())
+    return {"trained_params": trained, "trained_share": round(trained / total, 4)}
 
 
 def _name_base(pipeline: DiffusionPipeline) -> str | None:

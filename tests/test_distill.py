@@ -126,7 +126,7 @@ def test_only_the_parameters_of_the_groups_are_trained():
 
 def test_each_group_has_its_rate_and_decay():
     student, _ = make()
-    trained, optimizer = start_optimizer(student, [Group([student.body.bias], 0.3, 0.1), Group([student.body.weight], 0.2)])
+    trained, optimizer = start_optimizer([Group([student.body.bias], 0.3, 0.1), Group([student.body.weight], 0.2)])
     assert trained == [student.body.bias, student.body.weight]
     assert [(group["lr"], group["peak"], group["weight_decay"]) for group in optimizer.param_groups] == [
         (0.3, 0.3, 0.1), (0.2, 0.2, 0.0)

@@ -62,6 +62,16 @@ def test_the_record_says_how_it_was_made(pipeline):
     assert LSQ.parse(record["settings"]).max_steps == 2
 
 
+def test_the_record_says_how_much_was_trained(pipeline):
+    total = sum(parameter.numel() for parameter in pipeline.unet.parameters())
+    student = make_student(pipeline, LSQ(**QUICK))
+    whole = quantize(pipeline, "lsq", **QUICK).unet.dmquant_record
+    assert whole["trained_params"] == sum(parameter.numel() for parameter in student.parameters()) > total
+    assert whole["trained_share"] == pytest.approx(whole["trained_params"] / total, abs=1e-4)
+    calibrated = quantize(pipeline, "lsq", **{**QUICK, "max_steps": 0}).unet.dmquant_record
+    assert calibrated["trained_params"] == calibrated["trained_share"] == 0
+
+
 def test_a_base_model_is_recorded_by_its_absolute_path(pipeline, tiny_folder, monkeypatch):
     monkeypatch.chdir(tiny_folder.parent)
     for name, expected in ((tiny_folder.name, str(tiny_folder.resolve())), ("embedded", "embedded"), ("org/x", "org/x")):
