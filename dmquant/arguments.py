@@ -67,6 +67,15 @@ def require_picture(file: Path) -> None:
     require_writable(file.absolute().parent)
 
 
+def find_reports(paths: list[Path]) -> list[Path]:
+    """The paths, where a folder without a report of its own stands for those of its folders that have one."""
+    found = []
+    for path in paths:
+        inner = sorted(file.parent for file in path.glob("*/report.json")) if path.is_dir() else []
+        found += inner if inner and not (path / "report.json").exists() else [path]
+    return found
+
+
 def require_page(file: Path) -> None:
     """Refuses a file name that no page can be written to; a page that is there is replaced."""
     if file.suffix.lower() not in (".html", ".htm") or file.is_dir():

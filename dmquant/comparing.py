@@ -24,7 +24,7 @@ Metrics = Annotated[str | None, typer.Option(help="For --run: fid,sfid,kid,is,pr
 
 
 def compare(
-    paths: Annotated[list[Path] | None, typer.Argument(metavar="PATH...", help="Reports, or folders with a report.json.")] = None,
+    paths: Annotated[list[Path] | None, typer.Argument(metavar="PATH...", help="Reports, or folders that hold some.")] = None,
     form: Annotated[Format, typer.Option("--format", help="How to write it.")] = "table",
     mixed: Annotated[bool, typer.Option("--mixed", help="Allow different protocols; what differs becomes a column.")] = False,
     html: Annotated[Path | None, typer.Option(help="Also write a page: table, plots, samples, settings.", **HIDDEN)] = None,
@@ -49,7 +49,7 @@ def compare(
         paths, failures = _run(paths, runs or [], plan, output, model, device, metrics, protocol)
     elif any((output, model, metrics, protocol)):
         raise InputError("-o, --model, --metrics, --num-images, --steps and --batch are for --run and --experiments")
-    _show(paths or [], form, mixed, html, samples, cards, device)
+    _show(arguments.find_reports(paths or []), form, mixed, html, samples, cards, device)
     if failures:
         raise DmquantError("; ".join(f"{name} failed: {reason}" for name, reason in failures.items()))
 

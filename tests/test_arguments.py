@@ -47,3 +47,26 @@ def test_a_folder_is_asked_for_and_not_made(tmp_path):
 def test_settings_that_are_no_pair_or_come_twice_are_refused(pairs):
     with pytest.raises(InputError):
         arguments.merge_settings({"act_bits": 8}, pairs)
+
+
+def test_a_folder_of_folders_stands_for_the_reports_in_them(tmp_path):
+    for name in ("all/b", "all/a", "all/empty", "one"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("all/b", "all/a", "one"):
+        (tmp_path / name / "report.json").touch()
+    file, missing = tmp_path / "one" / "report.json", tmp_path / "nowhere"
+    found = arguments.find_reports([tmp_path / "all", tmp_path / "one", file, missing, tmp_path / "all" / "empty"])
+    inner = [tmp_path / "all" / "a", tmp_path / "all" / "b"]
+    assert found == [*inner, tmp_path / "one", file, missing, tmp_path / "all" / "empty"]
+
+
+MISTAKES = [("a.txt", "must end in .npz"), ("taken.npz", "is there already"), ("f/x.npz", "is a file")]
+
+
+@pytest.mark.parametrize(("name", "message"), MISTAKES)
+def test_a_new_file_is_one_that_can_be_made(tmp_path, name, message):
+    (tmp_path / "taken.npz").touch()
+    (tmp_path / "f").touch()
+    with pytest.raises(InputError, match=message):
+        arguments.require_new(tmp_path / name, ".npz")
+    arguments.require_new(tmp_path / "new" / "x.npz", ".npz")

@@ -40,6 +40,8 @@ def test_runs_are_done_and_shown_and_done_once(tiny_folder, capsys):
     assert Path("page.html").read_text(encoding="utf-8").count("data:image/png") == 5  # three strips, two differences
     assert cli.run(["verify", f"all/{folders[1]}"]) == 0
     capsys.readouterr()
+    assert run("all", "--format", "json") == 0
+    assert [row["bits"] for row in json.loads(capsys.readouterr().out)["rows"]] == ["32/32", "2/8", "4/8"]  # by name
     assert run(*line, "--format", "json") == 0
     again = capsys.readouterr()
     assert again.out == out and "experiments to do" not in again.err

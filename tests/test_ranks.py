@@ -34,3 +34,11 @@ def test_a_process_alone_is_the_first_and_leaves_at_once(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     assert ranks.is_first()
     ranks.leave_together()
+
+
+def test_a_process_alone_shares_with_itself(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    ranks.join(on_cpu=True)
+    assert (ranks.count(), ranks.is_launched()) == (1, False)
+    assert ranks.gather("page") == ["page"] and ranks.share("result") == "result"
