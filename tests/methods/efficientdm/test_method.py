@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 from PIL import Image
 from torch import nn
 
@@ -14,7 +14,7 @@ from dmquant.clock import Clock
 from dmquant.denoiser import Role, find_denoiser, find_roles, open_pipeline
 from dmquant.distill import Distillation, fit
 from dmquant.errors import InputError, Interrupted
-from dmquant.generation import generate, set_sampler
+from dmquant.generation import Conditioning, generate, set_sampler
 from dmquant.layers import quantized_layers, swap
 from dmquant.methods.efficientdm.adapter import QALoRA, adapted_layers
 from dmquant.methods.efficientdm.method import EfficientDM
@@ -241,6 +241,27 @@ def test_a_batch_of_mixed_timesteps_gives_each_sample_what_it_gets_alone(pipelin
     mixed = replace(mixed, x=mixed.x.double())
     alone = torch.cat([mixed[slice(row, row + 1)].call(student) for row in range(4)])
     assert torch.allclose(mixed.call(student), alone, rtol=0, atol=1e-12)
+
+
+def test_under_guidance_both_halves_of_a_doubled_batch_have_their_step(tmp_path):
+    torch.manual_seed(0)
+    network = DiTTransformer2DModel(
+        num_layers=1, num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, sample_size=4, patch_size=2,
+        num_embeds_ada_norm=1000,
+    )  # fmt: skip
+    vae = AutoencoderKL(latent_channels=4, block_out_channels=(4,), norm_num_groups=2)
+    guided = DiTPipeline(network, vae, DDIMScheduler(), id2label={0: "cat"})
+    wanted = Conditioning(class_labels=(0, 5), guidance=4.0)
+    quantized = quantize(guided, "efficientdm", conditioning=wanted, **QUICK)
+    steps = []
+    transformer = find_denoiser(quantized)[1]
+    layer = next(layer for layer in packed_layers(transformer).values() if isinstance(layer.input, TemporalGrid))
+    layer.register_forward_pre_hook(lambda layer, args: steps.append((len(args[0]), transformer.clock.step.tolist())))
+    images = next(iter(generate(quantized, [0, 1], steps=3, conditioning=wanted)))
+    assert steps == [(4, [step] * 4) for step in range(3)] and images.shape[:2] == (2, 3)
+    dmquant.save(quantized, tmp_path / "out")
+    again = next(iter(generate(dmquant.load(tmp_path / "out"), [0, 1], steps=3, conditioning=wanted)))
+    assert torch.equal(again, images)
 
 
 @pytest.mark.parametrize("settings", [{"trajectory": "sequential"}, {"precision": "bf16"}, {"ema_decay": 0.5}, {"rank": 1}])
