@@ -84,6 +84,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, object]:
         row["times_faster_than"] = {
             other: round(rows[other]["median_ms"] / row["median_ms"], 2) for other in ("fp32 NCHW", "fp32 channels_last")
         }
+        row["times_by_minimum"] = round(rows["fp32 channels_last"]["min_ms"] / row["min_ms"], 2)
         row["kernels"] = count_kernels(variants[f"W{weight}A{act}"])
     parameters = sum(parameter.numel() for parameter in denoiser.parameters())
     result = {"parameters": parameters, "batch": args.batch or BATCHES[name], "variants": rows}

@@ -89,8 +89,6 @@ def state(kernel: Kernel) -> str:
         missing = kernel.needs & ~_instruction_sets()
         if missing:
             return f"this processor has no {' and no '.join(name for bit, name in NAMES.items() if bit & missing)}"
-        if kernel.must_ask and library(kernel).dmquant_ready() != 0:
-            return "the operating system does not allow it"
         library(kernel)
     except CannotCompile as error:
         return str(error)
@@ -99,7 +97,10 @@ def state(kernel: Kernel) -> str:
 
 @cache
 def library(kernel: Kernel) -> ctypes.CDLL:
+    """Raises CannotCompile where there is none or it may not run."""
     loaded = compiler.load(kernel.name, kernel.flags)
+    if kernel.must_ask and loaded.dmquant_ready() != 0:
+        raise CannotCompile("the operating system does not allow it")
     loaded.dmquant_run.argtypes, loaded.dmquant_run.restype = [ctypes.c_void_p], ctypes.c_int
     return loaded
 

@@ -23,15 +23,12 @@ typedef struct {
     __mmask64 mask[4];
 } Entries;
 
-static Entries entries(void) {
-    uint8_t channel[4][64];
-    Entries table = {0};
-    for (int i = 0; i < 64; i++)
-        for (int j = 0; j < 4; j++) {
-            channel[j][i] = (uint8_t)(i / 16 * 4 + j);
-            if (i >> j & 1) table.mask[j] |= 1ull << i;
-        }
-    for (int j = 0; j < 4; j++) table.channel[j] = _mm512_loadu_si512(channel[j]);
+INLINE Entries entries(void) {
+    Entries table = {.mask = {0xaaaaaaaaaaaaaaaa, 0xcccccccccccccccc, 0xf0f0f0f0f0f0f0f0, 0xff00ff00ff00ff00}};
+    __m512i first = _mm512_maskz_set1_epi32(0x00f0, 0x04040404);
+    first = _mm512_mask_set1_epi32(first, 0x0f00, 0x08080808);
+    first = _mm512_mask_set1_epi32(first, 0xf000, 0x0c0c0c0c);
+    for (int j = 0; j < 4; j++) table.channel[j] = _mm512_add_epi8(first, _mm512_set1_epi8((char)j));
     return table;
 }
 

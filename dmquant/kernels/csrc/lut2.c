@@ -7,19 +7,23 @@
 #include "half.h"
 
 /* Entry e of a table sums the channels over the bits of e; a shuffle by a negative byte gives zero. Two groups of four. */
-INLINE __m256i tabulate(__m256i all, int first) {
+INLINE __m256i tabulate(__m256i all) {
+    const __m256i first = _mm256_setr_epi32(0, 0, 0, 0, 0x04040404, 0x04040404, 0x04040404, 0x04040404);
+    const __m256i unset[4] = {
+        _mm256_set1_epi16(0x00ff), _mm256_set1_epi32(0x0000ffff), _mm256_set1_epi64x(0x00000000ffffffff),
+        _mm256_setr_epi64x(-1, 0, -1, 0),
+    };
     __m256i set = _mm256_setzero_si256();
     for (int j = 0; j < 4; j++) {
-        int8_t channel[32];
-        for (int i = 0; i < 32; i++) channel[i] = (int8_t)(i >> j & 1 ? first + i / 16 * 4 + j : -1);
-        set = _mm256_add_epi8(set, _mm256_shuffle_epi8(all, _mm256_loadu_si256((const __m256i *)channel)));
+        __m256i channel = _mm256_or_si256(_mm256_add_epi8(first, _mm256_set1_epi8((char)j)), unset[j]);
+        set = _mm256_add_epi8(set, _mm256_shuffle_epi8(all, channel));
     }
     return set;
 }
 
 /* Eight codes -> two tables. */
 INLINE void put_tables(__m128i codes, uint8_t *cells) {
-    _mm256_storeu_si256((__m256i *)cells, tabulate(_mm256_broadcastsi128_si256(codes), 0));
+    _mm256_storeu_si256((__m256i *)cells, tabulate(_mm256_broadcastsi128_si256(codes)));
 }
 
 static void fill(const Job *job, float zero, int64_t k, int64_t count, uint8_t *cells) {
