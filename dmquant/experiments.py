@@ -146,8 +146,8 @@ def run_plan(
     reports = {FLOAT: measure_float(bench)}
     missing = [experiment for experiment in plan.experiments if not is_done(experiment, bench)]
     if missing:
-        minutes = estimate_minutes(missing, reports[FLOAT])
-        tell(f"{len(missing)} of {len(plan.experiments)} experiments to do, about {minutes:.0f} min")
+        minutes = max(1, round(estimate_minutes(missing, reports[FLOAT])))
+        tell(f"{len(missing)} of {len(plan.experiments)} experiments to do, about {minutes} min")
     failures = {}
     for experiment in sorted(plan.experiments, key=lambda experiment: experiment.cost):
         started = time.monotonic()

@@ -76,23 +76,29 @@ def describe_protocol(reports: Sequence[Report]) -> dict[str, str]:
 
 def draw_plots(comparison: Comparison, reports: Sequence[Report]) -> list[str]:
     """The first distance against what it costs, and the agreement with the float denoiser over the timesteps."""
-    plots = []
-    metric = choose_metric(comparison)
+    plots, metric, short = [], choose_metric(comparison), shorten([report.model for report in reports])
     for cost in COSTS if metric else ():
         rows = [row for row in comparison.rows if None not in (row[cost.key], row[metric.key])]
-        points = [Point(row[cost.key], row[metric.key], f"{Path(row['model']).name} {row['bits']}") for row in rows]
+        points = [Point(row[cost.key], row[metric.key], f"{short[row['model']]} {row['bits']}") for row in rows]
         if len(points) > 1:
             plots.append(scatter(points, x_title=_title(cost), y_title=_title(metric)))
-    curves = {Path(r.model).name: [(float(at), value) for at, value in r.curves["cosine"].items()] for r in reports if r.curves}
+    shown = {short[report.model]: report.curves["cosine"] for report in reports if "cosine" in report.curves}
+    curves = {name: [(float(timestep), value) for timestep, value in curve.items()] for name, curve in shown.items()}
     if curves:
         plots.append(lines(curves, x_title="timestep", y_title="cosine to the float denoiser's answer"))
     return plots
 
 
+def shorten(models: Sequence[str]) -> dict[str, str]:
+    """The last parts of paths, where they tell the models apart."""
+    names = {model: Path(model).name for model in models}
+    return names if len(set(names.values())) == len(names) else {model: model for model in models}
+
+
 def choose_metric(comparison: Comparison) -> Column | None:
     """The metric that a model is judged by first: the first one of which less is better."""
-    keys = [key for key in comparison.rows[0] if name_metric(key).better == "lower"]
-    return name_metric(min(keys, key=rank)) if keys else None
+    known = [name_metric(column.key) for column in comparison.columns if not column.is_change]
+    return min((metric for metric in known if metric.better == "lower"), key=lambda metric: rank(metric.key), default=None)
 
 
 def describe_run(report: Report) -> Run:

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from dmquant.comparison import compare
-from dmquant.page import Strip, choose_metric, render
+from dmquant.page import Strip, choose_metric, render, shorten
 from dmquant.report import Protocol, Report
 
 PROTOCOL = Protocol(num_images=5000, seed=0, steps=20, sampler="ddim", batch=50, image_size=32, extractor="resnet-cifar10")
@@ -96,6 +96,11 @@ def test_plots_set_the_first_distance_against_size_operations_and_bits_and_show_
 def test_a_model_is_judged_by_the_first_metric_of_which_less_is_better(metrics, chosen):
     found = choose_metric(compare([replace(FLOAT, metrics=metrics)]))
     assert (found and found.key) == chosen
+
+
+def test_models_are_called_by_the_last_part_of_their_paths_where_that_tells_them_apart():
+    assert shorten(["a/x", "b/y", "a/x"]) == {"a/x": "x", "b/y": "y"}
+    assert shorten(["a/x", "b/x"]) == {"a/x": "a/x", "b/x": "b/x"}
 
 
 def test_mixed_protocols_list_all_their_values():
