@@ -18,7 +18,7 @@ from dmquant.metrics.weights import find_inception
 
 REQUIRED = (
     "torch", "diffusers", "accelerate", "safetensors", "torchmetrics", "huggingface_hub", "numpy", "pillow", "pydantic", "typer",
-    "rich",
+    "rich", "jinja2",
 )  # fmt: skip
 OPTIONAL = ("transformers", "matplotlib")
 LOW_SPACE_BYTES = 2 * 10**9
