@@ -55,9 +55,9 @@ class Clock(nn.Module):
         A layer that reads one row for all samples gets the entry of the first.
         """
         if self.neighbours is None:
-            entries = table[self.step]
+            entries = table[self.step.to(table.device)]
         else:
-            before, after, share = self.neighbours
+            before, after, share = (part.to(table.device) for part in self.neighbours)
             entries = torch.lerp(table[before], table[after], share.to(table.dtype))
         if count == len(entries):
             return entries

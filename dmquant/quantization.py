@@ -62,7 +62,7 @@ def make_student(
         how = {"steps": method.sampling_steps, "seed": seed, "conditioning": conditioning}
         samples = run.recall(lambda: record(pipeline, method.trajectories, **how, track=track))
     student = copy.deepcopy(teacher)
-    method.prepare(student, Clock(samples.timestep.unique().flip(0)))
+    method.prepare(student, Clock(samples.timestep.unique().flip(0).to(next(teacher.parameters()).device)))
     method.calibrate(student, samples, track=track)
     objective = objective or Distillation(samples, weigh(samples, pipeline.scheduler, method.snr_cap))
     with evaluating(teacher):

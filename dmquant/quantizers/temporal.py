@@ -1,7 +1,7 @@
 """A grid of its own for every calibrated timestep: what a layer reads changes from one end of sampling to the other.
 
 The clock says which step each sample of a batch is at, so a batch of mixed timesteps trains and runs like its samples one by
-one. Temporal LSQ of EfficientDM (He et al., 2024), section 4.3; as a parallel quantizer DilateQuant (Liu et al., 2024), eq. 13.
+one. The temporal LSQ of EfficientDM (He et al., 2024) and the temporal parallel quantizer of DilateQuant (Liu et al., 2024).
 """
 
 import torch
