@@ -30,8 +30,8 @@ class BinaryDM(Method):
         "evolvable", "bases of the first and last blocks: two that become one (EBB), two to the end (LMB), or one"
     )
     switch: float = setting(0.5, "share of the run after which one basis is left")
-    basis_penalty: float = setting(9e-2, "weight of the second basis' mean scale in the loss")
-    mimic_weight: float = setting(1e-4, "weight of the distance to the teacher's block features (LRM); 0 leaves it out")
+    basis_penalty: float = setting(3.0, "weight of the second basis' mean scale in the loss")
+    mimic_weight: float = setting(0.1, "weight of the distance to the teacher's block features (LRM); 0 leaves it out")
     mimic_compression: int = setting(4, "channels per principal direction in which features are compared")
     warmup: int = setting(0, "steps between making one group of blocks binary and the next, from the middle outwards; 0: none")
 
