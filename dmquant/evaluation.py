@@ -23,6 +23,7 @@ from dmquant.denoiser import find_denoiser, is_quantized, open_pipeline
 from dmquant.errors import DmquantError, InputError
 from dmquant.gallery import Drawn, Gallery
 from dmquant.generation import set_sampler
+from dmquant.kernels.catalogue import choice
 from dmquant.metrics import agreement
 from dmquant.metrics.base import Batch, Metric
 from dmquant.metrics.choice import DEFAULT, DEFAULT_PAIRED, Choice, choose_metrics, refuse_small, refuse_unused
@@ -273,7 +274,7 @@ def write_report(
         bits_per_weight=8 * size_bytes / cost.num_params, ops=cost.ops, bops=cost.bops,
         attention_macs=cost.attention_macs, seconds_per_image=outcome.seconds / protocol.num_images,
         peak_memory_bytes=outcome.peak_bytes or None,
-        versions={"dmquant": __version__, **{package: version(package) for package in PACKAGES}},
+        versions={"dmquant": __version__, "kernels": choice(), **{package: version(package) for package in PACKAGES}},
         base_model=record.get("base_model"),
     )
 
