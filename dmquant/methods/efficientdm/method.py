@@ -25,7 +25,7 @@ from dmquant.samples import Samples
 
 # Beside 1x1 skips the public code leaves in float: downsamplers ("op"), and plain attention, whose projections are Conv1d there
 LEFT_BY_PAPER = re.compile(r"\bdownsamplers\.\d+\.conv$|\battentions\.\d+\.to_(q|k|v|out\.0)$")
-LONGEST_STRIDE = 25.0  # times the paper's rate, in short runs
+LONGEST_STRIDE = 250.0  # times the paper's rate, in short runs: a tenth of a step of the weight's grid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class EfficientDM(Method):
     half_base: bool = setting(True, "the frozen weights wait in float16 while adapters train")
     scale_aware: bool = setting(True, "each adapter's rate follows its layer's weight steps; false: all have learning_rate")
     adapter_divisor: float = setting(2500.0, "an adapter's AdamW rate is its layer's mean weight step over this")
-    adapter_steps: int = setting(16000, "run length that this belongs to; shorter runs stride up to 25 times as far")
+    adapter_steps: int = setting(16000, "run length that this belongs to; shorter runs stride up to 250 times as far")
     temporal: bool = setting(True, "inputs have a grid per timestep (TALSQ); false: one for all")
     lookup: Literal["nearest", "linear"] = setting("nearest", "grid at an uncalibrated timestep: the nearest, or a mean of two")
     trajectory: Literal["cached", "sequential"] = setting(
