@@ -110,7 +110,8 @@ class Timed(nn.Module):
 
 
 def attach(clock: Clock, denoiser: nn.Module) -> None:
-    """Makes the clock follow the denoiser's calls; it becomes the submodule `clock`, so its timesteps are saved."""
+    """Makes the clock, in place of any other, follow the denoiser's calls; the submodule `clock`, whose timesteps are saved."""
+    detach(denoiser)
     denoiser.add_module("clock", clock)
     denoiser.register_forward_pre_hook(clock.read, with_kwargs=True)
     link(denoiser)

@@ -97,6 +97,14 @@ def test_a_detached_clock_leaves_nothing_behind():
     detach(denoiser)
 
 
+def test_a_denoiser_has_one_clock_however_often_one_is_attached():
+    denoiser, clock = make(), Clock(torch.tensor([5.0]))
+    for _ in range(2):
+        attach(clock, denoiser)
+    denoiser(torch.ones(2, 3), 5)
+    assert denoiser.clock is clock and len(denoiser._forward_pre_hooks) == 1 and clock.step.tolist() == [0, 0]
+
+
 def test_timesteps_stay_whole_in_models_of_half_precision():
     denoiser = make().bfloat16()
     assert denoiser.clock.timesteps.dtype == torch.float32 and denoiser.scale.dtype == torch.bfloat16
