@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dmquant.layers import bypassed, quantized_inputs, quantized_layers
 from dmquant.progress import Track, plain
 from dmquant.quantizers.base import Quantizer
+from dmquant.quantizers.dilated import divider
 from dmquant.samples import Samples
 
 VALUES_PER_SAMPLE = 2048  # drawn at random from each layer's input, beside its extremes
@@ -27,7 +28,7 @@ def observe_inputs(student: nn.Module, samples: Samples, *, batch: int, track: T
     Meanwhile the student's clock, if it has one, is at the timesteps of the samples: a temporal quantizer sets its rows.
     """
     readers = {name: part for name, part in quantized_inputs(student).items() if isinstance(part.input_quantizer, Quantizer)}
-    collectors = {name: Collector(seed) for seed, name in enumerate(readers)}
+    collectors = {name: Collector(seed, divider(part.input_quantizer)) for seed, (name, part) in enumerate(readers.items())}
     with ExitStack() as hooks:
         for name, reader in readers.items():
             hooks.callback(reader.register_forward_pre_hook(collectors[name].note).remove)
@@ -66,14 +67,15 @@ def run_float(student: nn.Module, parts: list[Samples]) -> None:
 
 
 class Collector:
-    """Keeps a random part of each sample's values, and its extremes, as rows (N, k)."""
+    """Keeps a random part of each sample's values, and its extremes, as rows (N, k): of what `divide` leaves of them."""
 
-    def __init__(self, seed: int):
+    def __init__(self, seed: int, divide: nn.Module):
+        self._divide = divide
         self._generator = torch.Generator().manual_seed(seed)
         self.rows: list[Tensor] = []
 
     def note(self, layer: nn.Module, args: tuple) -> None:
-        flat = args[0].detach().float().flatten(1)
+        flat = self._divide(args[0].detach().float()).flatten(1)
         index = torch.randint(flat.shape[1], (min(VALUES_PER_SAMPLE, flat.shape[1]),), generator=self._generator)
         extremes = torch.stack(torch.aminmax(flat, dim=1), 1)
         self.rows.append(torch.cat([flat[:, index.to(flat.device)], extremes], 1))

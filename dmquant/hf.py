@@ -24,11 +24,12 @@ from dmquant.errors import DamagedFile, InputError
 from dmquant.layers import find_layers
 from dmquant.packed import FLOAT_BITS, KINDS, Format, Layout, PackedWeight, Timing, prepare_packed, read_layout, restore_float
 from dmquant.quantizers.base import FixedGrid
+from dmquant.quantizers.dilated import Divide
 from dmquant.quantizers.temporal import TEMPORAL
 
 FORMAT_VERSION = 1
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-EXACT = (PackedWeight, FixedGrid, Clock)  # modules whose tensors keep the dtype of the file whatever the model computes in
+EXACT = (PackedWeight, FixedGrid, Divide, Clock)  # modules whose tensors keep the dtype of the file whatever the model computes in
 
 
 class QuantMethod(str, Enum):
@@ -47,7 +48,7 @@ class DmquantConfig(QuantizationConfigMixin):
     def __init__(
         self, *, weight_bits: int, act_bits: int, kinds: Sequence[str] = (),
         overrides: Mapping[str, list[int | str]] | None = None, attention_bits: int = FLOAT_BITS,
-        timing: Mapping[str, int | str] | None = None, method: str | None = None,
+        attention_kinds: Sequence[str] = (), timing: Mapping[str, int | str] | None = None, method: str | None = None,
         settings: Mapping[str, Any] | None = None, base_model: str | None = None, record: Mapping[str, Any] | None = None,
         producer: str = f"dmquant {__version__}", format_version: int = FORMAT_VERSION, quant_method: str = "dmquant",
     ):  # fmt: skip
@@ -55,7 +56,8 @@ class DmquantConfig(QuantizationConfigMixin):
         self.format_version, self.producer = format_version, producer
         self.weight_bits, self.act_bits, self.kinds = weight_bits, act_bits, list(kinds)
         self.overrides = {name: list(entry) for name, entry in (overrides or {}).items()}
-        self.attention_bits, self.timing = attention_bits, None if timing is None else dict(timing)
+        self.attention_bits, self.attention_kinds = attention_bits, list(attention_kinds)
+        self.timing = None if timing is None else dict(timing)
         self.method, self.settings, self.base_model = method, dict(settings or {}), base_model
         self.record = dict(record or {})  # whatever else is known of how it was made: seed, timesteps, ...
 
@@ -75,7 +77,8 @@ class DmquantConfig(QuantizationConfigMixin):
     def layout(self) -> Layout:
         overrides = {name: Format(*entry[:2], tuple(entry[2:])) for name, entry in self.overrides.items()}
         timing = None if self.timing is None else Timing(**self.timing)
-        return Layout(Format(self.weight_bits, self.act_bits, tuple(self.kinds)), overrides, self.attention_bits, timing)
+        default = Format(self.weight_bits, self.act_bits, tuple(self.kinds))
+        return Layout(default, overrides, self.attention_bits, tuple(self.attention_kinds), timing)
 
     @property
     def run(self) -> dict[str, Any]:
@@ -188,6 +191,7 @@ def mark(model: nn.Module) -> None:
     overrides = {name: [*format[:2], *format.kinds] for name, format in layout.overrides.items()}
     known = {name: run.pop(name) for name in ("method", "settings", "base_model") if name in run}
     grids = {**layout.default._asdict(), "overrides": overrides, "attention_bits": layout.attention_bits}
+    grids["attention_kinds"] = layout.attention_kinds
     grids["timing"] = None if layout.timing is None else layout.timing._asdict()
     config = DmquantConfig(**grids, **known, record=run)
     # through JSON, so that what is refused when read is refused before it is written
@@ -209,8 +213,8 @@ def check_tensor(module: nn.Module, leaf: str, tensor: Tensor, *, name: str) -> 
         raise DamagedFile(f"{name} is {tensor.dtype} instead of {' or '.join(map(str, allowed))}")
     if tensor.is_floating_point() and not tensor.isfinite().all():
         raise DamagedFile(f"{name} holds values that are not finite")
-    if is_grid and leaf == "scale" and not (tensor > 0).all():
-        raise DamagedFile(f"{name} holds a scale that is not positive")
+    if is_grid and leaf in ("scale", "reciprocal") and not (tensor > 0).all():
+        raise DamagedFile(f"{name} holds a {leaf} that is not positive")
     if is_grid and leaf == "zero" and not _is_on_grid(tensor, module):
         raise DamagedFile(f"{name} holds a zero that is no code of {module.bits} bits")
     if leaf == "codes" and is_grid and not _has_zero_padding(tensor, module.numel()):
@@ -244,7 +248,7 @@ def _check_config(config: dict[str, Any]) -> None:
     for key, value in config.items():
         if not _IS_VALID[key](value):
             raise DamagedFile(f"quantization_config.{key} cannot be {value!r}")
-    kinds = {*config["kinds"], *chain.from_iterable(entry[2:] for entry in config["overrides"].values())}
+    kinds = {*config["kinds"], *config.get("attention_kinds", ()), *chain.from_iterable(entry[2:] for entry in config["overrides"].values())}
     if TEMPORAL in kinds and config.get("timing") is None:
         raise DamagedFile("quantization_config.timing is missing: there are grids per timestep")
 
@@ -279,11 +283,11 @@ def _is_json_object(value: object) -> bool:
 
 
 MAX_STEPS = 1 << 20  # more timesteps than any sampler has
-LATER = {"attention_bits", "timing"}  # keys that older files do not have
+LATER = {"attention_bits", "attention_kinds", "timing"}  # keys that older files do not have
 _IS_VALID = {
     "quant_method": _is_text, "format_version": lambda value: value == FORMAT_VERSION and type(value) is int,
     "producer": lambda value: isinstance(value, str), "weight_bits": _is_bits, "act_bits": _is_bits,
-    "kinds": _is_kinds, "overrides": _is_overrides, "attention_bits": _is_bits, "timing": _is_timing,
+    "kinds": _is_kinds, "overrides": _is_overrides, "attention_bits": _is_bits, "timing": _is_timing, "attention_kinds": _is_kinds,
     "method": _is_text, "settings": _is_json_object, "base_model": _is_text,
     "record": _is_json_object,
 }  # fmt: skip

@@ -23,12 +23,13 @@ from dmquant.kernels.blocked import BlockedCodes
 from dmquant.layers import find_layers, quantized_layers
 from dmquant.packing import check_bits, pack, unpack
 from dmquant.quantizers.base import BasisCodes, Codes, FixedGrid, Quantizer
+from dmquant.quantizers.dilated import DILATED, Divide, divider, spread
 from dmquant.quantizers.temporal import TEMPORAL, TemporalGrid
 
 FLOAT_BITS = 32
 Bits = tuple[int, int]  # of weights, of activations
 BASES = "bases"  # every bit plane of the weight is a binary basis with a scale of its own
-KINDS = (BASES, TEMPORAL)
+KINDS = (BASES, TEMPORAL, DILATED)
 
 
 class Format(NamedTuple):
@@ -124,11 +125,13 @@ class PackedConv2d(nn.Conv2d):
 
 
 def linear(layer: PackedLinear, x: Tensor) -> Tensor:
+    x = layer.divide(x)
     y = kernels.run(layer, x)
     return nn.functional.linear(layer.input(x), dense(layer.weight, x.dtype), layer.bias) if y is None else y
 
 
 def convolve(layer: PackedConv1d | PackedConv2d, x: Tensor) -> Tensor:
+    x = layer.divide(x)
     y = kernels.run(layer, x)
     return layer._conv_forward(layer.input(x), dense(layer.weight, x.dtype), layer.bias) if y is None else y
 
@@ -150,6 +153,7 @@ class Layout:
     default: Format
     overrides: Mapping[str, Format] = field(default_factory=dict)
     attention_bits: int = FLOAT_BITS  # of the factors of attention products
+    attention_kinds: tuple[str, ...] = ()  # in what their grids are not uniform and static
     timing: Timing | None = None  # of a denoiser with temporal grids
 
     def format(self, name: str) -> Format:
@@ -175,7 +179,13 @@ def read_layout(denoiser: nn.Module, bits: Bits | None = None) -> Layout:
     }
     clock = getattr(denoiser, "clock", None)
     timing = Timing(len(clock.timesteps), clock.lookup) if isinstance(clock, Clock) else None
-    return Layout(default, overrides, product_bits(denoiser) or FLOAT_BITS, timing)
+    return Layout(default, overrides, *product_format(denoiser), timing)
+
+
+def product_format(denoiser: nn.Module) -> tuple[int, tuple[str, ...]]:
+    """Bits and kinds of the grids of the factors of attention products."""
+    grids = (module.input_quantizer for module in denoiser.modules() if isinstance(module, QuantInput))
+    return product_bits(denoiser) or FLOAT_BITS, getattr(next(grids, None), "kinds", ())
 
 
 def layer_bits(layer: nn.Module) -> Bits:
@@ -187,7 +197,9 @@ def layer_format(layer: nn.Module) -> Format:
     """How a float, quantized or packed layer is or will be stored."""
     weight = getattr(layer, "weight_quantizer", layer.weight)
     grid = getattr(layer, "input_quantizer", getattr(layer, "input", None))
-    kinds = tuple(kind for kind in KINDS if kind in (*getattr(weight, "kinds", ()), *getattr(grid, "kinds", ())))
+    parts = (weight, grid, getattr(layer, "divide", None))
+    found = {kind for part in parts for kind in getattr(part, "kinds", ())}
+    kinds = tuple(kind for kind in KINDS if kind in found)
     return Format(getattr(weight, "bits", FLOAT_BITS), getattr(grid, "bits", FLOAT_BITS), kinds)
 
 
@@ -226,6 +238,8 @@ def pack_layer(layer: nn.Module) -> nn.Module:
         packed.weight.fill(layer.weight_quantizer.encode(layer.weight))
     if format.act_bits != FLOAT_BITS:
         packed.input = layer.input_quantizer.freeze()
+    if DILATED in format.kinds:
+        packed.divide.load_state_dict(divider(layer.input_quantizer).state_dict())
     if layer.bias is not None:
         packed.bias = _share(layer.bias)
     return packed.train(layer.training)
@@ -244,7 +258,8 @@ def prepare_packed(denoiser: nn.Module, layout: Layout, *, dtype: torch.dtype) -
     if clock is not None:
         attach(clock, denoiser)
     if layout.attention_bits != FLOAT_BITS:
-        quantize_products(denoiser, lambda: FixedGrid(layout.attention_bits, "meta"))
+        format = Format(FLOAT_BITS, layout.attention_bits, layout.attention_kinds)
+        quantize_products(denoiser, lambda: empty_grid(format, device="meta", clock=clock))
 
 
 @torch.no_grad()
@@ -252,6 +267,8 @@ def restore_float(denoiser: nn.Module) -> None:
     """Replaces packed layers by plain float ones with the same weights. Inputs are not quantized any more."""
     for name, packed in packed_layers(denoiser).items():
         weight = dense(packed.weight, packed.weight.dtype)
+        if isinstance(packed.divide, Divide):
+            weight = weight * spread(packed.divide.reciprocal, weight, getattr(packed, "groups", 1))
         layer = empty_layer(packed, FLOAT, dtype=weight.dtype, device=weight.device)
         layer.weight = nn.Parameter(weight, requires_grad=False)
         layer.bias = packed.bias
@@ -269,6 +286,8 @@ def empty_layer(
     new = (kind if format == FLOAT else PACKED[kind])(**options, bias=layer.bias is not None, dtype=dtype, device="meta")
     if format != FLOAT:
         new.input = empty_grid(format, device=device, clock=clock)
+        channels, trailing = new.weight.shape[1] * getattr(layer, "groups", 1), new.weight.ndim - 2
+        new.divide = Divide(channels, trailing, device) if DILATED in format.kinds else nn.Identity()
     if format.weight_bits != FLOAT_BITS:
         shape = new.weight.shape
         del new.weight

@@ -1,0 +1,68 @@
+"""Weight dilation: by how much each input channel of a weight can grow before the range of an output channel does."""
+
+import torch
+from torch import Tensor, nn
+
+from dmquant.layers import quantized_layers
+from dmquant.quantizers.dilated import DilatedInput, DilatedWeight
+from dmquant.quantizers.base import Quantizer
+
+LARGEST = 1024.0  # factor of a channel that nothing bounds but its rounding: weights of 1e-30 say nothing
+
+
+def find_factors(weight: Tensor, groups: int = 1) -> Tensor:
+    """The largest factor (C,) >= 1 of each input channel that leaves the range of every output channel as it is.
+
+    The range holds zero: s = min over output channels of top / w where w > 0 and of bottom / w where w < 0. DilateQuant,
+    eq. 10-12; channels that attain a top or a bottom get 1 by the same formula. A channel of zeros, which nothing bounds, gets 1.
+    """
+    rows = weight.detach().reshape(groups, len(weight) // groups, weight.shape[1], -1)  # (G, O / G, C / G, taps)
+    rows = rows if rows.dtype == torch.float64 else rows.float()
+    top, bottom = rows.amax((2, 3)).clamp(min=0), rows.amin((2, 3)).clamp(max=0)
+    highest, lowest = rows.amax(3), rows.amin(3)
+    upwards = torch.where(highest > 0, top.unsqueeze(2) / highest, torch.inf)
+    downwards = torch.where(lowest < 0, bottom.unsqueeze(2) / lowest, torch.inf)
+    factor = torch.minimum(upwards, downwards).amin(1).flatten()
+    # one step down: rounded up, a quotient would carry a product over the edge of the range
+    bounded = torch.nextafter(factor, torch.zeros_like(factor)).clamp(1, LARGEST)
+    return torch.where(factor.isinf(), 1.0, bounded)
+
+
+def find_smooth_factors(weight: Tensor, magnitude: Tensor, groups: int = 1) -> Tensor:
+    """SmoothQuant's factor sqrt(max |x| / max |w|), relative to the layer's median channel, between 1 and the dilation's.
+
+    `magnitude` (C,) is the largest |x| of each channel. Xiao et al., 2023, eq. 4 with alpha 0.5; the bound is DilateQuant's.
+    """
+    limit = find_factors(weight, groups)
+    rows = weight.detach().reshape(groups, len(weight) // groups, weight.shape[1], -1)
+    largest = rows.abs().amax((1, 3)).flatten()
+    wish = (magnitude / largest.clamp(min=torch.finfo(largest.dtype).tiny)).sqrt()
+    return torch.minimum((wish / wish.median()).nan_to_num(nan=1.0).clamp(min=1), limit)
+
+
+def wrap_layers(student: nn.Module) -> None:
+    """Makes every layer of codes by codes one that can be dilated; by factors of one, to begin with."""
+    for layer in quantized_layers(student).values():
+        if not all(isinstance(q, Quantizer) for q in (layer.weight_quantizer, layer.input_quantizer)):
+            continue
+        groups, device = getattr(layer, "groups", 1), layer.weight.device
+        channels, trailing = layer.weight.shape[1] * groups, layer.weight.ndim - 2
+        layer.weight_quantizer = DilatedWeight(layer.weight_quantizer, channels, groups).to(device)
+        layer.input_quantizer = DilatedInput(layer.input_quantizer, channels, trailing).to(device)
+
+
+def dilated_layers(student: nn.Module) -> dict[str, nn.Module]:
+    """The layers that can be dilated, by name, in module order."""
+    return {name: layer for name, layer in quantized_layers(student).items() if isinstance(layer.weight_quantizer, DilatedWeight)}
+
+
+@torch.no_grad()
+def set_factors(layer: nn.Module, factor: Tensor) -> None:
+    layer.weight_quantizer.factor.copy_(factor)
+    layer.input_quantizer.divide.reciprocal.copy_(factor.reciprocal())
+
+
+def count_dilated(student: nn.Module) -> dict[str, tuple[int, int]]:
+    """Dilated input channels and all input channels of each layer that can be dilated, by name."""
+    factors = {name: layer.weight_quantizer.factor for name, layer in dilated_layers(student).items()}
+    return {name: (int((factor != 1).sum()), len(factor)) for name, factor in factors.items()}

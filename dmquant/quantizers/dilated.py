@@ -1,0 +1,111 @@
+"""Quantizers of a tensor whose input channels were scaled first: weights dilated by a factor, what they read divided by it.
+
+(x / s) (s W) = x W, so that the factor changes nothing but the grids: that of the weights stays, that of the inputs becomes finer.
+DilateQuant (Liu et al., 2024), eq. 5-9.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from dmquant.clock import Clock
+from dmquant.quantizers.base import Codes, FixedGrid, Float32Buffers, Quantizer
+
+DILATED = "dilated"  # the kind of a layer whose input is divided, channel by channel, before it is quantized
+
+
+class DilatedWeight(Quantizer):
+    """inner(s W): the factor is part of the codes, nothing of it is stored."""
+
+    def __init__(self, inner: Quantizer, channels: int, groups: int = 1):
+        super().__init__()
+        self.inner, self.groups = inner, groups
+        self.register_buffer("factor", torch.ones(channels))  # of each input channel of the layer
+
+    @property
+    def bits(self) -> int:
+        return self.inner.bits
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return getattr(self.inner, "kinds", ())
+
+    def dilate(self, weight: Tensor) -> Tensor:
+        return weight * spread(self.factor, weight, self.groups)
+
+    def observe(self, x: Tensor) -> None:
+        self.inner.observe(self.dilate(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(self.dilate(x))
+
+    def encode(self, x: Tensor) -> Codes:
+        return self.inner.encode(self.dilate(x))
+
+    def extra_repr(self) -> str:
+        return f"{int((self.factor != 1).sum())} of {len(self.factor)} channels dilated"
+
+
+class Divide(Float32Buffers):
+    """Each channel times a reciprocal (C,). `trailing` is the number of dimensions behind the channels: 0 for a linear layer."""
+
+    kinds = (DILATED,)
+
+    def __init__(self, channels: int, trailing: int, device: torch.device | str | None = None):
+        super().__init__()
+        self.trailing = trailing
+        self.register_buffer("reciprocal", torch.ones(channels, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.reciprocal.view(-1, *(1,) * self.trailing).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{int((self.reciprocal != 1).sum())} of {len(self.reciprocal)} channels"
+
+
+class DilatedInput(Quantizer):
+    """inner(x / s). Its codes are those of the quotient, and so is the tensor it gives: the weight has the factor.
+
+    What calibration shows it has been divided already: a few values of a tensor do not say which channel they are of.
+    """
+
+    def __init__(self, inner: Quantizer, channels: int, trailing: int):
+        super().__init__()
+        self.divide, self.inner = Divide(channels, trailing), inner
+
+    @property
+    def bits(self) -> int:
+        return self.inner.bits
+
+    @property
+    def clock(self) -> Clock | None:
+        return getattr(self.inner, "clock", None)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """A layer of which no channel is dilated is stored like any other."""
+        own = (DILATED,) if bool((self.divide.reciprocal != 1).any()) else ()
+        return (*getattr(self.inner, "kinds", ()), *own)
+
+    def observe(self, x: Tensor) -> None:
+        self.inner.observe(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(self.divide(x))
+
+    def encode(self, x: Tensor) -> Codes:
+        return self.inner.encode(self.divide(x))
+
+    def freeze(self) -> FixedGrid:
+        """The grid of the quotient: a packed layer divides by itself."""
+        return self.inner.freeze()
+
+
+def spread(factor: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
+    """A factor for each input channel of a layer (C,), as it broadcasts against its weight (O, C / groups, ...)."""
+    rows = factor.view(groups, -1).repeat_interleave(len(weight) // groups, 0) if groups > 1 else factor.view(1, -1)
+    return rows.view(*rows.shape, *(1,) * (weight.ndim - 2)).to(weight.dtype)
+
+
+def divider(quantizer: nn.Module) -> nn.Module:
+    """What divides the tensor before its grid is laid; Identity where nothing does."""
+    return quantizer.divide if isinstance(quantizer, DilatedInput) else nn.Identity()
