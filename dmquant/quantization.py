@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from dmquant import hf, methods
-from dmquant.clock import Clock
+from dmquant.clock import LINEAR, Clock
 from dmquant.denoiser import EMBEDDED, evaluating, find_denoiser, with_denoiser
 from dmquant.denoising import Denoising, open_denoising
 from dmquant.distill import Distillation, weigh
@@ -62,7 +62,8 @@ def make_student(
         how = {"steps": method.sampling_steps, "seed": seed, "conditioning": conditioning}
         samples = run.recall(lambda: record(pipeline, method.trajectories, **how, track=track))
     student = copy.deepcopy(teacher)
-    method.prepare(student, Clock(samples.timestep.unique().flip(0).to(next(teacher.parameters()).device)))
+    timesteps = samples.timestep.unique().flip(0).to(next(teacher.parameters()).device)
+    method.prepare(student, Clock(timesteps, LINEAR))
     method.calibrate(student, samples, track=track)
     objective = objective or Distillation(samples, weigh(samples, pipeline.scheduler, method.snr_cap))
     with evaluating(teacher):

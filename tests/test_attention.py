@@ -10,6 +10,7 @@ from torch import nn
 
 import dmquant
 from dmquant.attention import QuantAttention, find_attentions, product_bits, quantize_products, restore_products
+from dmquant.clock import Clock
 from dmquant.cost import measure_cost
 from dmquant.denoiser import open_pipeline
 from dmquant.errors import InputError
@@ -111,7 +112,7 @@ def test_a_model_without_attention_is_refused():
     unet = UNet2DModel(8, block_out_channels=(8,), norm_num_groups=4, down_block_types=("DownBlock2D",),
                        up_block_types=("UpBlock2D",), add_attention=False)  # fmt: skip
     with pytest.raises(InputError, match="attention_bits: UNet2DModel has no attention products"):
-        LSQ(attention_bits=8).prepare(unet, None)
+        LSQ(attention_bits=8).prepare(unet, Clock(torch.tensor([0.0])))
 
 
 def test_text_conditional_networks_have_their_cross_attention_quantized_too():
@@ -120,6 +121,6 @@ def test_text_conditional_networks_have_their_cross_attention_quantized_too():
                                     attention_head_dim=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
                                     up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))  # fmt: skip
     student = copy.deepcopy(unet)
-    LSQ(attention_bits=8).prepare(student, None)
+    LSQ(attention_bits=8).prepare(student, Clock(torch.tensor([0.0])))
     names = [name for name, attention in find_attentions(student).items() if isinstance(attention.processor, QuantAttention)]
     assert len(names) == len(find_attentions(unet)) and sum(name.endswith("attn2") for name in names) == len(names) / 2

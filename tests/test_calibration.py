@@ -22,7 +22,7 @@ def samples(tiny_folder):
 @pytest.fixture
 def student(tiny_folder, samples):
     student = copy.deepcopy(find_denoiser(open_pipeline(tiny_folder))[1])
-    LSQ(weight_bits=2, act_bits=4).prepare(student, Clock(torch.tensor([0.0])))
+    LSQ(weight_bits=2, act_bits=4, first_grid="static").prepare(student, Clock(torch.tensor([0.0])))
     observe_weights(student)
     observe_inputs(student, samples, batch=5)
     return student

@@ -12,14 +12,16 @@ from torch import nn
 
 from dmquant.attention import find_attentions, quantize_products
 from dmquant.calibration import correct_biases, observe_inputs, observe_weights
-from dmquant.clock import Clock
+from dmquant.clock import Clock, attach
 from dmquant.denoiser import Role, find_roles
 from dmquant.distill import Objective, Training, fit
 from dmquant.errors import InputError
-from dmquant.layers import swap
+from dmquant.layers import quantized_layers, swap
 from dmquant.packed import FLOAT_BITS
 from dmquant.progress import Track
+from dmquant.quantizers.base import Quantizer
 from dmquant.quantizers.binary import Binary
+from dmquant.quantizers.temporal import TemporalStep
 from dmquant.quantizers.uniform import LearnedStep
 from dmquant.runs import Run
 from dmquant.samples import Samples
@@ -52,6 +54,9 @@ class Method:
     act_bits: int = setting(8, "bits per activation, 2 to 8; 32 keeps activations in float")
     attention_bits: int = setting(32, "bits per query, key, value and attention probability, 2 to 8; 32 keeps products in float")
     eight_bit: tuple[Role, ...] = setting((Role.FIRST, Role.LAST, Role.TIME_EMBEDDING), "roles kept at 8 bits")
+    first_grid: Literal["temporal", "static"] = setting(
+        "temporal", "the first layer's input, noise and image in known shares, has a grid per timestep; static: one for all"
+    )
     keep: tuple[Role, ...] = setting((), "roles left in float")
     trajectories: int = setting(256, "teacher trajectories to record")
     sampling_steps: int = setting(20, "denoising steps of each recorded trajectory")
@@ -151,11 +156,24 @@ class Method:
             return self.weight_quantizer(layer, weight_bits), self.input_quantizer(layer, act_bits, clock)
 
         swap(student, choose)
+        if self.first_grid == "temporal":
+            self.time_first(student, clock)
         if self.attention_bits != FLOAT_BITS:
             if not find_attentions(student):
                 kind = type(student).__name__
                 raise InputError(f"attention_bits: {kind} has no attention products that dmquant knows; leave it at 32")
             quantize_products(student, lambda: LearnedStep(self.attention_bits, symmetric=False))
+
+    def time_first(self, student: nn.Module, clock: Clock) -> None:
+        """Gives the input of the first layer a grid per timestep.
+
+        One grid would have to span the noise of the first steps, and be too coarse for the nearly clean images of the last.
+        """
+        roles = find_roles(student)
+        for name, layer in quantized_layers(student).items():
+            if roles[name] == Role.FIRST and isinstance(layer.input_quantizer, Quantizer):
+                layer.input_quantizer = TemporalStep(layer.input_quantizer.bits, clock).to(layer.weight.device)
+                attach(clock, student)
 
     def calibrate(self, student: nn.Module, samples: Samples, *, track: Track) -> None:
         """Sets the grids from values; no gradients."""

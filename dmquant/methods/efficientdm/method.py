@@ -45,6 +45,7 @@ class EfficientDM(Method):
     adapter_steps: int = setting(16000, "run length that this belongs to; shorter runs stride up to 250 times as far")
     temporal: bool = setting(True, "inputs have a grid per timestep (TALSQ); false: one for all")
     lookup: Literal["nearest", "linear"] = setting("nearest", "grid at an uncalibrated timestep: the nearest, or a mean of two")
+    first_grid: Literal["temporal", "static"] = setting("static", "with temporal=false: the grid of the first layer's input")
     trajectory: Literal["cached", "sequential"] = setting(
         "cached", "optimiser steps draw any recorded calls, or go along trajectories, one denoising step each (paper)"
     )

@@ -9,6 +9,7 @@ from dmquant.denoiser import Role, find_denoiser, find_roles, open_pipeline
 from dmquant.layers import quantized_layers
 from dmquant.methods.lsq.method import LSQ
 from dmquant.quantizers.binary import Binary
+from dmquant.quantizers.temporal import TemporalStep
 from dmquant.quantizers.uniform import LearnedStep
 
 
@@ -19,7 +20,7 @@ def denoiser(tiny_folder):
 
 def prepared(denoiser, **settings):
     student = copy.deepcopy(denoiser)
-    LSQ(**settings).prepare(student, Clock(torch.tensor([0.0])))
+    LSQ(**{"first_grid": "static", **settings}).prepare(student, Clock(torch.tensor([0.0])))
     return quantized_layers(student)
 
 
@@ -67,3 +68,11 @@ def test_every_width_runs_with_a_step_per_channel_or_per_layer(denoiser, bits, p
 def test_settings_choose_steps_per_layer_and_signed_activations(denoiser):
     for layer in prepared(denoiser, per_channel=False, act_offset=False).values():
         assert layer.weight_quantizer.scale.numel() == 1 and layer.input_quantizer.symmetric
+
+
+def test_the_first_layer_has_a_grid_per_timestep_where_its_input_is_quantized(denoiser):
+    for settings, is_temporal in (({}, True), ({"act_bits": 32}, False), ({"first_grid": "static"}, False)):
+        layers = prepared(denoiser, **{"first_grid": "temporal", **settings})
+        kinds = {name for name, layer in layers.items() if isinstance(layer.input_quantizer, TemporalStep)}
+        assert kinds == ({"conv_in"} if is_temporal else set())
+        assert all(bits(layer)[1] in (8, 32) for layer in layers.values())
