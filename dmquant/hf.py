@@ -29,7 +29,8 @@ from dmquant.quantizers.temporal import TEMPORAL
 
 FORMAT_VERSION = 1
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-EXACT = (PackedWeight, FixedGrid, Divide, Clock)  # modules whose tensors keep the dtype of the file whatever the model computes in
+# modules whose tensors keep the dtype of the file whatever the model computes in
+EXACT = (PackedWeight, FixedGrid, Divide, Clock)
 
 
 class QuantMethod(str, Enum):
@@ -248,7 +249,8 @@ def _check_config(config: dict[str, Any]) -> None:
     for key, value in config.items():
         if not _IS_VALID[key](value):
             raise DamagedFile(f"quantization_config.{key} cannot be {value!r}")
-    kinds = {*config["kinds"], *config.get("attention_kinds", ()), *chain.from_iterable(entry[2:] for entry in config["overrides"].values())}
+    of_layers = chain.from_iterable(entry[2:] for entry in config["overrides"].values())
+    kinds = {*config["kinds"], *config.get("attention_kinds", ()), *of_layers}
     if TEMPORAL in kinds and config.get("timing") is None:
         raise DamagedFile("quantization_config.timing is missing: there are grids per timestep")
 
@@ -287,7 +289,8 @@ LATER = {"attention_bits", "attention_kinds", "timing"}  # keys that older files
 _IS_VALID = {
     "quant_method": _is_text, "format_version": lambda value: value == FORMAT_VERSION and type(value) is int,
     "producer": lambda value: isinstance(value, str), "weight_bits": _is_bits, "act_bits": _is_bits,
-    "kinds": _is_kinds, "overrides": _is_overrides, "attention_bits": _is_bits, "timing": _is_timing, "attention_kinds": _is_kinds,
+    "kinds": _is_kinds, "overrides": _is_overrides, "attention_bits": _is_bits,
+    "attention_kinds": _is_kinds, "timing": _is_timing,
     "method": _is_text, "settings": _is_json_object, "base_model": _is_text,
     "record": _is_json_object,
 }  # fmt: skip

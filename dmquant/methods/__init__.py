@@ -18,6 +18,7 @@ BUILT_IN = {
     "lsq": "dmquant.methods.lsq.method:LSQ",
     "binarydm": "dmquant.methods.binarydm.method:BinaryDM",
     "efficientdm": "dmquant.methods.efficientdm.method:EfficientDM",
+    "dilatequant": "dmquant.methods.dilatequant.method:DilateQuant",
 }
 
 

@@ -1,6 +1,6 @@
 """Quantizers of a tensor whose input channels were scaled first: weights dilated by a factor, what they read divided by it.
 
-(x / s) (s W) = x W, so that the factor changes nothing but the grids: that of the weights stays, that of the inputs becomes finer.
+(x / s) (s W) = x W: the factor changes nothing but grids. That of the weights stays, that of the inputs becomes finer.
 DilateQuant (Liu et al., 2024), eq. 5-9.
 """
 
@@ -41,9 +41,6 @@ class DilatedWeight(Quantizer):
     def encode(self, x: Tensor) -> Codes:
         return self.inner.encode(self.dilate(x))
 
-    def extra_repr(self) -> str:
-        return f"{int((self.factor != 1).sum())} of {len(self.factor)} channels dilated"
-
 
 class Divide(Float32Buffers):
     """Each channel times a reciprocal (C,). `trailing` is the number of dimensions behind the channels: 0 for a linear layer."""
@@ -57,9 +54,6 @@ class Divide(Float32Buffers):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.reciprocal.view(-1, *(1,) * self.trailing).to(x.dtype)
-
-    def extra_repr(self) -> str:
-        return f"{int((self.reciprocal != 1).sum())} of {len(self.reciprocal)} channels"
 
 
 class DilatedInput(Quantizer):

@@ -1,11 +1,15 @@
 """Weight dilation: by how much each input channel of a weight can grow before the range of an output channel does."""
 
+from contextlib import ExitStack
+
 import torch
 from torch import Tensor, nn
 
+from dmquant.calibration import run_float
 from dmquant.layers import quantized_layers
-from dmquant.quantizers.dilated import DilatedInput, DilatedWeight
 from dmquant.quantizers.base import Quantizer
+from dmquant.quantizers.dilated import DilatedInput, DilatedWeight
+from dmquant.samples import Samples
 
 LARGEST = 1024.0  # factor of a channel that nothing bounds but its rounding: weights of 1e-30 say nothing
 
@@ -54,6 +58,36 @@ def wrap_layers(student: nn.Module) -> None:
 def dilated_layers(student: nn.Module) -> dict[str, nn.Module]:
     """The layers that can be dilated, by name, in module order."""
     return {name: layer for name, layer in quantized_layers(student).items() if isinstance(layer.weight_quantizer, DilatedWeight)}
+
+
+def dilate(student: nn.Module) -> None:
+    """Sets the factors of every layer from its weight."""
+    for layer in dilated_layers(student).values():
+        set_factors(layer, find_factors(layer.weight, getattr(layer, "groups", 1)))
+
+
+def smooth(student: nn.Module, samples: Samples, *, batch: int) -> None:
+    """Sets the factors of every layer from its weight and what it reads in the float model."""
+    layers = dilated_layers(student)
+    peaks = {name: Peak(layer.weight.ndim - 2) for name, layer in layers.items()}
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            hooks.callback(layer.register_forward_pre_hook(peaks[name].note).remove)
+        run_float(student, samples.split(batch))
+    for name, layer in layers.items():
+        if peaks[name].magnitude is not None:  # a layer that never runs has nothing to smooth
+            set_factors(layer, find_smooth_factors(layer.weight, peaks[name].magnitude, getattr(layer, "groups", 1)))
+
+
+class Peak:
+    """The largest magnitude (C,) in each channel of what a layer reads."""
+
+    def __init__(self, trailing: int):
+        self._trailing, self.magnitude = trailing, None
+
+    def note(self, layer: nn.Module, args: tuple) -> None:
+        here = args[0].detach().abs().movedim(-1 - self._trailing, 0).flatten(1).amax(1)
+        self.magnitude = here if self.magnitude is None else torch.maximum(self.magnitude, here)
 
 
 @torch.no_grad()

@@ -1,0 +1,87 @@
+"""DilateQuant (Liu et al., 2024): dilated weights for finer activation grids, a grid per timestep, trained block by block."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import nn
+
+from dmquant.clock import Clock, Timed, attach
+from dmquant.denoiser import Role, find_roles
+from dmquant.distill import Distillation, Objective
+from dmquant.errors import InputError
+from dmquant.layers import quantized_inputs
+from dmquant.methods.base import Method, setting
+from dmquant.methods.dilatequant.dilation import dilate, smooth, wrap_layers
+from dmquant.methods.dilatequant.reconstruction import reconstruct
+from dmquant.progress import Track
+from dmquant.quantizers.base import Quantizer
+from dmquant.quantizers.temporal import TemporalStep
+from dmquant.runs import Run
+from dmquant.samples import Samples
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class DilateQuant(Method):
+    name: ClassVar[str] = "dilatequant"
+
+    act_bits: int = setting(4, "bits per activation, 2 to 8; 32 keeps activations in float")
+    dilation: Literal["weights", "smooth", "none"] = setting(
+        "weights", "factors of input channels: the largest that no weight range forbids, SmoothQuant's within them, or none"
+    )
+    temporal: bool = setting(True, "inputs and attention products have a grid per timestep (TPQ); false: one for all")
+    lookup: Literal["nearest", "linear"] = setting("nearest", "grid at an uncalibrated timestep: the nearest, or a mean of two")
+    scope: Literal["block", "model"] = setting(
+        "block", "what is trained at a time: one block after the other (BKD), or all together"
+    )
+    max_steps: int = setting(600, "optimiser steps of each block, with scope=model of the whole; 0 only calibrates")
+    block_samples: int = setting(1024, "recorded samples, drawn at random, that blocks are trained on")
+    cache_gib: float = setting(4.0, "GiB for a block's inputs and answers at a time; more samples than fit come in rounds")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.block_samples < 1:
+            raise ValueError(f"block_samples must be at least 1, got {self.block_samples}")
+        if not 0 < self.cache_gib < math.inf:
+            raise ValueError(f"cache_gib must be above 0, got {self.cache_gib}")
+
+    def prepare(self, student: nn.Module, clock: Clock) -> None:
+        """LSQ's layers, dilated; a grid per timestep for each input but the time embedding's, which follow from the timestep."""
+        roles, clock = find_roles(student), Clock(clock.timesteps, self.lookup)
+        super().prepare(student, clock)
+        if self.temporal:
+            for name, reader in quantized_inputs(student).items():
+                is_static = roles.get(name) == Role.TIME_EMBEDDING or not isinstance(reader.input_quantizer, Quantizer)
+                if not is_static:
+                    device = next(reader.input_quantizer.parameters()).device
+                    reader.input_quantizer = TemporalStep(reader.input_quantizer.bits, clock).to(device)
+        if self.dilation != "none":
+            wrap_layers(student)
+        if any(isinstance(module, Timed) for module in student.modules()):
+            attach(clock, student)
+
+    def calibrate(self, student: nn.Module, samples: Samples, *, track: Track) -> None:
+        """Factors first: grids are those of dilated weights and divided inputs."""
+        if self.dilation == "weights":
+            dilate(student)
+        elif self.dilation == "smooth":
+            smooth(student, samples.spread(self.calibration_samples), batch=self.batch)
+        super().calibrate(student, samples, track=track)
+
+    def finetune(
+        self, student: nn.Module, objective: Objective, *, teacher: nn.Module, samples: Samples, seed: int, run: Run, track: Track
+    ) -> None:
+        """Trains block by block; weights, biases, norms and grids of a block together."""
+        if self.scope == "model" or self.max_steps == 0:
+            super().finetune(student, objective, teacher=teacher, samples=samples, seed=seed, run=run, track=track)
+            return
+        if not isinstance(objective, Distillation):
+            raise InputError("scope=block follows the teacher's own samples; leave --data out, or set scope=model")
+        few = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))[:self.block_samples]
+        reconstruct(
+            student, teacher, objective.samples[few], objective.weight[few], self.training(),
+            cache_bytes=int(self.cache_gib * GIB), seed=seed, run=run, track=track,
+        )  # fmt: skip

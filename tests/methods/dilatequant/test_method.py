@@ -1,0 +1,134 @@
+"""DilateQuant whole: which inputs have which grids, through files, and what may be asked of it."""
+
+import copy
+
+import pytest
+import torch
+from PIL import Image
+
+import dmquant
+from dmquant.attention import QuantInput
+from dmquant.clock import Clock
+from dmquant.denoiser import Role, find_denoiser, find_roles, open_pipeline
+from dmquant.errors import DamagedFile, InputError
+from dmquant.layers import quantized_layers
+from dmquant.methods.dilatequant.dilation import count_dilated, find_factors
+from dmquant.methods.dilatequant.method import DilateQuant
+from dmquant.packed import packed_layers, read_layout
+from dmquant.quantization import make_student, quantize
+from dmquant.quantizers.dilated import DILATED, DilatedInput, Divide
+from dmquant.quantizers.temporal import TEMPORAL, TemporalGrid, TemporalStep
+from dmquant.samples import record
+
+QUICK = dict(trajectories=4, sampling_steps=3, calibration_samples=12, max_steps=2, batch=4)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_folder):
+    return open_pipeline(tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def samples(pipeline):
+    return record(pipeline, 4, steps=3, seed=0)
+
+
+def prepared(pipeline, **settings):
+    student = copy.deepcopy(find_denoiser(pipeline)[1])
+    DilateQuant(**{**QUICK, **settings}).prepare(student, Clock(torch.tensor([666.0, 333.0, 0.0])))
+    return student
+
+
+def test_all_inputs_but_the_time_embeddings_have_a_grid_per_timestep_and_all_are_divided(pipeline):
+    student = prepared(pipeline, attention_bits=8)
+    roles = find_roles(student)
+    for name, layer in quantized_layers(student).items():
+        assert isinstance(layer.input_quantizer, DilatedInput)
+        assert isinstance(layer.input_quantizer.inner, TemporalStep) == (roles[name] != Role.TIME_EMBEDDING)
+    factors = [module.input_quantizer for module in student.modules() if isinstance(module, QuantInput)]
+    assert len(factors) > 4 and all(isinstance(factor, TemporalStep) and factor.bits == 8 for factor in factors)
+    assert all(quantizer.clock is student.clock for quantizer in factors)
+
+
+def test_each_part_can_be_left_out(pipeline):
+    assert not any(isinstance(module, DilatedInput) for module in prepared(pipeline, dilation="none").modules())
+    static = prepared(pipeline, temporal=False, attention_bits=8)
+    temporal = [name for name, module in static.named_modules() if isinstance(module, TemporalStep)]
+    assert all(name.startswith("conv_in.") for name in temporal)
+    assert not any(isinstance(module, DilatedInput) for module in prepared(pipeline, weight_bits=32).modules())
+
+
+@pytest.mark.parametrize("dilation", ["weights", "smooth"])
+def test_factors_are_those_of_the_teachers_weights(pipeline, samples, dilation):
+    student = make_student(pipeline, DilateQuant(**{**QUICK, "max_steps": 0}, dilation=dilation), samples=samples)
+    teacher = find_denoiser(pipeline)[1]
+    for name, layer in quantized_layers(student).items():
+        factor, limit = layer.weight_quantizer.factor, find_factors(teacher.get_submodule(name).weight)
+        assert (factor >= 1).all() and (factor <= limit).all()
+        assert dilation == "smooth" or torch.equal(factor, limit)
+        assert torch.equal(layer.input_quantizer.divide.reciprocal, factor.reciprocal())
+    assert sum(dilated for dilated, _ in count_dilated(student).values()) > 10
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_what_a_file_gives_back_computes_what_was_trained(pipeline, samples, bits, tmp_path):
+    settings = dict(weight_bits=bits, act_bits=bits, attention_bits=8)
+    student = make_student(pipeline, DilateQuant(**QUICK, **settings), samples=samples)
+    quantized = quantize(pipeline, "dilatequant", samples=samples, **QUICK, **settings)
+    dmquant.save(quantized, tmp_path / "out")
+    again = find_denoiser(dmquant.load(tmp_path / "out"))[1]
+    part = samples[torch.tensor([0, 5, 11, 7])]
+    with torch.no_grad():
+        assert torch.equal(part.call(again), part.call(student))
+    layout = read_layout(again)
+    assert layout.attention_kinds == (TEMPORAL,) and any(DILATED in format.kinds for format in layout.overrides.values())
+    assert any(isinstance(layer.divide, Divide) for layer in packed_layers(again).values())
+    assert sum(isinstance(module, TemporalGrid) for module in again.modules()) > len(packed_layers(again)) / 2
+
+
+def test_kernels_multiply_what_was_divided(pipeline, samples, monkeypatch):
+    denoiser = find_denoiser(quantize(pipeline, "dilatequant", samples=samples, **QUICK))[1]
+    with torch.no_grad():
+        expected = samples.call(denoiser)
+        monkeypatch.setenv("DMQUANT_KERNELS", "c")
+        assert torch.allclose(samples.call(copy.deepcopy(denoiser)), expected, atol=1e-4)
+
+
+def test_a_factor_that_is_not_positive_is_refused(pipeline, samples, tmp_path):
+    quantized = quantize(pipeline, "dilatequant", samples=samples, **{**QUICK, "max_steps": 0})
+    layer = next(layer for layer in packed_layers(find_denoiser(quantized)[1]).values() if isinstance(layer.divide, Divide))
+    layer.divide.reciprocal[0] = 0
+    with pytest.raises(DamagedFile, match="reciprocal that is not positive"):
+        dmquant.save(quantized, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "settings", [{"scope": "model"}, {"precision": "bf16"}, {"lookup": "linear"}, {"block_samples": 3}, {"temporal": False}]
+)
+def test_other_ways_to_train_run_too(pipeline, samples, settings):
+    student = make_student(pipeline, DilateQuant(**{**QUICK, **settings}), samples=samples)
+    assert samples.call(student).isfinite().all()
+
+
+def test_training_on_images_is_for_the_whole_model(pipeline, samples, tmp_path):
+    for index in range(4):
+        Image.new("RGB", (8, 8), (index * 40, 0, 0)).save(tmp_path / f"{index}.png")
+    student = make_student(pipeline, DilateQuant(**QUICK, scope="model"), data=tmp_path, samples=samples)
+    assert samples.call(student).isfinite().all()
+    with pytest.raises(InputError, match="leave --data out"):
+        make_student(pipeline, DilateQuant(**QUICK), data=tmp_path, samples=samples)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"dilation": "wide"}, "dilation"),
+        ({"scope": "layer"}, "scope"),
+        ({"block_samples": 0}, "block_samples must be at least 1"),
+        ({"cache_gib": 0}, "cache_gib must be above 0"),
+        ({"cache_gib": "inf"}, "cache_gib must be above 0"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(settings, message):
+    with pytest.raises(InputError, match=message):
+        DilateQuant.parse(settings)

@@ -1,0 +1,101 @@
+"""Block by block: what a link sees, what it follows, what is trained and what an interruption costs."""
+
+import copy
+
+import pytest
+import torch
+
+from dmquant.denoiser import find_denoiser, open_pipeline
+from dmquant.errors import Interrupted
+from dmquant.layers import quantized_layers
+from dmquant.methods.dilatequant.chain import Link, find_links, trace
+from dmquant.methods.dilatequant.method import DilateQuant
+from dmquant.methods.dilatequant.reconstruction import Memory
+from dmquant.quantization import make_student
+from dmquant.runs import SavedRun
+from dmquant.samples import record
+
+QUICK = dict(trajectories=4, sampling_steps=3, calibration_samples=12, max_steps=3, batch=4)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_folder):
+    return open_pipeline(tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def samples(pipeline):
+    return record(pipeline, 4, steps=3, seed=0)
+
+
+@pytest.fixture(scope="module")
+def student(pipeline, samples):
+    return make_student(pipeline, DilateQuant(**{**QUICK, "max_steps": 0}), samples=samples)
+
+
+def remember(student, pipeline, samples, index, cache_bytes=1 << 30):
+    teacher, block = find_denoiser(pipeline)[1], find_links(student, samples)[index]
+    link = Link(student, block, samples)
+    memory = Memory(
+        student, teacher, block, link, samples, torch.arange(len(samples)).float(), cache_bytes=cache_bytes, batch=4
+    )  # fmt: skip
+    return teacher, block, link, memory
+
+
+def test_inputs_are_those_behind_the_students_prefix_and_answers_the_teachers_behind_its_own(student, pipeline, samples):
+    teacher, block, link, memory = remember(student, pipeline, samples, 7)
+    memory.enter(0)
+    ours, theirs = trace(student, block, samples), trace(teacher, block, samples)
+    assert all(torch.allclose(*pair, atol=1e-5) for pair in zip(memory.rows, link.rows_of(ours), strict=True))
+    assert all(torch.allclose(*pair, atol=1e-5) for pair in zip(memory.answers, link.answers_of(theirs), strict=True))
+    assert not torch.allclose(memory.rows[0], link.rows_of(theirs)[0], atol=1e-3)
+
+
+def test_samples_beyond_the_budget_come_in_rounds_and_each_comes_once(student, pipeline, samples):
+    _, _, _, memory = remember(student, pipeline, samples, 7, cache_bytes=0)
+    assert memory.num_rounds == 3
+    seen = []
+    for number in range(3):
+        memory.enter(number)
+        assert len(memory.rows[0]) == len(memory.timestep) == 4
+        seen += memory.weight.tolist()
+    assert sorted(seen) == list(range(12))
+
+
+def test_every_block_is_trained_and_follows_its_teacher_better(pipeline, samples, student):
+    trained = make_student(pipeline, DilateQuant(**{**QUICK, "max_steps": 30, "learning_rate": 1e-3}), samples=samples)
+    before = dict(quantized_layers(student))
+    for name, layer in quantized_layers(trained).items():
+        assert not torch.equal(layer.weight, before[name].weight), name
+    assert torch.equal(trained.conv_norm_out.weight, student.conv_norm_out.weight), "no block has it"
+    frozen = {name for name, parameter in trained.named_parameters() if not parameter.requires_grad}
+    assert frozen == {"conv_norm_out.weight", "conv_norm_out.bias"}
+    with torch.no_grad():
+        distance = [(samples.call(network) - samples.target).square().mean() for network in (student, trained)]
+    assert distance[1] < 0.8 * distance[0]
+
+
+@pytest.mark.parametrize(
+    "stops, settings", [((3, 5), {}), ((0, 7), {"ema_decay": 0.5, "cache_gib": 1e-9})], ids=["plain", "averaged, in rounds"]
+)
+def test_an_interrupted_run_continues_bit_for_bit_in_the_middle_of_a_block_and_between_two(
+    stops, settings, pipeline, samples, tmp_path
+):
+    method = DilateQuant(**{**QUICK, **settings, "max_steps": 2, "dilation": "smooth"})
+    whole = make_student(pipeline, method, samples=samples).state_dict()
+    for count in stops:
+        asked = iter(range(1 << 20))
+        run = SavedRun(tmp_path / "run", should_stop=lambda: next(asked) >= count)
+        with pytest.raises(Interrupted):
+            make_student(pipeline, method, samples=samples, run=run)
+    torch.manual_seed(7)
+    resumed = make_student(pipeline, method, samples=samples, run=SavedRun(tmp_path / "run")).state_dict()
+    assert resumed.keys() == whole.keys()
+    assert [name for name, value in whole.items() if not torch.equal(value, resumed[name])] == []
+
+
+def test_a_student_is_the_same_whichever_samples_share_a_pass(pipeline, samples, student):
+    one, two = (remember(copy.deepcopy(student), pipeline, samples, 3, cache_bytes=bytes_)[3] for bytes_ in (1 << 30, 0))
+    one.enter(0)
+    two.enter(1)
+    assert torch.allclose(one.rows[0][1::3], two.rows[0], atol=1e-5)
