@@ -4,7 +4,7 @@ What a link reads is taken from a call of the whole network, skips and embedding
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ class Call(NamedTuple):
     inputs: list[Any]
     spec: TreeSpec
     outputs: list[Any]
+    output_spec: TreeSpec
 
 
 class Reached(Exception):
@@ -62,7 +63,7 @@ def trace(network: nn.Module, link: Block, part: Samples) -> list[Call]:
 
 
 def _note(calls: list[Call], is_last: bool, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-    calls.append(Call(*tree_flatten((args, kwargs)), tree_flatten(output)[0]))
+    calls.append(Call(*tree_flatten((args, kwargs)), *tree_flatten(output)))
     if is_last:
         raise Reached
 
@@ -90,7 +91,7 @@ class Link(nn.Module):
         self.parts = nn.ModuleList(network.get_submodule(name) for name in link.modules)
         device = next(network.parameters()).device
         twice, thrice = (trace(network, link, samples[torch.zeros(n, dtype=torch.long)].on(device)) for n in (2, 3))
-        self._specs, self._places, before = [call.spec for call in twice], [], []
+        self._calls, self._places, before = twice, [], []
         for one, other in zip(twice, thrice):
             self._places.append([_place(*pair, before, link.name) for pair in zip(one.inputs, other.inputs)])
             before = one.outputs
@@ -103,8 +104,8 @@ class Link(nn.Module):
     def forward(self, *rows: Tensor) -> tuple[Tensor, ...]:
         """What the last module answers, tensors with a row per sample, to rows in the order of `rows_of`."""
         rest, outputs = iter(rows), []
-        for part, spec, places in zip(self.parts, self._specs, self._places):
-            args, kwargs = tree_unflatten(list(_fill(places, rest, outputs)), spec)
+        for part, call, places in zip(self.parts, self._calls, self._places):
+            args, kwargs = tree_unflatten(list(_fill(places, rest, outputs)), call.spec)
             outputs = tree_flatten(part(*args, **kwargs))[0]
         return tuple(outputs[index] for index in self._answers)
 
@@ -116,6 +117,29 @@ class Link(nn.Module):
     def answers_of(self, calls: Sequence[Call]) -> list[Tensor]:
         """What the last of traced calls answered."""
         return [calls[-1].outputs[index] for index in self._answers]
+
+    @contextmanager
+    def answering(self, network: nn.Module, link: Block, answers: Sequence[Tensor]) -> Iterator[None]:
+        """While inside, the modules of this link in a network do not run: the last one gives these answers.
+
+        What those before it give is of the right form, and nobody reads it.
+        """
+        last = list(self._calls[-1].outputs)
+        for index, answer in zip(self._answers, answers):
+            last[index] = answer
+        outputs = [*(call.outputs for call in self._calls[:-1]), last]
+        modules = [network.get_submodule(name) for name in link.modules]
+        try:
+            for module, call, leaves in zip(modules, self._calls, outputs):
+                module.forward = partial(_give, tree_unflatten(leaves, call.output_spec))
+            yield
+        finally:
+            for module in modules:
+                vars(module).pop("forward", None)
+
+
+def _give(answer: Any, *args: Any, **kwargs: Any) -> Any:
+    return answer
 
 
 def _fill(places: Sequence[Any], rows: Iterator[Tensor], before: Sequence[Any]) -> Iterator[Any]:

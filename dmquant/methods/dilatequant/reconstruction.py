@@ -1,15 +1,17 @@
 """Block-wise distillation: link by link the student learns to answer as the teacher does, behind what is quantized already."""
 
 import math
-from contextlib import nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from dmquant.blocks import Block
+from dmquant.blocks import Block, find_blocks
 from dmquant.distill import Training, fit
 from dmquant.methods.dilatequant.chain import Link, find_links, trace
 from dmquant.methods.dilatequant.relay import Leg, Relay
+from dmquant.methods.dilatequant.shelf import Entry, Shelf
 from dmquant.progress import Track
 from dmquant.runs import Run
 from dmquant.samples import Samples
@@ -21,14 +23,20 @@ def reconstruct(
 ) -> None:  # fmt: skip
     """Trains the links of the student in place, one after the other, max_steps each, and freezes everything else.
 
-    DilateQuant, eq. 15. `weight` (N,) says how much each sample counts.
+    DilateQuant, eq. 15. `weight` (N,) says how much each sample counts. Half of the cache is for the link under way, half for
+    what finished blocks answered. In a run that is continued finished blocks are not trained, but answer once more.
     """
-    links = find_links(student, samples)
+    links, shelf, blocks = find_links(student, samples), Shelf(cache_bytes // 2), find_blocks(student)
     relay = Relay(run, student, count=len(links), length=training.max_steps, track=track)
-    for index in range(relay.first, len(links)):
-        link = Link(student, links[index], samples)
-        memory = Memory(student, teacher, links[index], link, samples, weight, cache_bytes=cache_bytes, batch=training.batch)
-        fit(link, Reconstruction(memory, training.max_steps), training, seed=seed, run=Leg(relay, index))
+    for index, block in enumerate(links):
+        link = Link(student, block, samples)
+        how = dict(shelf=shelf, cache_bytes=cache_bytes // 2, batch=training.batch)
+        memory = Memory(student, teacher, block, link, samples, weight, **how)
+        if index >= relay.first:
+            fit(link, Reconstruction(memory, training.max_steps), training, seed=seed, run=Leg(relay, index))
+        # other layers may run more than once in a call
+        if block in blocks and memory.num_rounds == 1:
+            memory.put_away()
     relay.finish()
     student.requires_grad_(False)
     for name in (name for link in links for name in link.modules):
@@ -43,37 +51,58 @@ class Memory:
 
     def __init__(
         self, student: nn.Module, teacher: nn.Module, block: Block, link: Link, samples: Samples, weight: Tensor, *,
-        cache_bytes: int, batch: int,
+        shelf: Shelf, cache_bytes: int, batch: int,
     ):  # fmt: skip
         self._student, self._teacher, self._block, self._link = student, teacher, block, link
-        self._samples, self._weight, self._batch = samples, weight, batch
-        self.clock = getattr(student, "clock", None)
-        rows, answers = self._call(samples[:1])
+        self._samples, self._weight, self._shelf, self._batch = samples, weight, shelf, batch
+        self._clock = getattr(student, "clock", None)
+        rows, answers = self._call(torch.tensor([0]))
         sample_bytes = sum(tensor.nbytes for tensor in (*rows, *answers))
         # a batch at least, whatever the budget
         self.num_rounds = math.ceil(len(samples) / max(batch, cache_bytes // max(1, sample_bytes)))
         self._round: int | None = None
 
     def enter(self, number: int) -> None:
-        """Makes this round's inputs and answers those that `draw` reads."""
+        """Makes this round's inputs and answers those that are there."""
         if number == self._round:
             return
         self._round, self.rows, self.answers = number, [], []  # the old ones go first
-        turn = slice(number, None, self.num_rounds)
-        samples, self.timestep, self.weight = self._samples[turn], self._samples.timestep[turn], self._weight[turn]
-        start = 0
-        for part in samples.split(self._batch):
-            rows, answers = self._call(part)
-            if not start:
-                self.rows, self.answers = ([_room(t, len(samples)) for t in tensors] for tensors in (rows, answers))
-            for room, tensor in zip((*self.rows, *self.answers), (*rows, *answers)):
-                room[start : start + len(part)] = tensor
-            start += len(part)
+        turn = torch.arange(number, len(self._samples), self.num_rounds)
+        self.timestep, self.weight = self._samples.timestep[turn], self._weight[turn]
+        for place in range(0, len(turn), self._batch):
+            rows, answers = self._call(turn[place : place + self._batch])
+            if not place:
+                self.rows, self.answers = ([_room(tensor, len(turn)) for tensor in kind] for kind in (rows, answers))
+            _copy(rows, self.rows, place)
+            _copy(answers, self.answers, place)
 
-    def _call(self, part: Samples) -> tuple[list[Tensor], list[Tensor]]:
-        part = part.on(next(self._student.parameters()).device)
-        rows = self._link.rows_of(trace(self._student, self._block, part))
-        return rows, self._link.answers_of(trace(self._teacher, self._block, part))
+    @torch.no_grad()
+    def put_away(self) -> None:
+        """Shelves the answers of the link, as it is now, and the teacher's; if there is room."""
+        self.enter(0)
+        if not self._shelf.has_room(self.answers):
+            return
+        ours = [torch.empty_like(answer) for answer in self.answers]
+        for place in range(0, len(self.timestep), self._batch):
+            index = torch.arange(place, min(place + self._batch, len(self.timestep)))
+            _copy(self.answer(self._link, index), ours, place)
+        self._shelf.add(Entry(self._block, self._link, ours, self.answers))
+
+    def answer(self, link: nn.Module, index: Tensor) -> Sequence[Tensor]:
+        """What a link answers to the rows of this index, its clock at their timesteps."""
+        device = next(self._student.parameters()).device
+        with self._at(index):
+            return link(*(rows[index].to(device) for rows in self.rows))
+
+    def _at(self, index: Tensor) -> AbstractContextManager:
+        return nullcontext() if self._clock is None else self._clock.at(self.timestep[index], len(index))
+
+    def _call(self, index: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        part = self._samples[index].on(next(self._student.parameters()).device)
+        with self._shelf.standing_in(self._student, index, is_teacher=False):
+            rows = self._link.rows_of(trace(self._student, self._block, part))
+        with self._shelf.standing_in(self._teacher, index, is_teacher=True):
+            return rows, self._link.answers_of(trace(self._teacher, self._block, part))
 
 
 class Reconstruction:
@@ -88,13 +117,16 @@ class Reconstruction:
         memory = self._memory
         memory.enter(step * memory.num_rounds // self._max_steps)
         index = torch.randint(len(memory.weight), (batch,), generator=generator)
-        timestep = memory.timestep[index].to(device)
-        with nullcontext() if memory.clock is None else memory.clock.at(timestep, batch):
-            answers = student(*(rows[index].to(device) for rows in memory.rows))
         targets = (answers[index].to(device) for answers in memory.answers)
-        error = sum((ours.float() - theirs.float()).square().flatten(1).mean(1) for ours, theirs in zip(answers, targets))
+        pairs = zip(memory.answer(student, index), targets, strict=True)
+        error = sum((ours.float() - theirs.float()).square().flatten(1).mean(1) for ours, theirs in pairs)
         return (memory.weight[index].to(device) * error).mean()
 
 
 def _room(tensor: Tensor, count: int) -> Tensor:
     return torch.empty(count, *tensor.shape[1:], dtype=tensor.dtype)
+
+
+def _copy(parts: Sequence[Tensor], rooms: Sequence[Tensor], place: int) -> None:
+    for part, room in zip(parts, rooms, strict=True):
+        room[place : place + len(part)] = part

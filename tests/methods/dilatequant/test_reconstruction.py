@@ -11,6 +11,7 @@ from dmquant.layers import quantized_layers
 from dmquant.methods.dilatequant.chain import Link, find_links, trace
 from dmquant.methods.dilatequant.method import DilateQuant
 from dmquant.methods.dilatequant.reconstruction import Memory
+from dmquant.methods.dilatequant.shelf import Shelf
 from dmquant.quantization import make_student
 from dmquant.runs import SavedRun
 from dmquant.samples import record
@@ -37,7 +38,8 @@ def remember(student, pipeline, samples, index, cache_bytes=1 << 30):
     teacher, block = find_denoiser(pipeline)[1], find_links(student, samples)[index]
     link = Link(student, block, samples)
     memory = Memory(
-        student, teacher, block, link, samples, torch.arange(len(samples)).float(), cache_bytes=cache_bytes, batch=4
+        student, teacher, block, link, samples, torch.arange(len(samples)).float(), shelf=Shelf(0), cache_bytes=cache_bytes,
+        batch=4,
     )  # fmt: skip
     return teacher, block, link, memory
 
