@@ -34,12 +34,15 @@ class DilateQuant(Method):
     )
     temporal: bool = setting(True, "inputs and attention products have a grid per timestep (TPQ); false: one for all")
     lookup: Literal["nearest", "linear"] = setting("nearest", "grid at an uncalibrated timestep: the nearest, or a mean of two")
+    first_grid: Literal["temporal", "static"] = setting(
+        "temporal", "for temporal=false: whether the first layer has a grid per timestep"
+    )
     scope: Literal["block", "model"] = setting(
         "block", "what is trained at a time: one block after the other (BKD), or all together"
     )
-    max_steps: int = setting(600, "optimiser steps of each block, with scope=model of the whole; 0 only calibrates")
+    max_steps: int = setting(1000, "optimiser steps of each block, with scope=model of the whole; 0 only calibrates")
     block_samples: int = setting(1024, "recorded samples, drawn at random, that blocks are trained on")
-    cache_gib: float = setting(4.0, "GiB for a block's inputs and answers at a time; more samples than fit come in rounds")
+    cache_gib: float = setting(6.0, "GiB of memory: half for what a block reads and follows, half for answers of finished ones")
 
     def __post_init__(self) -> None:
         super().__post_init__()
