@@ -1,5 +1,8 @@
 """Links of a chain run alone as they do in the network, whatever the architecture."""
 
+import copy
+from functools import cache
+
 import pytest
 import torch
 from diffusers import UNet2DModel
@@ -37,6 +40,13 @@ def _randomized(value):
 
 
 def student_of(kind):
+    """A calibrated student of one's own, and calls of it."""
+    student, samples = _calibrate(kind)
+    return copy.deepcopy(student), samples
+
+
+@cache
+def _calibrate(kind):
     torch.manual_seed(1)
     # a recording takes time_ids for positions, which all samples share
     options = {name: value for name, value in TINY[kind].items() if "addition" not in name and "projection_class" not in name}
