@@ -32,7 +32,7 @@ def make_layer(shape: tuple[int, ...], weight_bits: int, act_bits: int, *, symme
         layer.weight.zero.fill_(0.5 if bits == 1 else 1 << (bits - 1))
     elif not bases:
         layer.weight.zero = torch.randint(0, 1 << bits, shape[:1]).float()
-    layer.input = FixedGrid(act_bits)
+    layer.divide, layer.input = nn.Identity(), FixedGrid(act_bits)
     layer.input.scale.fill_(5.0 / (1 << act_bits))
     layer.input.zero.fill_((1 << act_bits) // 2 if symmetric else (1 << act_bits) // 3)
     return layer.requires_grad_(False)
