@@ -212,12 +212,13 @@ def _show_coverage(
 
 
 def _say_size(pipeline: "DiffusionPipeline", folder: Path) -> None:
+    from dmquant.cost import measure_cost
     from dmquant.denoiser import find_denoiser
 
     name, denoiser = find_denoiser(pipeline)
     size_bytes = sum(file.stat().st_size for file in (folder / name).glob("*.safetensors"))
-    float_bytes = sum(4 * value.numel() for key, value in denoiser.named_parameters() if "_quantizer." not in key)
-    console.say(f"{name}: {size_bytes / 1e6:.2f} MB on disk, 1/{float_bytes / size_bytes:.2f} of float32")
+    ratio = measure_cost(denoiser).float_size_bytes / size_bytes
+    console.say(f"{name}: {size_bytes / 1e6:.2f} MB on disk, 1/{ratio:.2f} of float32")
 
 
 def _write_value(value: object) -> str:
