@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 

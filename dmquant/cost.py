@@ -123,7 +123,8 @@ def measure_cost(
 ) -> Cost:
     """Cost of a denoiser at the bits given per layer name, (weight, activation); a layer not named is float.
 
-    Without `bits` and `attention_bits` they are read off the denoiser. `inputs` replaces `example_inputs`: other sizes, more text tokens.
+    Without `bits` and `attention_bits` they are read off the denoiser. `inputs` replaces `example_inputs`: other sizes, more
+    text tokens.
     """
     roles = find_roles(denoiser)
     bits = {name: layer_bits(layer) for name, layer in named_layers(denoiser).items()} if bits is None else bits

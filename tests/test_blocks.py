@@ -2,7 +2,6 @@
 
 from contextlib import ExitStack
 
-import pytest
 import torch
 from diffusers import DiTTransformer2DModel, UNet2DModel
 

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dmquant import checkpoint, hf, storage
+from dmquant import checkpoint, storage
 from dmquant.errors import DamagedFile, DmquantError, InputError, MissingResource
 from dmquant.layers import swap
 from dmquant.packed import packed_layers

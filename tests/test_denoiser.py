@@ -22,9 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dmquant import denoiser
-from dmquant.denoiser import (
-    Role, find_denoiser, find_roles, is_layer, is_quantized, locate, named_layers, open_pipeline, place,
-)  # fmt: skip
+from dmquant.denoiser import Role, find_denoiser, find_roles, is_layer, is_quantized, locate, open_pipeline, place
 from dmquant.errors import DamagedFile, DmquantError, InputError, MissingResource
 from tests.conftest import TINY_UNET
 

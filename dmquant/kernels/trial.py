@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dmquant.kernels import ops
-from dmquant.kernels.blocked import arrange, levels
+from dmquant.kernels.blocked import arrange
 from dmquant.kernels.blocking import fill_up
 from dmquant.kernels.catalogue import BY_NAME
 from dmquant.quantizers.base import quantize

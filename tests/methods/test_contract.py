@@ -7,26 +7,15 @@ import torch
 
 from dmquant import methods
 from dmquant.clock import Clock
-from dmquant.denoiser import find_denoiser, open_pipeline
+from dmquant.denoiser import find_denoiser
 from dmquant.errors import InputError
 from dmquant.layers import quantized_layers
 from dmquant.methods.base import Method
 from dmquant.progress import plain
 from dmquant.quantization import make_student, quantize
 from dmquant.quantizers.base import Quantizer
-from dmquant.samples import record
 
 QUICK = dict(trajectories=4, sampling_steps=3, calibration_samples=8, max_steps=4, batch=4)
-
-
-@pytest.fixture(scope="module")
-def pipeline(tiny_folder):
-    return open_pipeline(tiny_folder)
-
-
-@pytest.fixture(scope="module")
-def samples(pipeline):
-    return record(pipeline, 4, steps=3, seed=0)
 
 
 @pytest.fixture(params=methods.names())

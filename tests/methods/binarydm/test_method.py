@@ -11,7 +11,7 @@ from dmquant.blocks import find_ends
 from dmquant.calibration import observe_weights
 from dmquant.clock import Clock
 from dmquant.cost import measure_cost
-from dmquant.denoiser import find_denoiser, find_roles, open_pipeline
+from dmquant.denoiser import find_roles, open_pipeline
 from dmquant.errors import InputError, Interrupted
 from dmquant.layers import quantized_layers
 from dmquant.methods.binarydm.binarizer import EvolvableBasis

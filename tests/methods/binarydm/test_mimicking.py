@@ -4,20 +4,9 @@ import pytest
 import torch
 
 from dmquant.blocks import find_blocks
-from dmquant.denoiser import find_denoiser, open_pipeline
+from dmquant.denoiser import find_denoiser
 from dmquant.distill import Distillation
 from dmquant.methods.binarydm.mimicking import Mimicking, Subspaces, find_subspaces, flatten, principal_directions, watch
-from dmquant.samples import record
-
-
-@pytest.fixture(scope="module")
-def pipeline(tiny_folder):
-    return open_pipeline(tiny_folder)
-
-
-@pytest.fixture(scope="module")
-def samples(pipeline):
-    return record(pipeline, 4, steps=3, seed=0)
 
 
 def test_directions_are_orthonormal_and_span_what_varies_most():

@@ -9,7 +9,7 @@ from PIL import Image
 import dmquant
 from dmquant.attention import QuantInput
 from dmquant.clock import Clock
-from dmquant.denoiser import Role, find_denoiser, find_roles, open_pipeline
+from dmquant.denoiser import Role, find_denoiser, find_roles
 from dmquant.errors import DamagedFile, InputError
 from dmquant.layers import quantized_layers
 from dmquant.methods.dilatequant.dilation import count_dilated, find_factors
@@ -18,19 +18,8 @@ from dmquant.packed import packed_layers, read_layout
 from dmquant.quantization import make_student, quantize
 from dmquant.quantizers.dilated import DILATED, DilatedInput, Divide
 from dmquant.quantizers.temporal import TEMPORAL, TemporalGrid, TemporalStep
-from dmquant.samples import record
 
 QUICK = dict(trajectories=4, sampling_steps=3, calibration_samples=12, max_steps=2, batch=4)
-
-
-@pytest.fixture(scope="module")
-def pipeline(tiny_folder):
-    return open_pipeline(tiny_folder)
-
-
-@pytest.fixture(scope="module")
-def samples(pipeline):
-    return record(pipeline, 4, steps=3, seed=0)
 
 
 def prepared(pipeline, **settings):

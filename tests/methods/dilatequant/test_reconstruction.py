@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from dmquant.denoiser import find_denoiser, open_pipeline
+from dmquant.denoiser import find_denoiser
 from dmquant.errors import Interrupted
 from dmquant.layers import quantized_layers
 from dmquant.methods.dilatequant.chain import Link, find_links, trace
@@ -14,19 +14,8 @@ from dmquant.methods.dilatequant.reconstruction import Memory
 from dmquant.methods.dilatequant.shelf import Shelf
 from dmquant.quantization import make_student
 from dmquant.runs import SavedRun
-from dmquant.samples import record
 
 QUICK = dict(trajectories=4, sampling_steps=3, calibration_samples=12, max_steps=3, batch=4)
-
-
-@pytest.fixture(scope="module")
-def pipeline(tiny_folder):
-    return open_pipeline(tiny_folder)
-
-
-@pytest.fixture(scope="module")
-def samples(pipeline):
-    return record(pipeline, 4, steps=3, seed=0)
 
 
 @pytest.fixture(scope="module")

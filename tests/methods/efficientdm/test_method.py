@@ -11,7 +11,7 @@ from torch import nn
 
 import dmquant
 from dmquant.clock import Clock
-from dmquant.denoiser import Role, find_denoiser, find_roles, open_pipeline
+from dmquant.denoiser import Role, find_denoiser, find_roles
 from dmquant.distill import Distillation, fit
 from dmquant.errors import InputError, Interrupted
 from dmquant.generation import Conditioning, generate, set_sampler
@@ -24,21 +24,11 @@ from dmquant.quantization import make_student, quantize
 from dmquant.quantizers.temporal import TemporalGrid, TemporalStep
 from dmquant.quantizers.uniform import LearnedStep
 from dmquant.runs import SavedRun
-from dmquant.samples import Samples, record
+from dmquant.samples import Samples
 from tests.test_cost import LDM4_BEDS, LDM4_IMAGENET, LDM8_CHURCH, on_meta
 
 QUICK = dict(act_bits=4, trajectories=4, sampling_steps=3, calibration_samples=12, max_steps=6, batch=4)
 TIMESTEPS = torch.tensor([666.0, 333.0, 0.0])
-
-
-@pytest.fixture(scope="module")
-def pipeline(tiny_folder):
-    return open_pipeline(tiny_folder)
-
-
-@pytest.fixture(scope="module")
-def samples(pipeline):
-    return record(pipeline, 4, steps=3, seed=0)
 
 
 def prepared(pipeline, **settings):
