@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from dmquant.methods.efficientdm.method import EfficientDM
 from dmquant.packed import FLOAT_BITS, packed_layers
 from dmquant.progress import plain
 from dmquant.quantization import make_student, quantize
+from dmquant.quantizers import uniform
 from dmquant.quantizers.temporal import TemporalGrid, TemporalStep
 from dmquant.quantizers.uniform import LearnedStep
 from dmquant.runs import SavedRun
@@ -37,10 +39,30 @@ def prepared(pipeline, **settings):
     return student
 
 
-def calibrated(pipeline, samples, **settings):
-    student = prepared(pipeline, **settings)
-    EfficientDM(**{**QUICK, **settings}).calibrate(student, samples, track=plain)
-    return student
+@pytest.fixture(scope="module", autouse=True)
+def coarse_search():
+    """Grids are chosen among few candidates: how they are found is tested with the quantizers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(uniform, "SEARCH_STEPS", 4)
+        yield
+
+
+@pytest.fixture(scope="module")
+def calibrated(pipeline, samples, coarse_search):
+    """A function of settings that gives a copy of the calibrated student; each one is calibrated once."""
+
+    @cache
+    def calibrate(**settings):
+        student = prepared(pipeline, **settings)
+        EfficientDM(**{**QUICK, **settings}).calibrate(student, samples, track=plain)
+        return student
+
+    return lambda **settings: copy.deepcopy(calibrate(**settings))
+
+
+@pytest.fixture(scope="module")
+def trained(pipeline, samples, coarse_search):
+    return make_student(pipeline, EfficientDM(**QUICK), samples=samples)
 
 
 def equal(one, other):
@@ -88,8 +110,8 @@ def test_each_part_can_be_left_out(pipeline):
 @pytest.mark.parametrize("base", ["original", "rounded"])
 @pytest.mark.parametrize("half_base", [True, False])
 @torch.no_grad()
-def test_a_student_starts_as_the_calibrated_model_exactly(pipeline, samples, base, half_base):
-    student = calibrated(pipeline, samples, base=base, half_base=half_base)
+def test_a_student_starts_as_the_calibrated_model_exactly(calibrated, samples, base, half_base):
+    student = calibrated(base=base, half_base=half_base)
     for layer in adapted_layers(student):
         layer.weight_quantizer.start(torch.Generator().manual_seed(0))
     answer = samples.call(student)
@@ -99,8 +121,8 @@ def test_a_student_starts_as_the_calibrated_model_exactly(pipeline, samples, bas
 
 
 @torch.no_grad()
-def test_a_rounded_base_has_the_codes_of_the_original_and_lies_on_their_grid(pipeline, samples):
-    original, rounded = (calibrated(pipeline, samples, base=base) for base in ("original", "rounded"))
+def test_a_rounded_base_has_the_codes_of_the_original_and_lies_on_their_grid(calibrated):
+    original, rounded = (calibrated(base=base) for base in ("original", "rounded"))
     for one, other in zip(adapted_layers(original), adapted_layers(rounded)):
         codes = one.weight_quantizer.encode(one.weight)
         assert torch.equal(other.weight_quantizer.encode(other.weight).codes, codes.codes)
@@ -108,23 +130,21 @@ def test_a_rounded_base_has_the_codes_of_the_original_and_lies_on_their_grid(pip
 
 
 @torch.no_grad()
-def test_a_base_in_half_precision_is_one_that_half_precision_has(pipeline, samples):
-    student = calibrated(pipeline, samples)
+def test_a_base_in_half_precision_is_one_that_half_precision_has(calibrated):
+    student = calibrated()
     assert all(torch.equal(layer.weight, layer.weight.half().float()) for layer in adapted_layers(student))
 
 
-def test_only_adapters_and_grids_are_trained(pipeline, samples):
-    settings = dict(bias_correction=False)
-    student = make_student(pipeline, EfficientDM(**QUICK, **settings), samples=samples)
-    start = calibrated(pipeline, samples, **settings).state_dict()
-    changed = {name for name, value in student.state_dict().items() if not torch.equal(value, start[name])}
+def test_only_adapters_and_grids_are_trained(calibrated, trained):
+    start = calibrated().state_dict()
+    changed = {name for name, value in trained.state_dict().items() if not torch.equal(value, start[name])}
     assert all("quantizer." in name for name in changed)
     assert {name.rpartition(".")[2] for name in changed} == {"down", "up", "scale", "offset", "log_scale", "zero"}
-    assert all(value.dtype == torch.float32 for value in student.state_dict().values())
+    assert all(value.dtype == torch.float32 for value in trained.state_dict().values())
 
 
-def test_rates_follow_steps_sizes_and_the_length_of_the_run(pipeline, samples):
-    student = calibrated(pipeline, samples)
+def test_rates_follow_steps_sizes_and_the_length_of_the_run(calibrated):
+    student = calibrated()
     layer = adapted_layers(student)[0]
     adapter, step = layer.weight_quantizer, layer.weight_quantizer.mean_step()
     assert step == pytest.approx(adapter.inner.scale.mean().item())
@@ -143,9 +163,9 @@ def test_rates_follow_steps_sizes_and_the_length_of_the_run(pipeline, samples):
     assert trained == {parameter for part in quantizers for parameter in part.parameters()}
 
 
-def test_attention_products_are_trained_with_the_activations(pipeline, samples):
+def test_attention_products_are_trained_with_the_activations(calibrated):
     settings = {**QUICK, "attention_bits": 8}
-    student = calibrated(pipeline, samples, attention_bits=8)
+    student = calibrated(attention_bits=8)
     groups = EfficientDM(**settings).groups(student)
     trained = {parameter for group in groups for parameter in group.parameters}
     factors = [parameter for name, parameter in student.named_parameters() if ".processor." in name]
@@ -225,8 +245,8 @@ def test_any_sampler_and_step_count_runs_on_grids_of_three_steps(pipeline, sampl
 
 
 @torch.no_grad()
-def test_a_batch_of_mixed_timesteps_gives_each_sample_what_it_gets_alone(pipeline, samples):
-    student = calibrated(pipeline, samples).double()
+def test_a_batch_of_mixed_timesteps_gives_each_sample_what_it_gets_alone(calibrated, samples):
+    student = calibrated().double()
     mixed = samples[torch.tensor([0, 11, 5, 7])]
     mixed = replace(mixed, x=mixed.x.double())
     alone = torch.cat([mixed[slice(row, row + 1)].call(student) for row in range(4)])
@@ -256,20 +276,20 @@ def test_under_guidance_both_halves_of_a_doubled_batch_have_their_step(tmp_path)
 
 @pytest.mark.parametrize("settings", [{"trajectory": "sequential"}, {"precision": "bf16"}, {"ema_decay": 0.5}, {"rank": 1}])
 def test_other_ways_to_train_run_too(pipeline, samples, settings):
-    student = make_student(pipeline, EfficientDM(**{**QUICK, **settings}), samples=samples)
+    student = make_student(pipeline, EfficientDM(**{**QUICK, "max_steps": 2, **settings}), samples=samples)
     assert samples.call(student).isfinite().all()
 
 
 def test_training_on_images_runs_and_has_no_sequence(pipeline, samples, tmp_path):
     for index in range(4):
         Image.new("RGB", (8, 8), (index * 40, 0, 0)).save(tmp_path / f"{index}.png")
-    student = make_student(pipeline, EfficientDM(**QUICK), data=tmp_path, samples=samples)
+    student = make_student(pipeline, EfficientDM(**{**QUICK, "max_steps": 2}), data=tmp_path, samples=samples)
     assert samples.call(student).isfinite().all()
     with pytest.raises(InputError, match="leave --data out"):
         make_student(pipeline, EfficientDM(**QUICK, trajectory="sequential"), data=tmp_path, samples=samples)
 
 
-def test_an_interrupted_run_continues_bit_for_bit(pipeline, samples, tmp_path):
+def test_an_interrupted_run_continues_bit_for_bit(trained, pipeline, samples, tmp_path):
     calls = []
 
     def stop_once():
@@ -277,15 +297,15 @@ def test_an_interrupted_run_continues_bit_for_bit(pipeline, samples, tmp_path):
         return len(calls) == 4
 
     method = EfficientDM(**QUICK)
-    whole = make_student(pipeline, method, samples=samples)
     with pytest.raises(Interrupted):
         make_student(pipeline, method, samples=samples, run=SavedRun(tmp_path / "run", should_stop=stop_once))
     resumed = make_student(pipeline, method, samples=samples, run=SavedRun(tmp_path / "run"))
-    assert equal(whole.state_dict(), resumed.state_dict())
+    assert equal(trained.state_dict(), resumed.state_dict())
 
 
 def test_two_seeds_start_from_two_adapters(pipeline, samples):
-    one, two = (make_student(pipeline, EfficientDM(**QUICK), samples=samples, seed=seed) for seed in (0, 1))
+    method = EfficientDM(**{**QUICK, "max_steps": 0})
+    one, two = (make_student(pipeline, method, samples=samples, seed=seed) for seed in (0, 1))
     assert not torch.equal(adapted_layers(one)[0].weight_quantizer.down, adapted_layers(two)[0].weight_quantizer.down)
 
 
