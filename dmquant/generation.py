@@ -1,9 +1,16 @@
-"""Seeds -> images. Each seed has its own CPU generator: an image depends neither on the batch around it nor on the device."""
+"""Seeds -> images. Each seed has its own CPU generator: an image depends neither on the batch around it nor on the device.
 
+A seed also decides what a conditional pipeline is asked for, so that an image depends on its seed alone there too.
+"""
+
+import hashlib
 import inspect
+import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import count as count_from
 from typing import Any
 
 import diffusers
@@ -13,6 +20,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from dmquant.denoiser import find_denoiser
 from dmquant.errors import DmquantError, InputError, OutOfMemory
 from dmquant.progress import Track, plain
 
@@ -32,22 +40,45 @@ NOISE_SCHEDULE = (
     "prediction_type",
 )  # fmt: skip
 CAPTION_SIZE = 12  # pixels
+KEYWORDS = {"prompts": "prompt", "class labels": "class_labels"}  # of a pipeline's call
+GOLDEN = (5**0.5 - 1) / 2  # steps by this share of a range fill it evenly, however many there are
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What is asked of a conditional pipeline: the images take the entries in turn. None guidance is the pipeline's own."""
+    """What is asked of a conditional pipeline: seed s takes entry s mod their number. None guidance is the pipeline's own."""
 
     prompts: tuple[str, ...] = ()
     class_labels: tuple[int, ...] = ()
     guidance: float | None = None
+
+    @property
+    def kind(self) -> str | None:
+        """What the entries are; None of an unconditional pipeline."""
+        return "prompts" if self.prompts else "class labels" if self.class_labels else None
+
+    @property
+    def entries(self) -> tuple[str, ...] | tuple[int, ...]:
+        return self.prompts or self.class_labels
+
+    @property
+    def sha256(self) -> str:
+        """Of the entries in their order; the guidance does not count."""
+        return hashlib.sha256(json.dumps(self.entries).encode()).hexdigest()
+
+    def choose(self, seeds: Sequence[int]) -> list[str] | list[int]:
+        """The entry of each seed; none where there are none."""
+        return [self.entries[seed % len(self.entries)] for seed in seeds] if self.entries else []
 
 
 def generate(
     pipeline: DiffusionPipeline, seeds: Sequence[int], *, steps: int = 20, batch: int = 50,
     conditioning: Conditioning = Conditioning(), track: Track = plain,
 ) -> Iterator[Tensor]:
-    """Images of the seeds in order, uint8 (b, 3, H, W) on the CPU, one batch at a time."""
+    """Images of the seeds in order, uint8 (b, 3, H, W) on the CPU, one batch at a time.
+
+    A class-conditional pipeline without labels draws all its classes in turn; a text pipeline wants prompts. Raises InputError.
+    """
     if steps < 1 or batch < 1:
         raise InputError(f"steps and batch must be at least 1, got {steps} and {batch}")
     limit = pipeline.scheduler.config.get("num_train_timesteps", steps)
@@ -55,11 +86,30 @@ def generate(
         raise InputError(f"this pipeline was trained with {limit} timesteps; steps must be at most that, got {steps}")
     if any(not 0 <= seed < 2**63 for seed in seeds):
         raise InputError("seeds must lie between 0 and 2^63 - 1")
-    starts = range(0, len(seeds), batch)
-    for start in track(starts, "sampling"):
-        chunk = range(start, min(start + batch, len(seeds)))
-        arguments = _choose_conditioning(pipeline, conditioning, chunk)
-        yield _sample(pipeline, [seeds[index] for index in chunk], steps, arguments)
+    conditioning = complete(pipeline, conditioning)
+    for start in track(range(0, len(seeds), batch), "sampling"):
+        chunk = list(seeds[start:start + batch])
+        yield _sample(pipeline, chunk, steps, _write_arguments(conditioning, chunk))
+
+
+def complete(pipeline: DiffusionPipeline, wanted: Conditioning) -> Conditioning:
+    """The conditioning with what it leaves open: every class in turn, and the guidance scale that the pipeline's call has.
+
+    Raises InputError for what the pipeline does not take, and for a text pipeline without prompts.
+    """
+    name, accepted = type(pipeline).__name__, _accepts(pipeline)
+    if wanted.prompts and "prompt" not in accepted:
+        raise InputError(f"{name} takes no prompts; leave them out")
+    if wanted.class_labels and "class_labels" not in accepted:
+        raise InputError(f"{name} takes no class labels; leave them out")
+    if "prompt" in accepted and not wanted.prompts:
+        raise InputError(f"{name} draws from text; give it prompts (--prompts FILE; in Python, Conditioning(prompts=...))")
+    if wanted.guidance is not None and not ("guidance_scale" in accepted and math.isfinite(wanted.guidance)):
+        reason = "is no finite number" if "guidance_scale" in accepted else f"is not for {name}, which takes none; leave it out"
+        raise InputError(f"a guidance scale of {wanted.guidance} {reason}")
+    if "class_labels" in accepted:
+        wanted = replace(wanted, class_labels=_choose_classes(pipeline, wanted.class_labels))
+    return wanted if wanted.guidance is not None else replace(wanted, guidance=accepted.get("guidance_scale"))
 
 
 def set_sampler(pipeline: DiffusionPipeline, name: str | None = None) -> str:
@@ -103,28 +153,36 @@ def beside(rows: Mapping[str, Tensor]) -> Image.Image:
     return sheet
 
 
-def _choose_conditioning(pipeline: DiffusionPipeline, wanted: Conditioning, chunk: range) -> dict[str, Any]:
+def _choose_classes(pipeline: DiffusionPipeline, labels: tuple[int, ...]) -> tuple[int, ...]:
+    """The labels, each one that the pipeline has; without any, all classes once, far apart from one seed to the next.
+
+    So few images show classes from everywhere, and as many images as classes, or a multiple, show each equally often.
+    """
+    name, config = type(pipeline).__name__, find_denoiser(pipeline)[1].config
+    count = config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
+    if not count and not labels:
+        raise InputError(f"{name} does not say how many classes it has; give class labels")
+    wrong = [label for label in labels if label < 0 or (count and label >= count)]
+    if wrong:
+        raise InputError(f"{name} has no class {wrong[0]}" + (f"; labels are 0 to {count - 1}" if count else ""))
+    if labels:
+        return labels
+    stride = next(number for number in count_from(round(count * GOLDEN) or 1) if math.gcd(number, count) == 1)
+    return tuple(index * stride % count for index in range(count))
+
+
+def _write_arguments(conditioning: Conditioning, seeds: Sequence[int]) -> dict[str, Any]:
     """Keyword arguments that condition the images of one batch."""
-    name, accepted, arguments = type(pipeline).__name__, _accepts(pipeline), {}
-    for keyword, values in (("prompt", wanted.prompts), ("class_labels", wanted.class_labels)):
-        if values and keyword not in accepted:
-            raise InputError(f"{name} takes no {keyword}")
-        if keyword in accepted and not values:
-            raise InputError(f"{name} is conditional: give it a {keyword} for each image or one for all")
-        if values:
-            arguments[keyword] = [values[index % len(values)] for index in chunk]
-    if wanted.guidance is None:
-        return arguments
-    if "guidance_scale" not in accepted:
-        raise InputError(f"{name} takes no guidance scale")
-    return arguments | {"guidance_scale": wanted.guidance}
+    chosen = {KEYWORDS[conditioning.kind]: conditioning.choose(seeds)} if conditioning.kind else {}
+    return chosen if conditioning.guidance is None else chosen | {"guidance_scale": conditioning.guidance}
 
 
-def _accepts(pipeline: DiffusionPipeline) -> set[str]:
-    """Names of the arguments that a call may give."""
-    if not _is_plain(pipeline):
-        return set(inspect.signature(pipeline.__call__).parameters)
-    return {"class_labels"} if pipeline.unet.class_embedding is not None else set()
+def _accepts(pipeline: DiffusionPipeline) -> dict[str, Any]:
+    """Names of the arguments that a call may give, with the numbers that they are where it does not."""
+    if _is_plain(pipeline):
+        return {"class_labels": None} if pipeline.unet.class_embedding is not None else {}
+    parameters = inspect.signature(pipeline.__call__).parameters.values()
+    return {each.name: float(each.default) if isinstance(each.default, int | float) else None for each in parameters}
 
 
 def _is_plain(pipeline: DiffusionPipeline) -> bool:

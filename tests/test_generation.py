@@ -19,8 +19,9 @@ from diffusers.pipelines import ImagePipelineOutput
 from torch import Tensor, nn
 
 from dmquant.errors import DmquantError, InputError, OutOfMemory
-from dmquant.generation import SAMPLERS, Conditioning, beside, generate, make_grid, set_sampler
+from dmquant.generation import SAMPLERS, Conditioning, beside, complete, generate, make_grid, set_sampler
 from tests.conftest import TINY_UNET
+from tests.text import make_text_pipeline
 
 
 @pytest.fixture
@@ -173,22 +174,59 @@ def test_an_unconditional_pipeline_takes_no_conditioning(pipeline):
             images(pipeline, conditioning=wanted)
 
 
-def test_a_class_conditional_unet_gives_each_image_its_label(pipeline):
+@pytest.fixture
+def classes() -> DDIMPipeline:
+    """A UNet that knows ten classes."""
     torch.manual_seed(0)
-    pipeline = DDIMPipeline(UNet2DModel(**TINY_UNET, num_class_embeds=10).eval(), DDIMScheduler())
-    with pytest.raises(InputError, match="is conditional.*class_labels"):
-        images(pipeline)
-    cycled = images(pipeline, [0] * 5, batch=3, conditioning=Conditioning(class_labels=(4, 7)))
-    assert furthest(cycled[0], cycled[4]) <= 1 and furthest(cycled[1], cycled[3]) <= 1
-    assert furthest(cycled[0], cycled[1]) > 1
+    return DDIMPipeline(UNet2DModel(**TINY_UNET, num_class_embeds=10).eval(), DDIMScheduler())
+
+
+def test_a_seed_decides_the_label_whatever_the_batch_around_it(classes):
+    labels = Conditioning(class_labels=(4, 7))
+    together = images(classes, range(5), batch=3, conditioning=labels)
+    for seed, label in enumerate((4, 7, 4, 7, 4)):
+        alone = images(classes, [seed], conditioning=Conditioning(class_labels=(label,)))
+        assert furthest(together[seed], alone[0]) <= 1
+    assert furthest(*images(classes, [0], conditioning=labels), *images(classes, [0], conditioning=Conditioning((), (7,)))) > 1
+
+
+def test_without_labels_every_class_is_drawn_equally_often_and_few_seeds_see_classes_from_everywhere(classes, dit):
+    labels = complete(classes, Conditioning()).class_labels
+    assert sorted(labels) == list(range(10)) and labels == complete(classes, Conditioning()).class_labels
+    assert torch.equal(images(classes, range(4)), images(classes, range(4), conditioning=Conditioning(class_labels=labels)))
+    many = complete(dit, Conditioning())
+    assert sorted(many.class_labels) == list(range(1000)) and many.guidance == 4.0, "the pipeline's own scale"
+    first = sorted(many.class_labels[:50])
+    assert max(after - before for before, after in zip([0, *first], [*first, 1000])) <= 50
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 9, 1000])
+def test_the_classes_are_a_permutation_however_many_there_are(count):
+    pipeline = DDIMPipeline(UNet2DModel(**TINY_UNET, num_class_embeds=count), DDIMScheduler())
+    assert sorted(complete(pipeline, Conditioning()).class_labels) == list(range(count))
+
+
+def test_labels_that_the_pipeline_does_not_have_are_refused(classes):
+    for label in (10, -1):
+        with pytest.raises(InputError, match=f"no class {label}; labels are 0 to 9"):
+            images(classes, conditioning=Conditioning(class_labels=(3, label)))
+    classes.unet.register_to_config(num_class_embeds=None)
+    with pytest.raises(InputError, match="does not say how many classes"):
+        images(classes)
+
+
+def test_a_guidance_scale_is_a_finite_number(dit):
+    with pytest.raises(InputError, match="no finite number"):
+        images(dit, conditioning=Conditioning(guidance=float("nan")))
 
 
 def test_a_dit_pipeline_answers_to_labels_and_guidance_without_a_progress_bar(dit, capfd):
     labels = Conditioning(class_labels=(1, 2))
-    plain, guided = images(dit, [0, 0], conditioning=labels), images(dit, [0, 0], conditioning=Conditioning((), (1, 2), 8.0))
+    plain, guided = images(dit, [0, 1], conditioning=labels), images(dit, [0, 1], conditioning=Conditioning((), (1, 2), 8.0))
     assert plain.shape == (2, 3, 4, 4)
-    assert furthest(plain[0], plain[1]) > 1 and furthest(plain, guided) > 1
-    assert furthest(plain, images(dit, [0, 0], batch=1, conditioning=labels)) <= 1
+    assert furthest(plain, guided) > 1
+    assert furthest(plain, images(dit, [0, 1], conditioning=Conditioning((), (2, 1)))) > 1
+    assert furthest(plain, images(dit, [0, 1], batch=1, conditioning=labels)) <= 1
     assert capfd.readouterr().err == ""
     assert "disable" not in dit._progress_bar_config
 
@@ -212,12 +250,33 @@ class Painter(DiffusionPipeline):
         return ImagePipelineOutput(images=shades[:, None, None, None].expand(-1, 2, 4, 3).numpy())
 
 
-def test_a_text_pipeline_gets_one_prompt_per_image():
+def test_a_text_pipeline_gets_the_prompt_of_each_seed():
     painter = Painter(nn.Linear(1, 1), nn.Linear(1, 1), DDIMScheduler())
-    with pytest.raises(InputError, match="Painter is conditional.*prompt"):
+    with pytest.raises(InputError, match="Painter draws from text; give it prompts"):
         images(painter)
-    painted = images(painter, range(3), batch=2, conditioning=Conditioning(prompts=("a", "four"), guidance=2.0))
-    assert painted.shape == (3, 3, 2, 4) and painted[:, 0, 0, 0].tolist() == [1, 4, 1]
+    painted = images(painter, range(3, 6), batch=2, conditioning=Conditioning(prompts=("a", "four"), guidance=2.0))
+    assert painted.shape == (3, 3, 2, 4) and painted[:, 0, 0, 0].tolist() == [4, 1, 4]
+
+
+@pytest.mark.filterwarnings("ignore")  # from inside transformers
+def test_stable_diffusion_draws_what_it_is_told_to_under_the_guidance_given():
+    pipeline, prompts = make_text_pipeline(), ("a red cat", "x")
+    with pytest.raises(InputError, match="takes no class labels"):
+        images(pipeline, conditioning=Conditioning(prompts, (1,)))
+    drawn = images(pipeline, range(4), batch=4, conditioning=Conditioning(prompts))
+    assert drawn.shape == (4, 3, 8, 8)
+    assert furthest(drawn, images(pipeline, range(4), batch=1, conditioning=Conditioning(prompts))) <= 1
+    assert furthest(drawn, images(pipeline, range(4), conditioning=Conditioning(prompts, guidance=7.5))) <= 1, "its own scale"
+    assert furthest(drawn, images(pipeline, range(4), conditioning=Conditioning(prompts, guidance=1.0))) > 1
+    others = images(pipeline, range(4), conditioning=Conditioning(prompts[::-1]))
+    assert all(furthest(one, other) > 1 for one, other in zip(drawn, others))
+
+
+def test_the_hash_of_a_conditioning_is_that_of_its_entries_in_order():
+    hashes = {Conditioning(prompts=entries).sha256 for entries in (("a", "b"), ("b", "a"), ("ab",), ("a", "b", "a"))}
+    assert len(hashes) == 4
+    assert Conditioning(("a",), guidance=2.0).sha256 == Conditioning(("a",)).sha256
+    assert [Conditioning().kind, Conditioning(("a",)).kind, Conditioning((), (1,)).kind] == [None, "prompts", "class labels"]
 
 
 # Sheets
