@@ -9,7 +9,7 @@ from PIL import Image
 import dmquant
 from dmquant.attention import QuantInput
 from dmquant.clock import Clock
-from dmquant.denoiser import Role, find_denoiser, find_roles
+from dmquant.denoiser import Role, find_denoiser, find_roles, with_denoiser
 from dmquant.errors import DamagedFile, InputError
 from dmquant.layers import quantized_layers
 from dmquant.methods.dilatequant.dilation import count_dilated, find_factors
@@ -62,9 +62,8 @@ def test_factors_are_those_of_the_teachers_weights(pipeline, samples, dilation):
 @pytest.mark.parametrize("bits", [4, 6, 8])
 def test_what_a_file_gives_back_computes_what_was_trained(pipeline, samples, bits, tmp_path):
     settings = dict(weight_bits=bits, act_bits=bits, attention_bits=8)
-    student = make_student(pipeline, DilateQuant(**QUICK, **settings), samples=samples)
-    quantized = quantize(pipeline, "dilatequant", samples=samples, **QUICK, **settings)
-    dmquant.save(quantized, tmp_path / "out")
+    student = make_student(pipeline, DilateQuant(**{**QUICK, **settings}), samples=samples)
+    dmquant.save(with_denoiser(pipeline, "unet", student), tmp_path / "out")
     again = find_denoiser(dmquant.load(tmp_path / "out"))[1]
     part = samples[torch.tensor([0, 5, 11, 7])]
     with torch.no_grad():

@@ -34,7 +34,7 @@ def remember(student, pipeline, samples, index, cache_bytes=1 << 30):
 
 
 def test_inputs_are_those_behind_the_students_prefix_and_answers_the_teachers_behind_its_own(student, pipeline, samples):
-    teacher, block, link, memory = remember(student, pipeline, samples, 7)
+    teacher, block, link, memory = remember(student, pipeline, samples, 5)
     memory.enter(0)
     ours, theirs = trace(student, block, samples), trace(teacher, block, samples)
     assert all(torch.allclose(*pair, atol=1e-5) for pair in zip(memory.rows, link.rows_of(ours), strict=True))
@@ -43,7 +43,7 @@ def test_inputs_are_those_behind_the_students_prefix_and_answers_the_teachers_be
 
 
 def test_samples_beyond_the_budget_come_in_rounds_and_each_comes_once(student, pipeline, samples):
-    _, _, _, memory = remember(student, pipeline, samples, 7, cache_bytes=0)
+    _, _, _, memory = remember(student, pipeline, samples, 5, cache_bytes=0)
     assert memory.num_rounds == 3
     seen = []
     for number in range(3):
@@ -54,7 +54,7 @@ def test_samples_beyond_the_budget_come_in_rounds_and_each_comes_once(student, p
 
 
 def test_every_block_is_trained_and_follows_its_teacher_better(pipeline, samples, student):
-    trained = make_student(pipeline, DilateQuant(**{**QUICK, "max_steps": 30, "learning_rate": 1e-3}), samples=samples)
+    trained = make_student(pipeline, DilateQuant(**{**QUICK, "max_steps": 16, "learning_rate": 3e-3}), samples=samples)
     before = dict(quantized_layers(student))
     for name, layer in quantized_layers(trained).items():
         assert not torch.equal(layer.weight, before[name].weight), name

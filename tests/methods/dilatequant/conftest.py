@@ -1,0 +1,33 @@
+"""DilateQuant is many small trainings: a pipeline of one resolution, and grids that are searched coarsely."""
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+
+from dmquant.quantizers import uniform
+from dmquant.samples import record
+
+
+@pytest.fixture(scope="package", autouse=True)
+def coarse_search():
+    """No law here depends on how well grids are searched."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(uniform, "SEARCH_STEPS", 6)
+        yield
+
+
+@pytest.fixture(scope="package")
+def pipeline():
+    """Two residual blocks that read concatenations, attention on the way down and in the middle."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = UNet2DModel(
+            sample_size=8, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, attention_head_dim=4,
+            down_block_types=("AttnDownBlock2D",), up_block_types=("UpBlock2D",),
+        )  # fmt: skip
+    return DDIMPipeline(unet.eval(), DDIMScheduler())
+
+
+@pytest.fixture(scope="package")
+def samples(pipeline):
+    return record(pipeline, 4, steps=3, seed=0)
