@@ -1,7 +1,7 @@
 """Images are drawn once: what a pipeline drew from some seeds is kept on disk and found again.
 
-One folder for all that decides what is drawn (weights, configs, sampler, steps, kind of device, versions), and in it one file
-per batch of seeds with the images, the seconds that drawing took and a hash. So an interrupted evaluation goes on where it
+One folder for all that decides what is drawn (weights, configs, prompts or classes, sampler, steps, kind of device, versions),
+and in it one file per batch of seeds with the images, the seconds that drawing took and a hash. So an interrupted evaluation goes on where it
 stopped, and one more metric costs no sampling. A file serves only the very seeds that were drawn together: in another batch an
 image may differ by a rounding, and a resumed evaluation shall be equal to one that never stopped.
 """
@@ -27,11 +27,11 @@ from torch import Tensor, nn
 
 from dmquant import __version__
 from dmquant.denoiser import find_denoiser
-from dmquant.generation import generate
+from dmquant.generation import Conditioning, complete, generate
 from dmquant.kernels.catalogue import choice
 
 VARIABLE = "DMQUANT_CACHE"
-PACKAGES = ("torch", "diffusers")
+PACKAGES, TEXT_PACKAGE = ("torch", "diffusers"), "transformers"
 # our own code between a seed and its image: in a checkout it changes while the version stays
 SOURCES = ("generation.py", "clock.py", "attention.py", "layers.py", "packed.py", "quantizers", "kernels")
 PRIVATE = "_"  # what diffusers adds to configs: paths, versions, marks
@@ -49,16 +49,18 @@ class Drawn(NamedTuple):
 class Gallery:
     """Draws by seed, or finds what was drawn. Without a folder nothing is kept."""
 
-    def __init__(self, pipeline: DiffusionPipeline, *, steps: int, folder: Path | None = None):
-        self._pipeline, self._steps = pipeline, steps
-        self._folder = folder and folder / name_folder(pipeline, steps)
+    def __init__(
+        self, pipeline: DiffusionPipeline, *, steps: int, conditioning: Conditioning = Conditioning(), folder: Path | None = None
+    ):
+        self._pipeline, self._steps, self._conditioning = pipeline, steps, complete(pipeline, conditioning)
+        self._folder = folder and folder / name_folder(pipeline, steps, self._conditioning)
 
     def draw(self, seeds: Sequence[int]) -> Drawn:
         """The images of seeds that follow each other, as one batch."""
         file = self._name(seeds)
         drawn = read(file, len(seeds)) if file and file.is_file() else None
         if drawn is None:
-            drawn = draw(self._pipeline, seeds, self._steps)
+            drawn = draw(self._pipeline, seeds, self._steps, self._conditioning)
             if file:
                 self._keep(drawn, file)
         return drawn
@@ -85,24 +87,32 @@ def default_folder() -> Path:
     return Path(named) if named else Path(constants.HF_ASSETS_CACHE).expanduser() / "dmquant" / "default" / IMAGES
 
 
-def draw(pipeline: DiffusionPipeline, seeds: Sequence[int], steps: int) -> Drawn:
+def draw(pipeline: DiffusionPipeline, seeds: Sequence[int], steps: int, conditioning: Conditioning) -> Drawn:
     device = find_denoiser(pipeline)[1].device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     started = time.perf_counter()
-    images = torch.cat(list(generate(pipeline, seeds, steps=steps, batch=len(seeds))))
+    images = torch.cat(list(generate(pipeline, seeds, steps=steps, batch=len(seeds), conditioning=conditioning)))
     seconds = time.perf_counter() - started
     return Drawn(images, seconds, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0)
 
 
-def name_folder(pipeline: DiffusionPipeline, steps: int) -> str:
+def name_folder(pipeline: DiffusionPipeline, steps: int, conditioning: Conditioning = Conditioning()) -> str:
     """A hash of everything that decides which image a seed becomes."""
     denoiser = find_denoiser(pipeline)[1]
+    asked = {"kind": conditioning.kind, "entries": conditioning.sha256, "guidance": conditioning.guidance}
     facts = {
+        "asked": asked,
         "pipeline": hash_pipeline(pipeline), "steps": steps, "device": denoiser.device.type, "dtype": str(denoiser.dtype),
-        "versions": [__version__, *(version(package) for package in PACKAGES)], "sources": hash_sources(), "kernels": choice(),
+        "versions": [__version__, *(version(package) for package in list_packages(pipeline))], "sources": hash_sources(), "kernels": choice(),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def list_packages(pipeline: DiffusionPipeline) -> list[str]:
+    """Those whose code decides what is drawn."""
+    homes = {type(part).__module__.partition(".")[0] for part in pipeline.components.values()}
+    return sorted({*PACKAGES, *(homes & {TEXT_PACKAGE})})
 
 
 @cache
@@ -123,6 +133,8 @@ def hash_pipeline(pipeline: DiffusionPipeline) -> str:
         digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
         if isinstance(part, nn.Module):
             _hash_module(part, digest)
+        if hasattr(part, "get_vocab"):  # a tokenizer: which words are one token lies in no config
+            digest.update(json.dumps(part.get_vocab(), sort_keys=True).encode())
     return digest.hexdigest()
 
 

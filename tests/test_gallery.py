@@ -8,7 +8,8 @@ import torch
 from dmquant import gallery
 from dmquant.denoiser import open_pipeline
 from dmquant.gallery import Drawn, Gallery, default_folder, hash_pipeline, name_folder
-from dmquant.generation import set_sampler
+from dmquant.generation import Conditioning, set_sampler
+from tests.text import make_text_pipeline
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def drawing(monkeypatch):
     """The seeds of every call of the sampler, which draws noise."""
     calls = []
 
-    def generate(pipeline, seeds, *, steps, batch):
+    def generate(pipeline, seeds, **how):
         calls.append(list(seeds))
         yield torch.randint(0, 256, (len(seeds), 3, 8, 8), generator=torch.Generator().manual_seed(seeds[0])).to(torch.uint8)
 
@@ -63,6 +64,24 @@ def test_whatever_changes_the_images_changes_the_folder(pipeline, tiny_folder, m
     monkeypatch.setattr(gallery, "hash_sources", lambda: "edited")
     names.append(name_folder(pipeline, 2))
     assert len(set(names)) == 7
+
+
+def test_other_prompts_labels_or_guidance_are_other_images(drawing, tmp_path):
+    pipeline = make_text_pipeline()
+    asked = [Conditioning(("cat", "dog")), Conditioning(("dog", "cat")), Conditioning(("cat", "dog"), guidance=2.0)]
+    for conditioning in asked:
+        Gallery(pipeline, steps=2, conditioning=conditioning, folder=tmp_path).draw(range(2))
+    assert len(drawing) == 3
+    own_scale = Conditioning(("cat", "dog"), guidance=7.5)  # said or not, it is the same
+    Gallery(pipeline, steps=2, conditioning=own_scale, folder=tmp_path).draw(range(2))
+    assert len(drawing) == 3
+
+
+def test_another_tokenizer_is_another_pipeline():
+    one, other = make_text_pipeline(), make_text_pipeline()
+    assert hash_pipeline(one) == hash_pipeline(other)
+    other.tokenizer.add_tokens(["cat"])
+    assert hash_pipeline(one) != hash_pipeline(other)
 
 
 def test_where_a_pipeline_lies_does_not_matter(pipeline, tmp_path):
