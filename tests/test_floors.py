@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "dmquant"
 FLOORS = (
     {"errors"},
-    {"report", "packing", "clock", "storage", "progress", "images", "prompts", "ranks", "columns", "plot"},
+    {"report", "packing", "clock", "storage", "progress", "images", "prompts", "ranks", "columns", "plot", "effort"},
     {"quantizers", "kernels", "comparison"},
     {"layers", "attention", "packed"},
     {"denoiser", "blocks", "generation", "samples", "calibration", "distill", "denoising", "runs"},
