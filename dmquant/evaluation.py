@@ -24,16 +24,17 @@ from dmquant.errors import DmquantError, InputError
 from dmquant.gallery import Drawn, Gallery
 from dmquant.generation import set_sampler
 from dmquant.kernels.catalogue import choice
-from dmquant.metrics import agreement
+from dmquant.metrics import agreement, profile
 from dmquant.metrics.base import Batch, Metric
 from dmquant.metrics.choice import DEFAULT, DEFAULT_PAIRED, Choice, choose_metrics, refuse_small, refuse_unused
 from dmquant.metrics.extractor import EMBEDDED, Extractor, load_extractor
 from dmquant.metrics.reference import Reference, open_reference
 from dmquant.progress import Track, plain
-from dmquant.report import FLOAT_METHOD, Protocol, Report
+from dmquant.report import FLOAT_METHOD, LayerProfile, Protocol, Report
 
 MAX_PAIRS = 64  # paired metrics look at the first min(num_images, 64) seeds
 MAX_WITNESSED = 16  # seeds along whose trajectories the denoisers' answers are compared
+MAX_PROFILED = 8  # seeds along whose trajectories the layers are looked at
 MIN_CHECKED = 16  # images to see before a share of flat ones means anything
 PACKAGES = ("torch", "diffusers", "torchmetrics")
 
@@ -84,8 +85,9 @@ def evaluate(
 
     "fid", "sfid", "kid" and "prdc" compare with a reference: a built-in name, an npz, an image folder or zip; "is" needs the
     extractor only. "psnr" and "ssim" compare the images of the first 64 seeds with those of the float model, "cosine" the
-    denoisers' answers along 16 of its trajectories: `float_pipeline`, or the one that a quantized pipeline says it came from.
-    None measures "fid", and "psnr" where the float model is at hand. In the folder `cache` images are kept and found again.
+    denoisers' answers along 16 of its trajectories, "layers" their layers along 8: `float_pipeline`, or the one that a
+    quantized pipeline says it came from. None measures "fid", and "psnr" where the float model is at hand. In the folder
+    `cache` images are kept and found again.
     """
     refuse_others(pipeline, float_pipeline)
     denoiser = find_denoiser(pipeline)[1]
@@ -106,8 +108,20 @@ def evaluate(
         twins = draw_twins(base, pipeline.scheduler, course) if chosen.needs_float_images else None
         outcome = measure(pipeline, make_meters(chosen, yardstick), yardstick, twins, course)
         curves = compare_answers(pipeline, base, course) if chosen.needs_agreement else {}
+        layers = profile_layers(pipeline, base, course) if chosen.needs_layers else ()
     protocol = Protocol(num_images, seed, steps, sampler, batch, outcome.image_size, **describe(yardstick))
-    return write_report(pipeline, cost, outcome, curves, protocol)
+    return write_report(pipeline, cost, outcome, curves, layers, protocol)
+
+
+@torch.no_grad()
+def add_layers(report: Report, pipeline: DiffusionPipeline, base: DiffusionPipeline, *, track: Track = plain) -> Report:
+    """The report of a pipeline with what "layers" measures, by the protocol that it has."""
+    protocol = report.protocol
+    course = Course(range(protocol.seed, protocol.seed + protocol.num_images), protocol.steps, protocol.batch, None, track)
+    with keep_scheduler(pipeline):
+        if set_sampler(pipeline) != protocol.sampler:
+            set_sampler(pipeline, protocol.sampler)
+        return replace(report, layers=profile_layers(pipeline, base, course))
 
 
 def refuse_others(*pipelines: DiffusionPipeline | None) -> None:
@@ -167,7 +181,7 @@ def open_base(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     denoiser = find_denoiser(pipeline)[1]
     base = read_record(denoiser).get("base_model")
     if base is None:
-        raise InputError("psnr, ssim and cosine compare a quantized pipeline with its float model; give float_pipeline")
+        raise InputError("psnr, ssim, cosine and layers compare a quantized pipeline with its float model; give float_pipeline")
     try:
         return open_pipeline(base, device=str(denoiser.device))
     except DmquantError as error:
@@ -246,6 +260,15 @@ def compare_answers(pipeline: DiffusionPipeline, base: DiffusionPipeline, course
     return ranks.share({agreement.NAME: {f"{timestep:g}": value for timestep, value in found.items()}})
 
 
+def profile_layers(pipeline: DiffusionPipeline, base: DiffusionPipeline, course: Course) -> tuple[LayerProfile, ...]:
+    """The layers' errors and ranges along the float model's trajectories, by the sampler of the model under test."""
+    seeds, how = course.first(MAX_PROFILED), {"steps": course.steps, "batch": course.batch, "track": course.track}
+    with keep_scheduler(base):
+        base.scheduler = pipeline.scheduler
+        found = profile.measure_layers(pipeline, base, seeds, **how) if ranks.is_first() else ()
+    return ranks.share(found)
+
+
 def describe(yardstick: Yardstick | None) -> dict[str, Any]:
     """The fields of the protocol that say which features were compared with what."""
     if yardstick is None:
@@ -259,7 +282,8 @@ def describe(yardstick: Yardstick | None) -> dict[str, Any]:
 
 
 def write_report(
-    pipeline: DiffusionPipeline, cost: Cost, outcome: Outcome, curves: dict[str, dict[str, float]], protocol: Protocol
+    pipeline: DiffusionPipeline, cost: Cost, outcome: Outcome, curves: dict[str, dict[str, float]],
+    layers: tuple[LayerProfile, ...], protocol: Protocol,
 ) -> Report:
     """Everything that was measured, with what a reader needs to compare it."""
     means = {name: sum(curve.values()) / len(curve) for name, curve in curves.items()}
@@ -269,7 +293,7 @@ def write_report(
     return Report(
         model=model, method=record.get("method", FLOAT_METHOD), settings=record.get("settings", {}),
         weight_bits=record.get("weight_bits", FLOAT_BITS), act_bits=record.get("act_bits", FLOAT_BITS),
-        metrics=outcome.metrics | means, curves=curves,
+        metrics=outcome.metrics | means, curves=curves, layers=layers,
         protocol=protocol, size_bytes=size_bytes, float_size_bytes=cost.float_size_bytes,
         bits_per_weight=8 * size_bytes / cost.num_params, ops=cost.ops, bops=cost.bops,
         attention_macs=cost.attention_macs, seconds_per_image=outcome.seconds / protocol.num_images,

@@ -25,6 +25,7 @@ def evaluate(
     psnr: Annotated[bool, typer.Option("--psnr", help="PSNR to the float model at equal seeds.")] = False,
     ssim: Annotated[bool, typer.Option("--ssim", help="SSIM to the float model at equal seeds.")] = False,
     cosine: Annotated[bool, typer.Option("--cosine", help="Cosine to the float denoiser's answers, by timestep.")] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="Each layer's error, and its input's range by timestep.")] = False,
     num_images: Annotated[int, typer.Option(help="Images to draw.", min=2)] = 1000,
     steps: Steps = 20,
     sampler: Sampler = None,
@@ -45,7 +46,8 @@ def evaluate(
     from dmquant import comparison, denoiser, evaluation, gallery
     from dmquant.report import name_file
 
-    wanted = {"fid": fid, "sfid": sfid, "kid": kid, "is": score, "prdc": prdc, "psnr": psnr, "ssim": ssim, "cosine": cosine}
+    wanted = {"fid": fid, "sfid": sfid, "kid": kid, "is": score, "prdc": prdc, "psnr": psnr, "ssim": ssim, "cosine": cosine,
+              "layers": layers}  # fmt: skip
     metrics = tuple(name for name, is_wanted in wanted.items() if is_wanted) or None
     denoiser.locate(model)
     file = name_file(output or arguments.name_evaluation(model))

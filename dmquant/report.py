@@ -7,6 +7,7 @@ because a table that silently drops what it does not know compares unlike things
 import json
 import math
 import os
+import re
 import secrets
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -16,11 +17,13 @@ from typing import Any, get_args, get_origin, get_type_hints
 from dmquant.errors import DamagedFile, InputError
 
 FILE_NAME = "report.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 # what a version added; a file of an earlier one is read with their defaults
-ADDED = {2: ("bops", "attention_macs", "peak_memory_bytes", "curves")}
+ADDED = {2: ("bops", "attention_macs", "peak_memory_bytes", "curves"), 3: ("layers",)}
 FLOAT_METHOD = "float"
 MAX_FILE_BYTES = 16 * 2**20
+NUMBERS = re.compile(r"\[\n[-+.\deE,\s]+\]")  # a list of numbers as json indents it; no string holds a line break
+Range = tuple[float, float, float, float]  # least, 0.1 % and 99.9 % quantile, largest
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,19 @@ class Protocol:
 
 
 @dataclass(frozen=True)
+class LayerProfile:
+    """One layer along some of the float model's own trajectories (dmquant/metrics/profile.py)."""
+
+    name: str
+    role: str
+    weight_bits: int
+    act_bits: int
+    local_db: float | None  # SQNR where it reads what the float layer reads; None: no error, or nothing to compare
+    total_db: float | None  # SQNR where it reads what its own model gives it
+    ranges: dict[str, Range]  # timestep -> of the float layer's input
+
+
+@dataclass(frozen=True)
 class Report:
     """One model measured once. Sizes in bytes, `ops` in MAC equivalents (BOPs / 64 + float MACs)."""
 
@@ -71,6 +87,7 @@ class Report:
     attention_macs: int | None = None  # of the attention products, which are in neither count
     peak_memory_bytes: int | None = None  # of the accelerator while sampling; None on a CPU
     curves: dict[str, dict[str, float]] = field(default_factory=dict)  # metric -> timestep -> value
+    layers: tuple[LayerProfile, ...] = ()  # in the order in which the denoiser runs them
 
     def __post_init__(self) -> None:
         for name in ("size_bytes", "float_size_bytes"):
@@ -90,7 +107,8 @@ class Report:
             if not math.isfinite(value):
                 raise InputError(f"metric {name!r} is {value}: a report holds finite numbers only")
         document = {"format_version": FORMAT_VERSION, **asdict(self)}
-        return json.dumps(document, indent=2, sort_keys=True, allow_nan=False) + "\n"
+        text = json.dumps(document, indent=2, sort_keys=True, allow_nan=False)
+        return NUMBERS.sub(lambda found: "".join(found.group().split()).replace(",", ", "), text) + "\n"
 
     @classmethod
     def from_json(cls, text: str, *, source: str = FILE_NAME) -> "Report":
@@ -194,10 +212,22 @@ def _check(value: Any, hint: Any, where: str) -> Any:
         if is_dataclass(expected):
             return _build(expected, value, where)
         return {key: _check(item, get_args(hint)[1], f"{where}.{key}") for key, item in value.items()}
+    if expected is tuple:
+        return _check_items(value, get_args(hint), where)
     # type(), not isinstance: True is an int to Python but not to a reader of the file
     if type(value) is not expected and not (expected is float and type(value) is int):
         raise DamagedFile(f"{where}: expected {expected.__name__}, found {value!r:.40}")
     return _to_float(value, where) if expected is float else value
+
+
+def _check_items(value: Any, hints: tuple, where: str) -> tuple:
+    """The items of a list, each checked; hints as a tuple's annotation names them."""
+    if type(value) not in (list, tuple):  # a tuple is a default
+        raise DamagedFile(f"{where}: expected a list, found {value!r:.40}")
+    hints = hints[:1] * len(value) if hints[-1] is Ellipsis else hints
+    if len(hints) != len(value):
+        raise DamagedFile(f"{where}: expected {len(hints)} values, found {len(value)}")
+    return tuple(_check(item, hint, f"{where}[{number}]") for number, (item, hint) in enumerate(zip(value, hints)))
 
 
 def _to_float(value: int | float, where: str) -> float:

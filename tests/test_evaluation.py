@@ -10,7 +10,7 @@ from dmquant import checkpoint, evaluation, gallery
 from dmquant.cost import measure_cost
 from dmquant.denoiser import find_denoiser, open_pipeline
 from dmquant.errors import DmquantError, InputError
-from dmquant.evaluation import Watch, evaluate, find_image_size
+from dmquant.evaluation import Watch, add_layers, evaluate, find_image_size
 from dmquant.gallery import Drawn
 from dmquant.generation import generate
 from dmquant.metrics.base import Batch
@@ -133,7 +133,7 @@ def test_a_saved_pipeline_is_as_large_as_its_file(tmp_path, images):
     ("arguments", "message"),
     [
         ({"metrics": ["fdi"]}, "did you mean 'fid'"),
-        ({"metrics": ["beauty"]}, "known: fid, sfid, kid, is, prdc, psnr, ssim, cosine"),
+        ({"metrics": ["beauty"]}, "known: fid, sfid, kid, is, prdc, psnr, ssim, cosine, layers"),
         ({"metrics": []}, "no metric asked for"),
         ({"metrics": ["fid"], "num_images": 1}, "at least 2 for fid, got 1"),
         ({"metrics": ["psnr"], "num_images": 0}, "at least 1"),
@@ -323,3 +323,16 @@ def test_an_interrupted_evaluation_goes_on_to_equal_results(pipeline, images, tm
     calls = count_draws(monkeypatch)
     report = evaluate(pipeline, metrics=["fid", "kid", "prdc"], reference=images, cache=tmp_path, **QUICK)
     assert calls == [[4, 5]] and report.metrics == expected.metrics and report.protocol == expected.protocol
+
+
+def test_layers_are_measured_with_the_rest_or_added_to_the_report_later(pipeline, tmp_path):
+    base = make_pipeline()
+    with torch.no_grad():
+        base.unet.conv_in.weight.mul_(0.9)
+    how = {**QUICK, "seed": 3, "sampler": "dpm++", "float_pipeline": base}
+    whole, without = evaluate(pipeline, metrics=["psnr", "layers"], **how), evaluate(pipeline, metrics=["psnr"], **how)
+    assert set(whole.metrics) == {"psnr"} and without.layers == ()
+    assert whole.layers[0].ranges.keys() == whole.layers[-1].ranges.keys() and len(whole.layers[0].ranges) == 2
+    scheduler = pipeline.scheduler
+    assert add_layers(without, pipeline, base).layers == whole.layers and pipeline.scheduler is scheduler
+    assert Report.load(whole.save(tmp_path)) == whole

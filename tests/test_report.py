@@ -2,15 +2,15 @@
 
 import json
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmquant.errors import DamagedFile, InputError
-from dmquant.report import ADDED, FORMAT_VERSION, Protocol, Report
+from dmquant.report import ADDED, FORMAT_VERSION, LayerProfile, Protocol, Report
 
 PROTOCOL = Protocol(num_images=100, seed=0, steps=20, sampler="ddim", batch=50, image_size=32, extractor="resnet-cifar10")
 REPORT = Report(
@@ -18,6 +18,8 @@ REPORT = Report(
     metrics={"fd-resnet-cifar10": 12.5}, protocol=PROTOCOL, size_bytes=1_000, float_size_bytes=8_000,
     bits_per_weight=4.1, ops=1.5e9, seconds_per_image=0.1, versions={"torch": "2.13.0"}, base_model="embedded",
 )  # fmt: skip
+
+LAYER = LayerProfile("conv_in", "first", 8, 8, 38.92, None, {"950": (-4.199, -3.251, 3.21, 4.12), "0": (-1.0, -0.5, 0.5, 1e-9)})
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
 any_json = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5), lambda s: st.lists(s, max_size=2))
@@ -31,6 +33,36 @@ def document(**changes) -> str:
 def test_reading_gives_back_what_was_written(metrics, model, ops, base_model):
     report = replace(REPORT, metrics=metrics, model=model, ops=ops, base_model=base_model)
     assert Report.from_json(report.to_json()) == report
+
+
+@settings(max_examples=20)
+@given(st.lists(st.builds(
+    LayerProfile, st.text(), st.text(), st.integers(1, 32), st.integers(1, 32), st.none() | finite, st.none() | finite,
+    st.dictionaries(st.text(), st.tuples(finite, finite, finite, finite)),
+), max_size=3))  # fmt: skip
+def test_layers_survive_the_disk_too(layers):
+    report = replace(REPORT, layers=tuple(layers), settings={"text": "[\n1, 2]"})
+    assert Report.from_json(report.to_json()) == report
+
+
+def test_a_range_takes_one_line():
+    lines = replace(REPORT, layers=(LAYER,)).to_json().splitlines()
+    assert '        "950": [-4.199, -3.251, 3.21, 4.12]' in lines
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ranges": {"0": [1.0, 2.0]}}, r"layers\[1\]: ranges.0: expected 4 values, found 2"),
+        ({"ranges": {"0": 5}}, "expected a list, found 5"),
+        ({"local_db": "high"}, "local_db: expected float"),
+        ({"name": None}, "name: expected str"),
+        ({"colour": "red"}, "unknown key 'colour'"),
+    ],
+)
+def test_a_wrong_entry_of_a_layer_is_refused_with_its_place(change, message):
+    with pytest.raises(DamagedFile, match=message):
+        Report.from_json(document(layers=[asdict(LAYER), {**asdict(LAYER), **change}]))
 
 
 def test_the_same_report_gives_the_same_bytes_and_the_umask_decides_who_may_read_them(tmp_path):
@@ -90,9 +122,9 @@ def test_a_wrong_entry_is_refused_with_its_key(changes, message):
 
 
 def test_reports_of_the_first_format_are_read_with_what_they_did_not_know_left_open():
-    first = {key: value for key, value in json.loads(document(format_version=1)).items() if key not in ADDED[2]}
+    first = {key: value for key, value in json.loads(document(format_version=1)).items() if key not in sum(ADDED.values(), ())}
     report = Report.from_json(json.dumps(first))
-    assert report == REPORT and (report.bops, report.peak_memory_bytes, report.curves) == (None, None, {})
+    assert report == REPORT and (report.bops, report.peak_memory_bytes, report.curves, report.layers) == (None, None, {}, ())
     with pytest.raises(DamagedFile, match="unknown key 'bops' in format_version 1"):
         Report.from_json(json.dumps(first | {"bops": 1}))
     with pytest.raises(DamagedFile, match="key 'curves' is missing"):

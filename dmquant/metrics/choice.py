@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dmquant.errors import InputError
-from dmquant.metrics import agreement
+from dmquant.metrics import agreement, profile
 from dmquant.metrics.base import Metric
 from dmquant.metrics.fid import Frechet, SpatialFrechet
 from dmquant.metrics.kid import Kid
@@ -16,7 +16,7 @@ from dmquant.metrics.similarity import Psnr, Ssim
 STREAMED: dict[str, type[Metric]] = {
     "fid": Frechet, "sfid": SpatialFrechet, "kid": Kid, "is": ClassifierScore, "prdc": Prdc, "psnr": Psnr, "ssim": Ssim,
 }  # fmt: skip
-NAMES = (*STREAMED, agreement.NAME)
+NAMES = (*STREAMED, agreement.NAME, profile.NAME)
 DEFAULT, DEFAULT_PAIRED = ("fid",), ("psnr",)
 
 
@@ -35,6 +35,10 @@ class Choice:
         return agreement.NAME in self.names
 
     @property
+    def needs_layers(self) -> bool:
+        return profile.NAME in self.names
+
+    @property
     def needs_features(self) -> bool:
         return any(kind.needs_features for kind in self.kinds)
 
@@ -44,7 +48,7 @@ class Choice:
 
     @property
     def needs_float_model(self) -> bool:
-        return self.needs_agreement or self.needs_float_images
+        return self.needs_agreement or self.needs_layers or self.needs_float_images
 
     @property
     def reference_parts(self) -> list[str]:
