@@ -56,6 +56,7 @@ METRICS = {
     "recall": Column("recall", "recall", "", "higher", 3),
     "density": Column("density", "density", "", "higher", 3),
     "coverage": Column("coverage", "coverage", "", "higher", 3),
+    "clip_score": Column("clip_score", "CLIP score", "", "higher"),
     "psnr": Column("psnr", "PSNR to float", "dB", "higher"),
     "ssim": Column("ssim", "SSIM to float", "", "higher", 4),
     "cosine": Column("cosine", "cosine to float", "", "higher", 5),

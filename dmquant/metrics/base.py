@@ -18,6 +18,7 @@ class Batch:
     features: Tensor | None = None  # float64 (B, D) of the extractor, on the CPU; None where no metric asked for them
     spatial: Tensor | None = None  # float64 (B, S) of one of its middle layers
     logits: Tensor | None = None  # float64 (B, K) of its classifier
+    match: Tensor | None = None  # float64 (B,): 100 times the cosine of each image and its prompt, as CLIP sees them
     float_images: Tensor | None = None  # uint8 (P, 3, H, W), P <= B: the float model's images of the first P seeds
 
 
@@ -26,6 +27,7 @@ class Metric(ABC):
 
     needs_features: ClassVar[bool] = False  # anything the extractor gives
     needs_float_images: ClassVar[bool] = False
+    needs_prompts: ClassVar[bool] = False  # and CLIP, which compares images with them
     reference_part: ClassVar[str | None] = None  # what a reference must hold: "mu", "spatial" or "features"
     least: ClassVar[int] = 1  # images without which nothing can be said
     smallest: ClassVar[int] = 1  # side in pixels of the smallest images that it can look at
