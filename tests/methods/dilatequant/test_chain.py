@@ -51,6 +51,13 @@ def student_of(kind):
 
 
 @cache
+def links_of(kind):
+    """A student that nobody may change, calls of it, and its links."""
+    student, samples = student_of(kind)
+    return student, samples, {block: Link(student, block, samples) for block in find_links(student, samples)}
+
+
+@cache
 def _calibrate(kind):
     torch.manual_seed(1)
     # a recording takes time_ids for positions, which all samples share
@@ -65,10 +72,9 @@ def _calibrate(kind):
 @every_denoiser
 @torch.no_grad()
 def test_every_link_answers_alone_what_it_answers_in_the_network(kind):
-    student, samples = student_of(kind)
+    student, samples, links = links_of(kind)
     part = samples[torch.tensor([3, 0, 4, 1])]
-    for block in find_links(student, samples):
-        link = Link(student, block, samples)
+    for block, link in links.items():
         calls = trace(student, block, part)
         with student.clock.at(part.timestep, 4):
             answers = link(*link.rows_of(calls))
@@ -77,8 +83,7 @@ def test_every_link_answers_alone_what_it_answers_in_the_network(kind):
 
 @every_denoiser
 def test_links_hold_every_quantized_layer_that_runs_once(kind):
-    student, samples = student_of(kind)
-    links = find_links(student, samples)
+    student, _, links = links_of(kind)
     modules = [student.get_submodule(name) for link in links for name in link.modules]
     inside = [layer for module in modules for layer in quantized_layers(module).values()]
     assert len(inside) == len(set(inside)) and set(inside) == set(quantized_layers(student).values())
@@ -88,7 +93,7 @@ def test_links_hold_every_quantized_layer_that_runs_once(kind):
 
 
 def test_links_of_a_unet_begin_with_the_time_embedding_and_end_with_the_last_layer():
-    names = [link.name for link in find_links(*student_of(UNet2DModel))]
+    names = [link.name for link in links_of(UNet2DModel)[2]]
     assert names[:3] == ["time_embedding.linear_1", "time_embedding.linear_2", "conv_in"] and names[-1] == "conv_out"
 
 

@@ -1,21 +1,23 @@
 """Blocks on the shelf answer what they would, without running."""
 
+from contextlib import ExitStack
+from itertools import islice
+
 import pytest
 import torch
 from diffusers import UNet2DModel
 
 from dmquant.blocks import find_blocks
-from dmquant.methods.dilatequant.chain import Link, find_links, trace
+from dmquant.methods.dilatequant.chain import trace
 from dmquant.methods.dilatequant.reconstruction import Memory
 from dmquant.methods.dilatequant.shelf import Shelf
-from tests.methods.dilatequant.test_chain import student_of
+from tests.methods.dilatequant.test_chain import links_of
 from tests.test_denoiser import every_denoiser
 
 
 def fill(shelf, student, samples, links):
     """Puts blocks away behind one another, as training does; teacher and student are one."""
-    for block in links:
-        link = Link(student, block, samples)
+    for block, link in links.items():
         memory = Memory(
             student, student, block, link, samples, torch.ones(len(samples)), shelf=shelf, cache_bytes=1 << 30, batch=2
         )  # fmt: skip
@@ -26,36 +28,36 @@ def fill(shelf, student, samples, links):
 @every_denoiser
 @torch.no_grad()
 def test_a_network_with_all_its_blocks_on_the_shelf_answers_as_it_does(kind):
-    student, samples = student_of(kind)
-    links, shelf, index = find_links(student, samples), Shelf(1 << 30), torch.tensor([0, 1])
+    student, samples, links = links_of(kind)
+    shelf, index = Shelf(1 << 30), torch.tensor([0, 1])
     fill(shelf, student, samples, links)
     expected, ran = samples[index].call(student), []
-    for block in find_blocks(student):
-        for name in block.modules:
+    with ExitStack() as hooks:
+        for name in (name for block in find_blocks(student) for name in block.modules):
             child = next(student.get_submodule(name).children())
-            child.register_forward_pre_hook(lambda module, args: ran.append(module))
-    for is_teacher in (False, True):
-        with shelf.standing_in(student, index, is_teacher=is_teacher):
-            assert torch.equal(samples[index].call(student), expected)
-    assert not ran
-    assert torch.equal(samples[index].call(student), expected) and ran
+            hooks.callback(child.register_forward_pre_hook(lambda module, args: ran.append(module)).remove)
+        for is_teacher in (False, True):
+            with shelf.standing_in(student, index, is_teacher=is_teacher):
+                assert torch.equal(samples[index].call(student), expected)
+        assert not ran
+        assert torch.equal(samples[index].call(student), expected) and ran
     assert not any("forward" in vars(module) for module in student.modules())
 
 
 def test_what_does_not_fit_runs():
-    student, samples = student_of(UNet2DModel)
-    links, shelf = find_links(student, samples), Shelf(2 * 5 * 8 * 8 * 8 * 4)  # of conv_in: 5 samples, 8 channels, 8 x 8
-    fill(shelf, student, samples, links[:6])
+    student, samples, links = links_of(UNet2DModel)
+    shelf = Shelf(2 * 5 * 8 * 8 * 8 * 4)  # of conv_in: 5 samples, 8 channels, 8 x 8
+    fill(shelf, student, samples, dict(islice(links.items(), 6)))
     assert not shelf.has_room([torch.zeros(1)])
     with shelf.standing_in(student, torch.tensor([0]), is_teacher=False):
         assert "forward" in vars(student.conv_in) and "forward" not in vars(student.down_blocks[0].resnets[0])
-        trace(student, links[-1], samples[:1])
+        trace(student, list(links)[-1], samples[:1])
 
 
 def test_modules_run_again_after_a_failure():
-    student, samples = student_of(UNet2DModel)
+    student, samples, links = links_of(UNet2DModel)
     shelf = Shelf(1 << 30)
-    fill(shelf, student, samples, find_links(student, samples)[:4])
+    fill(shelf, student, samples, dict(islice(links.items(), 4)))
     with pytest.raises(KeyboardInterrupt), shelf.standing_in(student, torch.tensor([0]), is_teacher=False):
         raise KeyboardInterrupt
     assert not any("forward" in vars(module) for module in student.modules())
