@@ -19,7 +19,7 @@ from diffusers import DiffusionPipeline
 
 from dmquant import checkpoint, methods, storage
 from dmquant.columns import split_name
-from dmquant.denoiser import is_quantized
+from dmquant.denoiser import find_denoiser, is_quantized
 from dmquant.errors import DmquantError, InputError, Interrupted
 from dmquant.evaluation import evaluate
 from dmquant.methods.base import Method
@@ -199,7 +199,9 @@ def run_experiment(experiment: Experiment, bench: Bench) -> Report:
         pipeline, method = bench.open(), experiment.method
         with bench.begin(folder) as run:
             samples = bench.recall(method.trajectories, method.sampling_steps, experiment.seed)
-            checkpoint.save(quantize(pipeline, method, seed=experiment.seed, samples=samples, run=run, track=bench.track), folder)
+            quantized = quantize(pipeline, method, seed=experiment.seed, samples=samples, run=run, track=bench.track)
+            checkpoint.save(quantized, folder)
+            find_denoiser(quantized)[1].dmquant_effort.save(folder)
     report = _find_report(folder, bench.plan, bench.plan.metrics)
     if report is None:
         report = _evaluate(checkpoint.load(folder, device=bench.device), bench, bench.plan.metrics)

@@ -15,6 +15,7 @@ from dmquant.clock import LINEAR, Clock
 from dmquant.denoiser import EMBEDDED, evaluating, find_denoiser, with_denoiser
 from dmquant.denoising import Denoising, open_denoising
 from dmquant.distill import Distillation, weigh
+from dmquant.effort import Meter
 from dmquant.errors import InputError
 from dmquant.generation import Conditioning
 from dmquant.layers import find_layers
@@ -38,10 +39,13 @@ def quantize(
     quantized as asked.
     """
     method = resolve(method, settings)
+    refuse_unfit(pipeline, method, seed)
+    meter = Meter(pipeline.device)
     how = {"seed": seed, "data": data, "conditioning": conditioning, "samples": samples, "run": run, "track": track}
-    student = make_student(pipeline, method, **how)
-    packed = pack_model(student)
-    packed.dmquant_record = describe_run(pipeline, method, seed) | count_trained(pipeline, student)
+    student = make_student(pipeline, method, meter=meter, **how)
+    packed, trained = pack_model(student), count_trained(pipeline, student)
+    packed.dmquant_record = describe_run(pipeline, method, seed) | trained
+    packed.dmquant_effort = meter.sum_up(**trained, is_whole=not run.is_continued)
     hf.mark(packed)
     return with_denoiser(pipeline, find_denoiser(pipeline)[0], packed)
 
@@ -49,24 +53,27 @@ def quantize(
 def make_student(
     pipeline: DiffusionPipeline, method: Method, *, seed: int = 0, data: str | Path | None = None,
     conditioning: Conditioning = Conditioning(), samples: Samples | None = None, run: Run = Run(), track: Track = plain,
+    meter: Meter | None = None,
 ) -> nn.Module:  # fmt: skip
     """The denoiser before it is packed: float weights and their quantizers, fine-tuned. Arguments as for `quantize`.
 
-    What was trained requires gradients, nothing else does.
+    What was trained requires gradients, nothing else does. The meter sees what each stage takes.
     """
     refuse_unfit(pipeline, method, seed)
-    teacher = find_denoiser(pipeline)[1]
+    teacher, meter = find_denoiser(pipeline)[1], meter or Meter(pipeline.device)
     objective = None if data is None else open_denoising(pipeline, data)
     run.open(list_facts(pipeline, method, seed, conditioning), list_tensors(teacher, objective, samples))
     if samples is None:
         how = {"steps": method.sampling_steps, "seed": seed, "conditioning": conditioning}
-        samples = run.recall(lambda: record(pipeline, method.trajectories, **how, track=track))
-    student = copy.deepcopy(teacher)
-    timesteps = samples.timestep.unique().flip(0).to(next(teacher.parameters()).device)
-    method.prepare(student, Clock(timesteps, LINEAR))
-    method.calibrate(student, samples, track=track)
+        with meter.stage("recording"):
+            samples = run.recall(lambda: record(pipeline, method.trajectories, **how, track=track))
+    with meter.stage("calibration"):
+        student = copy.deepcopy(teacher)
+        timesteps = samples.timestep.unique().flip(0).to(next(teacher.parameters()).device)
+        method.prepare(student, Clock(timesteps, LINEAR))
+        method.calibrate(student, samples, track=track)
     objective = objective or Distillation(samples, weigh(samples, pipeline.scheduler, method.snr_cap))
-    with evaluating(teacher):
+    with evaluating(teacher), meter.stage("fine-tuning"):
         method.finetune(student, objective, teacher=teacher, samples=samples, seed=seed, run=run, track=track)
     return student.eval()
 

@@ -50,6 +50,8 @@ Step = TypeVar("Step", bound=Numbered)
 class Run:
     """A run that leaves nothing behind."""
 
+    is_continued = False  # whether an earlier process did part of it
+
     def open(self, facts: Mapping[str, Any], tensors: Mapping[str, Iterable[Tensor]]) -> None:
         """What the run is made of: settings and such, and the tensors that it starts from."""
 
@@ -103,7 +105,7 @@ class SavedRun(Run):
         hashes = {name: _hash(values) for name, values in tensors.items()}
         # through JSON: a tuple comes back as a list
         self._facts = json.loads(json.dumps({**facts, **hashes, **here}))
-        self._has_begun = self.is_there()
+        self._has_begun = self.is_continued = self.is_there()
         if self._has_begun:
             self._verify()
             self._refuse_others()

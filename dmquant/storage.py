@@ -25,7 +25,7 @@ LONGEST_NAME = 200  # bytes; file systems allow 255, temporary names need the re
 
 # What may lie beside the published files without being one of them: reports, cards, pictures, and files of other tools
 # (.gitattributes, .cache). Nothing of it is read when a pipeline is loaded.
-EXTRA_NAMES = {"report.json", "README.md", "LICENSE"}
+EXTRA_NAMES = {"report.json", "effort.json", "README.md", "LICENSE"}
 EXTRA_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif"}
 
 
