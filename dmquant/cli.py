@@ -100,7 +100,7 @@ def quantize(
         quantized = quantization.quantize(pipeline, chosen, seed=seed, data=data, run=run, track=console.Tracker())
         if ranks.is_first():
             checkpoint.save(quantized, folder, force=force)
-            _say_size(quantized, folder)
+            _sum_up(quantized, folder)
     console.say(f"wrote {folder}; next: dmquant eval {folder} --fid")
 
 
@@ -211,13 +211,16 @@ def _show_coverage(
     console.show_table(coverage.HEADINGS, rows, align="lllrrrl", notes=["", *coverage.summarize(cost)])
 
 
-def _say_size(pipeline: "DiffusionPipeline", folder: Path) -> None:
+def _sum_up(pipeline: "DiffusionPipeline", folder: Path) -> None:
+    """Says what quantizing took, which is kept beside the pipeline, and what it gave."""
     from dmquant.cost import measure_cost
     from dmquant.denoiser import find_denoiser
 
     name, denoiser = find_denoiser(pipeline)
     size_bytes = sum(file.stat().st_size for file in (folder / name).glob("*.safetensors"))
     ratio = measure_cost(denoiser).float_size_bytes / size_bytes
+    denoiser.dmquant_effort.save(folder)
+    console.say(denoiser.dmquant_effort.describe())
     console.say(f"{name}: {size_bytes / 1e6:.2f} MB on disk, 1/{ratio:.2f} of float32")
 
 
