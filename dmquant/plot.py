@@ -20,6 +20,7 @@ class Point:
     x: float
     y: float
     label: str
+    colour: str = COLOURS[0]
 
 
 @dataclass(frozen=True)
@@ -50,29 +51,30 @@ def scatter(points: Sequence[Point], *, x_title: str, y_title: str) -> str:
     x_axis = make_axis(x_title, [point.x for point in points], LEFT, WIDTH - RIGHT)
     y_axis = make_axis(y_title, [point.y for point in points], HEIGHT - BOTTOM, TOP, may_be_log=False)
     front = [(x_axis.place(point.x), y_axis.place(point.y)) for point in find_front(points)]
-    parts = [_frame(x_axis, y_axis), _line(front, "currentColor", dash="4 4")]
+    parts = [draw_frame(x_axis, y_axis), draw_line(front, "currentColor", dash="4 4")]
     taken: list[tuple[float, float]] = []
-    for number, point in enumerate(sorted(points, key=lambda point: (point.y, point.x))):
+    for point in sorted(points, key=lambda point: (point.y, point.x)):
         x, y = x_axis.place(point.x), y_axis.place(point.y)
-        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{COLOURS[number % len(COLOURS)]}"/>')
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{point.colour}"/>')
         is_right = x > (LEFT + WIDTH) / 2
         height = _free(taken, x, y)
-        parts.append(_text(x + (-9 if is_right else 9), height + 4, point.label, "end" if is_right else "start"))
-    return _wrap(parts, f"{y_title} against {x_title}")
+        parts.append(write(x + (-9 if is_right else 9), height + 4, point.label, "end" if is_right else "start"))
+    return wrap(parts, f"{y_title} against {x_title}")
 
 
-def lines(curves: Mapping[str, Sequence[tuple[float, float]]], *, x_title: str, y_title: str) -> str:
-    """One line per name through its (x, y), with a legend below the frame's lower right corner."""
+def lines(
+    curves: Mapping[str, Sequence[tuple[float, float]]], colours: Mapping[str, str], *, x_title: str, y_title: str
+) -> str:
+    """One line per name through its (x, y), with a legend in the frame's lower right corner."""
     x_axis = make_axis(x_title, [x for curve in curves.values() for x, _ in curve], LEFT, WIDTH - RIGHT, may_be_log=False)
     y_axis = make_axis(y_title, [y for curve in curves.values() for _, y in curve], HEIGHT - BOTTOM, TOP, may_be_log=False)
-    parts = [_frame(x_axis, y_axis)]
+    parts = [draw_frame(x_axis, y_axis)]
     for number, (name, curve) in enumerate(curves.items()):
-        colour = COLOURS[number % len(COLOURS)]
-        parts.append(_line([(x_axis.place(x), y_axis.place(y)) for x, y in sorted(curve)], colour))
+        parts.append(draw_line([(x_axis.place(x), y_axis.place(y)) for x, y in sorted(curve)], colours[name]))
         height = HEIGHT - BOTTOM - 12 - LABEL_GAP * (len(curves) - 1 - number)
-        parts.append(f'<circle cx="{WIDTH - RIGHT - 12}" cy="{height - 4}" r="4" fill="{colour}"/>')
-        parts.append(_text(WIDTH - RIGHT - 22, height, name, "end"))
-    return _wrap(parts, f"{y_title} against {x_title}")
+        parts.append(f'<circle cx="{WIDTH - RIGHT - 12}" cy="{height - 4}" r="4" fill="{colours[name]}"/>')
+        parts.append(write(WIDTH - RIGHT - 22, height, name, "end"))
+    return wrap(parts, f"{y_title} against {x_title}")
 
 
 def find_front(points: Sequence[Point]) -> list[Point]:
@@ -101,21 +103,28 @@ def nice_ticks(low: float, high: float) -> list[float]:
     return [number * step for number in range(first, last + 1)]
 
 
-def _frame(x_axis: Axis, y_axis: Axis) -> str:
-    bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
+def draw_frame(x_axis: Axis, y_axis: Axis) -> str:
+    """A box with ticks and titles; the axes say where it stands."""
+    left, right, top, bottom = x_axis.start, x_axis.end, y_axis.end, y_axis.start
     parts = []
     for tick in x_axis.ticks():
         x = x_axis.place(tick)
-        parts.append(f'<line class="grid" x1="{x:.1f}" y1="{TOP}" x2="{x:.1f}" y2="{bottom}"/>')
-        parts.append(_text(x, bottom + 16, f"{tick:.6g}", "middle"))
-    for tick in y_axis.ticks():
-        y = y_axis.place(tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}"/>')
-        parts.append(_text(LEFT - 8, y + 4, f"{tick:.6g}", "end"))
-    middle = (TOP + bottom) / 2
-    parts.append(_text((LEFT + right) / 2, HEIGHT - 10, x_axis.title, "middle"))
-    parts.append(f'<g transform="rotate(-90 16 {middle})">{_text(16, middle, y_axis.title, "middle")}</g>')
-    box = f'x="{LEFT}" y="{TOP}" width="{right - LEFT}" height="{bottom - TOP}"'
+        parts.append(f'<line class="grid" x1="{x:.1f}" y1="{top}" x2="{x:.1f}" y2="{bottom}"/>')
+        parts.append(write(x, bottom + 16, f"{tick:.6g}", "middle"))
+    parts.append(write((left + right) / 2, bottom + 38, x_axis.title, "middle"))
+    return "".join([*parts, draw_heights(y_axis, left, right)])
+
+
+def draw_heights(axis: Axis, left: float, right: float) -> str:
+    """A box with the ticks of its y axis only, and its title."""
+    parts = []
+    for tick in axis.ticks():
+        y = axis.place(tick)
+        parts.append(f'<line class="grid" x1="{left}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}"/>')
+        parts.append(write(left - 8, y + 4, f"{tick:.6g}", "end"))
+    middle = (axis.start + axis.end) / 2
+    parts.append(f'<g transform="rotate(-90 {left - 54} {middle})">{write(left - 54, middle, axis.title, "middle")}</g>')
+    box = f'x="{left}" y="{axis.end}" width="{right - left}" height="{axis.start - axis.end}"'
     return "".join([*parts, f'<rect {box} fill="none" stroke="currentColor"/>'])
 
 
@@ -128,15 +137,15 @@ def _free(taken: list[tuple[float, float]], x: float, y: float) -> float:
     return y
 
 
-def _line(places: Sequence[tuple[float, float]], colour: str, *, dash: str = "none") -> str:
+def draw_line(places: Sequence[tuple[float, float]], colour: str, *, dash: str = "none") -> str:
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
     return f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5" stroke-dasharray="{dash}"/>'
 
 
-def _text(x: float, y: float, text: str, anchor: str) -> str:
+def write(x: float, y: float, text: str, anchor: str) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def _wrap(parts: Sequence[str], title: str) -> str:
-    head = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" role="img" aria-label="{escape(title)}"'
+def wrap(parts: Sequence[str], title: str, width: float = WIDTH, height: float = HEIGHT) -> str:
+    head = f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" aria-label="{escape(title)}"'
     return f'{head} xmlns="http://www.w3.org/2000/svg">{"".join(parts)}</svg>'

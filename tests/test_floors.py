@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "dmquant"
 FLOORS = (
     {"errors"},
-    {"report", "packing", "clock", "storage", "progress", "images", "prompts", "ranks", "columns", "plot", "effort"},
+    {"report", "packing", "clock", "storage", "progress", "images", "prompts", "ranks", "columns", "plot", "panels", "effort"},
     {"quantizers", "kernels", "comparison"},
     {"layers", "attention", "packed"},
     {"denoiser", "blocks", "generation", "samples", "calibration", "distill", "denoising", "runs"},
@@ -30,7 +30,7 @@ NEIGHBOURS = {
     ("distill", "samples"), ("distill", "runs"), ("runs", "samples"), ("denoising", "denoiser"), ("denoising", "generation"),
     ("packed", "layers"), ("packed", "attention"), ("quantization", "hf"), ("checkpoint", "hf"), ("failures", "console"),
     ("interruption", "console"), ("sheet", "page"),
-    ("kernels", "quantizers"),
+    ("kernels", "quantizers"), ("panels", "plot"),
 }  # fmt: skip
 FORBIDDEN = {"torchvision", "torch_fidelity", "click"}
 FILES = sorted(ROOT.rglob("*.py"))

@@ -7,8 +7,9 @@ from html.parser import HTMLParser
 import pytest
 
 from dmquant.comparison import compare
-from dmquant.page import Strip, choose_metric, render, shorten
-from dmquant.report import Protocol, Report
+from dmquant.page import Strip, choose_metric, draw_ranges, measure_variation, render, shorten, spread_widths
+from dmquant.plot import COLOURS
+from dmquant.report import LayerProfile, Protocol, Report
 
 PROTOCOL = Protocol(num_images=5000, seed=0, steps=20, sampler="ddim", batch=50, image_size=32, extractor="resnet-cifar10")
 FLOAT = Report(
@@ -21,6 +22,11 @@ QUANTIZED = replace(
     size_bytes=1_000_000, ops=12.3e9, base_model="embedded", settings={"keep": ["first", "last"], "note": "<b>"},
     curves={"cosine": {"900": 0.99, "20": 0.9}},
 )  # fmt: skip
+LAYERS = (
+    LayerProfile("conv_in", "first", 8, 8, None, None, {"900": (-4.0, -3.0, 3.0, 4.0), "20": (-1.0, -1.0, 1.0, 1.0)}),
+    LayerProfile("to_q", "attention", 4, 8, 25.5, 21.25, {"900": (-2.0, -1.0, 1.0, 2.0), "20": (-2.0, -1.0, 1.5, 2.0)}),
+    LayerProfile("to_k", "attention", 4, 8, 24.5, 20.25, {"900": (-2.0, -1.0, 1.0, 2.0), "20": (-2.0, -1.0, 1.5, 2.0)}),
+)
 OTHER = replace(QUANTIZED, model="other", metrics={"fd-resnet-cifar10": 12.0}, curves={})
 
 
@@ -107,3 +113,48 @@ def test_mixed_protocols_list_all_their_values():
     other = replace(QUANTIZED, protocol=replace(PROTOCOL, steps=50))
     page = Parser(render(compare([FLOAT, other], mixed=True), [FLOAT, other]))
     assert "20, 50" in page.text
+
+
+def labels(page: Parser) -> list[str]:
+    return [attributes["aria-label"] for tag, attributes in page.tags if tag == "svg"]
+
+
+def test_layers_show_their_errors_by_model_and_the_ranges_of_their_inputs():
+    profiled = replace(QUANTIZED, layers=LAYERS)
+    page = parse(FLOAT, profiled, replace(OTHER, layers=LAYERS[1:]))
+    assert labels(page)[-3:] == ["layers", "range of the input of conv_in", "range of the input of to_q and 1 more"]
+    hints = [text for text in page.text if ": " in text and text.startswith(("out, ", "other, "))]
+    one = ["to_q: 25.5", "to_k: 24.5"]
+    two = ["to_q: 21.25", "to_k: 20.25"]
+    assert hints == [f"{model}, {text}" for texts in (one, two) for model in ("out", "other") for text in texts]
+    assert {"SQNR alone, dB", "SQNR in its model, dB", "conv_in", "attention"} <= set(page.text)
+
+
+def test_reports_that_have_looked_at_no_layer_make_a_page_without_them():
+    page = parse(FLOAT, QUANTIZED)
+    assert not [label for label in labels(page) if "layer" in label or "range" in label]
+    assert "Layer by layer" not in page.text and "Activations from timestep to timestep" not in page.text
+
+
+def test_a_profile_without_errors_shows_ranges_only():
+    assert labels(parse(replace(FLOAT, layers=LAYERS[:1])))[-2:] == ["layers", "range of the input of conv_in"]
+
+
+def test_the_range_that_varies_most_comes_first_and_shares_are_of_each_layers_widest():
+    assert [measure_variation(layer) for layer in LAYERS] == [3.0, 1.25, 1.25]
+    assert "conv_in" in draw_ranges([replace(QUANTIZED, layers=LAYERS[::-1])])[0]
+    assert spread_widths(LAYERS[:2]) == {900.0: [1.0, 0.8], 20.0: [1 / 3, 1.0]}
+    still = replace(LAYERS[0], ranges={"5": (0.0, 0.0, 0.0, 0.0)})
+    assert measure_variation(still) == 1.0 and spread_widths([still]) == {5.0: [None]}
+
+
+def test_names_of_layers_stay_text():
+    evil = replace(LAYERS[1], name="<script>", role="<img>")
+    page = parse(replace(QUANTIZED, layers=(evil,)))
+    assert {"<script>", "<img>"} <= set(page.text) and not {"script", "img"} & {tag for tag, _ in page.tags}
+
+
+def test_a_model_has_one_colour_in_all_plots():
+    page = parse(FLOAT, replace(OTHER, model="first"), replace(QUANTIZED, layers=LAYERS))
+    strokes = {attributes.get("stroke") for tag, attributes in page.tags if tag == "polyline"}
+    assert strokes == {"currentColor", COLOURS[2]}  # the front, and the third model's cosine and layers

@@ -52,5 +52,6 @@ def test_ticks_are_round_and_lie_inside():
 
 def test_a_line_per_curve_with_its_name():
     curves = {"a": [(1.0, 0.5), (0.0, 0.9)], "b<": [(0.0, 0.1), (1.0, 0.2)]}
-    tree = ElementTree.fromstring(lines(curves, x_title="t", y_title="c"))
-    assert len(list(tree.iter(f"{SVG}polyline"))) == 2 and {"a", "b<"} <= {text.text for text in tree.iter(f"{SVG}text")}
+    tree = ElementTree.fromstring(lines(curves, {"a": "#111", "b<": "#222"}, x_title="t", y_title="c"))
+    assert [line.get("stroke") for line in tree.iter(f"{SVG}polyline")] == ["#111", "#222"]
+    assert {"a", "b<"} <= {text.text for text in tree.iter(f"{SVG}text")}
