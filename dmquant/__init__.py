@@ -15,6 +15,7 @@ PUBLIC = {
     "evaluate": "dmquant.evaluation:evaluate",
     "compare": "dmquant.comparison:compare",
     "methods": "dmquant.methods",
+    "Conditioning": "dmquant.generation:Conditioning",
 }
 
 __all__ = ["__version__", *PUBLIC]

@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dmquant.errors import InputError
+from dmquant.prompts import read_prompts
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+    from dmquant.generation import Conditioning
 
 RUNS = Path("runs")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -98,6 +101,18 @@ def open_model(model: str | None, device: str | None) -> "DiffusionPipeline":
     from dmquant.denoiser import choose_device
 
     return checkpoint.open_any(model, device=device or choose_device())
+
+
+def read_conditioning(prompts: Path | None, labels: str | None, guidance: float | None) -> "Conditioning":
+    """What a conditional pipeline is asked for, from a file of prompts or from class labels as 0,7,8."""
+    texts = () if prompts is None else read_prompts(prompts)
+    try:
+        numbers = () if labels is None else tuple(int(label) for label in labels.split(","))
+    except ValueError as error:
+        raise InputError(f"--class-labels takes whole numbers as 0,7,8, got {labels!r}") from error
+    from dmquant.generation import Conditioning
+
+    return Conditioning(texts, numbers, guidance)
 
 
 def _short_name(model: str | None) -> str:

@@ -16,7 +16,7 @@ import typer
 
 from dmquant import __version__, arguments, comparing, console, measuring, ranks
 from dmquant.failures import INTERRUPTED, explain
-from dmquant.options import HIDDEN, Batch, Device, GivenModel, Model, Sampler, Seed, Steps
+from dmquant.options import HIDDEN, Batch, Device, GivenModel, Guidance, Labels, Model, Prompts, Sampler, Seed, Steps
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -143,6 +143,9 @@ def sample(
     steps: Steps = 20,
     sampler: Sampler = None,
     batch: Batch = 50,
+    prompts: Prompts = None,
+    class_labels: Labels = None,
+    guidance_scale: Guidance = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Picture to write.")] = Path("samples.png"),
     beside: Annotated[
         list[str] | None, typer.Option(help="Another pipeline, drawn below from equal seeds; may be repeated.", **HIDDEN)
@@ -151,16 +154,16 @@ def sample(
 ) -> None:
     """Draw images and write them as one picture."""
     arguments.require_picture(output)
+    conditioning = arguments.read_conditioning(prompts, class_labels, guidance_scale)
     import torch
 
     from dmquant import generation
 
-    rows, track = {}, console.Tracker()
+    rows, how = {}, {"steps": steps, "batch": batch, "conditioning": conditioning, "track": console.Tracker()}
     for name in dict.fromkeys([model, *(beside or ())]):
         pipeline = arguments.open_model(name, device)
         generation.set_sampler(pipeline, sampler)
-        images = generation.generate(pipeline, range(seed, seed + count), steps=steps, batch=batch, track=track)
-        rows[name] = torch.cat(list(images))
+        rows[name] = torch.cat(list(generation.generate(pipeline, range(seed, seed + count), **how)))
     picture = generation.beside(rows) if beside else generation.make_grid(rows[model], math.ceil(count**0.5))
     output.parent.mkdir(parents=True, exist_ok=True)
     picture.save(output)
@@ -192,11 +195,11 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="As JSON, for bu
 
 
 @app.command()
-def fetch(resource: Annotated[Literal["inception"], typer.Argument(help="What to get; its hash is checked.")]) -> None:
+def fetch(resource: Annotated[Literal["inception", "clip"], typer.Argument(help="What to get; its hash is checked.")]) -> None:
     """Download what a later command would otherwise miss."""
-    from dmquant.metrics import weights
+    from dmquant.metrics import clip, weights
 
-    console.show(str({"inception": weights.fetch_inception}[resource]()))
+    console.show(str({"inception": weights.fetch_inception, "clip": clip.fetch_clip}[resource]()))
 
 
 def _show_coverage(

@@ -196,8 +196,11 @@ def _write_notes(reports: Sequence[Report], varying: Sequence[str]) -> list[str]
         "seed": f"seeds from {shared.seed}",
         "batch": f"batches of {shared.batch}",
         "image_size": f"{shared.image_size} pixels",
+        "condition": f"{shared.num_conditions} {shared.condition} in turn",
+        "guidance_scale": f"guidance {shared.guidance_scale}",
         "extractor": f"features of {shared.extractor}",
         "reference": f"reference {shared.reference} ({shared.reference_images} images)",
+        "clip": f"CLIP {shared.clip}",
     }
     agreed = [text for name, text in parts.items() if name not in varying and getattr(shared, name) is not None]
     notes.append("protocol: " + ", ".join(agreed))

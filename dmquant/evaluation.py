@@ -22,13 +22,13 @@ from dmquant.denoiser import EMBEDDED as EMBEDDED_MODEL
 from dmquant.denoiser import find_denoiser, is_quantized, open_pipeline
 from dmquant.errors import DmquantError, InputError
 from dmquant.gallery import Drawn, Gallery
-from dmquant.generation import set_sampler
+from dmquant.generation import Conditioning, complete, recall, set_sampler
 from dmquant.kernels.catalogue import choice
 from dmquant.metrics import agreement, profile
 from dmquant.metrics.base import Batch, Metric
-from dmquant.metrics.choice import DEFAULT, DEFAULT_PAIRED, Choice, choose_metrics, refuse_small, refuse_unused
-from dmquant.metrics.extractor import EMBEDDED, Extractor, load_extractor
-from dmquant.metrics.reference import Reference, open_reference
+from dmquant.metrics.choice import DEFAULT, DEFAULT_PAIRED, choose_metrics, refuse_small, refuse_unused
+from dmquant.metrics.extractor import EMBEDDED
+from dmquant.metrics.yardstick import Instruments, Yardstick, open_yardstick
 from dmquant.progress import Track, plain
 from dmquant.report import FLOAT_METHOD, LayerProfile, Protocol, Report
 
@@ -37,14 +37,6 @@ MAX_WITNESSED = 16  # seeds along whose trajectories the denoisers' answers are 
 MAX_PROFILED = 8  # seeds along whose trajectories the layers are looked at
 MIN_CHECKED = 16  # images to see before a share of flat ones means anything
 PACKAGES = ("torch", "diffusers", "torchmetrics")
-
-
-@dataclass(frozen=True)
-class Yardstick:
-    """What features are taken with and compared to."""
-
-    extractor: Extractor
-    reference: Reference | None  # None: no metric asked for compares
 
 
 class Outcome(NamedTuple):
@@ -63,6 +55,7 @@ class Course:
     seeds: range
     steps: int
     batch: int
+    conditioning: Conditioning
     cache: Path | None
     track: Track
 
@@ -73,43 +66,51 @@ class Course:
     def first(self, count: int) -> range:
         return self.seeds[:count]
 
+    @property
+    def how(self) -> dict[str, Any]:
+        """What sampling wants to know beside the seeds."""
+        return {"steps": self.steps, "batch": self.batch, "conditioning": self.conditioning, "track": self.track}
+
 
 @torch.no_grad()
 def evaluate(
     pipeline: DiffusionPipeline, *, metrics: str | Sequence[str] | None = None, num_images: int = 1000, seed: int = 0,
-    steps: int = 20, sampler: str | None = None, batch: int = 50, extractor: str = EMBEDDED,
-    inception_weights: str | Path | None = None, reference: str | Path | None = None,
-    float_pipeline: DiffusionPipeline | None = None, cache: str | Path | None = None, track: Track = plain,
+    steps: int = 20, sampler: str | None = None, batch: int = 50, conditioning: Conditioning = Conditioning(),
+    extractor: str = EMBEDDED, inception_weights: str | Path | None = None, reference: str | Path | None = None,
+    clip: str | Path | None = None, float_pipeline: DiffusionPipeline | None = None, cache: str | Path | None = None,
+    track: Track = plain,
 ) -> Report:
     """Draws `num_images` images from seeds seed, seed + 1, ... and measures them; the pipeline is left as it is.
 
     "fid", "sfid", "kid" and "prdc" compare with a reference: a built-in name, an npz, an image folder or zip; "is" needs the
-    extractor only. "psnr" and "ssim" compare the images of the first 64 seeds with those of the float model, "cosine" the
-    denoisers' answers along 16 of its trajectories, "layers" their layers along 8: `float_pipeline`, or the one that a
-    quantized pipeline says it came from. None measures "fid", and "psnr" where the float model is at hand. In the folder
-    `cache` images are kept and found again.
+    extractor only, "clip_score" prompts and CLIP, a folder or hub id. "psnr" and "ssim" compare the images of the first 64
+    seeds with those of the float model, "cosine" the denoisers' answers along 16 of its trajectories, "layers" their layers
+    along 8: `float_pipeline`, or the one that a quantized pipeline says it came from. None measures "fid", and "psnr" where
+    the float model is at hand. In the folder `cache` images are kept and found again.
     """
     refuse_others(pipeline, float_pipeline)
     denoiser = find_denoiser(pipeline)[1]
     if metrics is None:
         metrics = (*DEFAULT, *(DEFAULT_PAIRED if float_pipeline is not None or has_base(denoiser) else ()))
     chosen = choose_metrics([metrics] if isinstance(metrics, str) else metrics, num_images)
-    given = {"extractor": extractor != EMBEDDED, "inception_weights": inception_weights is not None,
-             "reference": reference is not None, "float_pipeline": float_pipeline is not None}  # fmt: skip
-    refuse_unused(chosen, [name for name, is_given in given.items() if is_given])
-    refuse_small(chosen, find_image_size(pipeline))
-    cost = measure_cost(denoiser)
-    course = Course(range(seed, seed + num_images), steps, batch, Path(cache) if cache is not None else None, track)
+    instruments, size = Instruments(extractor, inception_weights, reference, clip), find_image_size(pipeline)
+    refuse_unused(chosen, [*instruments.given(), *(["float_pipeline"] if float_pipeline is not None else [])])
+    refuse_small(chosen, size)
+    conditioning = complete(pipeline, conditioning)
+    chosen.refuse_without_prompts(conditioning.prompts)
+    cost, cache = measure_cost(denoiser), None if cache is None else Path(cache)
+    course = Course(range(seed, seed + num_images), steps, batch, conditioning, cache, track)
     ranks.join(on_cpu=denoiser.device.type == "cpu")
     with keep_scheduler(pipeline):
         sampler = set_sampler(pipeline, sampler)
-        yardstick = open_yardstick(pipeline, chosen, extractor, inception_weights, reference, track)
+        yardstick = open_yardstick(chosen, instruments, size=size, device=denoiser.device, track=track)
         base = float_pipeline or open_base(pipeline) if chosen.needs_float_model else None
         twins = draw_twins(base, pipeline.scheduler, course) if chosen.needs_float_images else None
-        outcome = measure(pipeline, make_meters(chosen, yardstick), yardstick, twins, course)
+        outcome = measure(pipeline, yardstick.make_meters(chosen), yardstick, twins, course)
         curves = compare_answers(pipeline, base, course) if chosen.needs_agreement else {}
         layers = profile_layers(pipeline, base, course) if chosen.needs_layers else ()
-    protocol = Protocol(num_images, seed, steps, sampler, batch, outcome.image_size, **describe(yardstick))
+    known = {**conditioning.describe(), **yardstick.describe()}
+    protocol = Protocol(num_images, seed, steps, sampler, batch, outcome.image_size, **known)
     return write_report(pipeline, cost, outcome, curves, layers, protocol)
 
 
@@ -117,7 +118,9 @@ def evaluate(
 def add_layers(report: Report, pipeline: DiffusionPipeline, base: DiffusionPipeline, *, track: Track = plain) -> Report:
     """The report of a pipeline with what "layers" measures, by the protocol that it has."""
     protocol = report.protocol
-    course = Course(range(protocol.seed, protocol.seed + protocol.num_images), protocol.steps, protocol.batch, None, track)
+    seeds = range(protocol.seed, protocol.seed + protocol.num_images)
+    asked = recall(pipeline, protocol.conditions_sha256, protocol.guidance_scale)
+    course = Course(seeds, protocol.steps, protocol.batch, asked, None, track)
     with keep_scheduler(pipeline):
         if set_sampler(pipeline) != protocol.sampler:
             set_sampler(pipeline, protocol.sampler)
@@ -129,25 +132,6 @@ def refuse_others(*pipelines: DiffusionPipeline | None) -> None:
     for pipeline in pipelines:
         if not isinstance(pipeline, DiffusionPipeline | None):
             raise InputError(f"give a diffusers pipeline, as dmquant.load returns it, not {type(pipeline).__name__}")
-
-
-def open_yardstick(
-    pipeline: DiffusionPipeline, chosen: Choice, extractor: str, inception_weights: str | Path | None,
-    reference: str | Path | None, track: Track,
-) -> Yardstick | None:
-    """The extractor on the pipeline's device, and a reference with all that the metrics look at; None where none does."""
-    if not chosen.needs_features:
-        return None
-    network, size = load_extractor(extractor, inception_weights).to(find_denoiser(pipeline)[1].device), find_image_size(pipeline)
-    if size is not None:
-        network.refuse_size(size, size)
-    if not chosen.reference_parts:
-        return Yardstick(network, None)
-    return Yardstick(network, open_reference(reference, network, size=size, parts=chosen.reference_parts, track=track))
-
-
-def make_meters(chosen: Choice, yardstick: Yardstick | None) -> list[Metric]:
-    return [kind(yardstick.extractor.name, yardstick.reference) if kind.needs_features else kind() for kind in chosen.kinds]
 
 
 def find_image_size(pipeline: DiffusionPipeline) -> int | None:
@@ -195,38 +179,33 @@ def draw_twins(pipeline: DiffusionPipeline, scheduler: SchedulerMixin, course: C
     """
     with keep_scheduler(pipeline):
         pipeline.scheduler = scheduler
-        images = [drawn.images for drawn, _ in read(pipeline, course.first(MAX_PAIRS), None, course)]
+        images = [drawn.images for drawn, _ in read(pipeline, course.first(MAX_PAIRS), Yardstick(), course)]
     return torch.cat(images) if images else torch.zeros(0, dtype=torch.uint8)
 
 
 def read(
-    pipeline: DiffusionPipeline, seeds: range, extractor: Extractor | None, course: Course
+    pipeline: DiffusionPipeline, seeds: range, yardstick: Yardstick, course: Course
 ) -> Iterator[tuple[Drawn, Batch]]:
-    """The batches of the seeds in order, with what the extractor sees in them, on the first process; on others none.
+    """The batches of the seeds in order, with what the networks see in them, on the first process; on others none.
 
     Each round every process draws one batch.
     """
-    gallery = Gallery(pipeline, steps=course.steps, folder=course.cache)
+    asked = course.conditioning
+    gallery = Gallery(pipeline, steps=course.steps, conditioning=asked, folder=course.cache)
     batches = [seeds[start:start + course.batch] for start in range(0, len(seeds), course.batch)]
     for start in course.track(range(0, len(batches), ranks.count()), "sampling"):
         own = batches[start + ranks.number():][:1]
-        pages = ranks.gather([look(gallery.draw(batch), extractor) for batch in own])
+        drawn = [(gallery.draw(batch), asked.choose(batch)) for batch in own]
+        pages = ranks.gather([(page, yardstick.look(page.images, entries)) for page, entries in drawn])
         yield from (page for sheet in pages for page in sheet)
 
 
-def look(drawn: Drawn, extractor: Extractor | None) -> tuple[Drawn, Batch]:
-    """A batch as metrics want it."""
-    if extractor is None:
-        return drawn, Batch(drawn.images)
-    return drawn, Batch(drawn.images, **extractor.read(drawn.images)._asdict())
-
-
 def measure(
-    pipeline: DiffusionPipeline, meters: Sequence[Metric], yardstick: Yardstick | None, twins: Tensor | None, course: Course
+    pipeline: DiffusionPipeline, meters: Sequence[Metric], yardstick: Yardstick, twins: Tensor | None, course: Course
 ) -> Outcome:
     """Shows every batch to every metric."""
     watch = Watch()
-    for drawn, batch in read(pipeline, course.seeds, yardstick and yardstick.extractor, course):
+    for drawn, batch in read(pipeline, course.seeds, yardstick, course):
         pairs = None if twins is None else twins[watch.seen:watch.seen + len(batch.images)]
         watch.note(drawn)
         for meter in meters:
@@ -253,32 +232,20 @@ class Watch:
 
 def compare_answers(pipeline: DiffusionPipeline, base: DiffusionPipeline, course: Course) -> dict[str, dict[str, float]]:
     """The cosine to the float denoiser's answers by timestep, by the sampler of the model under test."""
-    seeds, how = course.first(MAX_WITNESSED), {"steps": course.steps, "batch": course.batch, "track": course.track}
+    seeds = course.first(MAX_WITNESSED)
     with keep_scheduler(base):
         base.scheduler = pipeline.scheduler
-        found = agreement.measure_agreement(pipeline, base, seeds, **how) if ranks.is_first() else {}
+        found = agreement.measure_agreement(pipeline, base, seeds, **course.how) if ranks.is_first() else {}
     return ranks.share({agreement.NAME: {f"{timestep:g}": value for timestep, value in found.items()}})
 
 
 def profile_layers(pipeline: DiffusionPipeline, base: DiffusionPipeline, course: Course) -> tuple[LayerProfile, ...]:
     """The layers' errors and ranges along the float model's trajectories, by the sampler of the model under test."""
-    seeds, how = course.first(MAX_PROFILED), {"steps": course.steps, "batch": course.batch, "track": course.track}
+    seeds = course.first(MAX_PROFILED)
     with keep_scheduler(base):
         base.scheduler = pipeline.scheduler
-        found = profile.measure_layers(pipeline, base, seeds, **how) if ranks.is_first() else ()
+        found = profile.measure_layers(pipeline, base, seeds, **course.how) if ranks.is_first() else ()
     return ranks.share(found)
-
-
-def describe(yardstick: Yardstick | None) -> dict[str, Any]:
-    """The fields of the protocol that say which features were compared with what."""
-    if yardstick is None:
-        return {}
-    extractor, reference = yardstick.extractor, yardstick.reference
-    network = {"extractor": extractor.name, "extractor_sha256": extractor.sha256}
-    if reference is None:
-        return network
-    images = {"reference_sha256": reference.sha256, "reference_images": reference.num_images}
-    return {**network, "reference": reference.name, **images}
 
 
 def write_report(

@@ -66,6 +66,11 @@ class Conditioning:
         """Of the entries in their order; the guidance does not count."""
         return hashlib.sha256(json.dumps(self.entries).encode()).hexdigest()
 
+    def describe(self) -> dict[str, Any]:
+        """The fields of a protocol that say what was asked for."""
+        asked = {"condition": self.kind, "num_conditions": len(self.entries), "conditions_sha256": self.sha256}
+        return {**(asked if self.entries else {}), "guidance_scale": self.guidance}
+
     def choose(self, seeds: Sequence[int]) -> list[str] | list[int]:
         """The entry of each seed; none where there are none."""
         return [self.entries[seed % len(self.entries)] for seed in seeds] if self.entries else []
@@ -151,6 +156,15 @@ def beside(rows: Mapping[str, Tensor]) -> Image.Image:
         sheet.paste(strip, (0, top + band))
         top += band + strip.height
     return sheet
+
+
+def recall(pipeline: DiffusionPipeline, sha256: str | None, guidance: float | None) -> Conditioning:
+    """What images were drawn by of which a report has the hash alone: the classes in turn, or nothing. Else an InputError."""
+    is_text = "prompt" in _accepts(pipeline)
+    own = Conditioning() if is_text else complete(pipeline, Conditioning(guidance=guidance))
+    if is_text or (own.sha256 if own.entries else None) != sha256:
+        raise InputError(f"the images were drawn by {'prompts' if is_text else 'class labels'} of which a report has the hash only")
+    return own
 
 
 def _choose_classes(pipeline: DiffusionPipeline, labels: tuple[int, ...]) -> tuple[int, ...]:

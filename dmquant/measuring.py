@@ -7,7 +7,7 @@ import typer
 
 from dmquant import arguments, console, ranks
 from dmquant.errors import Interrupted
-from dmquant.options import HIDDEN, Batch, Device, Model, Sampler, Seed, Steps
+from dmquant.options import HIDDEN, Batch, Device, Guidance, Labels, Model, Prompts, Sampler, Seed, Steps
 
 REPORT = "File NAME.json, or folder for report.json; default: beside a quantized MODEL, else runs/eval-NAME."
 Extractor = Annotated[str, typer.Option(help="resnet-cifar10 or inception.")]
@@ -26,14 +26,19 @@ def evaluate(
     ssim: Annotated[bool, typer.Option("--ssim", help="SSIM to the float model at equal seeds.")] = False,
     cosine: Annotated[bool, typer.Option("--cosine", help="Cosine to the float denoiser's answers, by timestep.")] = False,
     layers: Annotated[bool, typer.Option("--layers", help="Each layer's error, and its input's range by timestep.")] = False,
+    clip_score: Annotated[bool, typer.Option("--clip-score", help="Cosine of image and prompt by CLIP, times 100.")] = False,
     num_images: Annotated[int, typer.Option(help="Images to draw.", min=2)] = 1000,
     steps: Steps = 20,
     sampler: Sampler = None,
     seed: Seed = 0,
     batch: Batch = 50,
+    prompts: Prompts = None,
+    class_labels: Labels = None,
+    guidance_scale: Guidance = None,
     reference: Annotated[str | None, typer.Option(help="Built-in name, npz, or images.", show_default="the extractor's")] = None,
     extractor: Extractor = "resnet-cifar10",
     inception_weights: Weights = None,
+    clip: Annotated[str | None, typer.Option(help="Folder or hub id.", show_default="openai/clip-vit-large-patch14")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help=REPORT, **HIDDEN)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The report as JSON on stdout.")] = False,
     keep: Annotated[bool, typer.Option("--cache/--no-cache", help="Keep images, and use those kept.")] = True,
@@ -47,16 +52,17 @@ def evaluate(
     from dmquant.report import name_file
 
     wanted = {"fid": fid, "sfid": sfid, "kid": kid, "is": score, "prdc": prdc, "psnr": psnr, "ssim": ssim, "cosine": cosine,
-              "layers": layers}  # fmt: skip
+              "layers": layers, "clip_score": clip_score}  # fmt: skip
     metrics = tuple(name for name, is_wanted in wanted.items() if is_wanted) or None
+    conditioning = arguments.read_conditioning(prompts, class_labels, guidance_scale)
     denoiser.locate(model)
     file = name_file(output or arguments.name_evaluation(model))
     arguments.require_writable(file.parent)
     try:
         report = evaluation.evaluate(
             arguments.open_model(model, device), metrics=metrics, num_images=num_images, seed=seed, steps=steps,
-            sampler=sampler, batch=batch, extractor=extractor, inception_weights=inception_weights, reference=reference,
-            cache=gallery.default_folder() if keep else None, track=console.Tracker(),
+            sampler=sampler, batch=batch, conditioning=conditioning, extractor=extractor, inception_weights=inception_weights,
+            reference=reference, clip=clip, cache=gallery.default_folder() if keep else None, track=console.Tracker(),
         )  # fmt: skip
     except KeyboardInterrupt:
         advice = "; the same command goes on with the images that were drawn"

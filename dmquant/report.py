@@ -20,6 +20,9 @@ FILE_NAME = "report.json"
 FORMAT_VERSION = 3
 # what a version added; a file of an earlier one is read with their defaults
 ADDED = {2: ("bops", "attention_macs", "peak_memory_bytes", "curves"), 3: ("layers",)}
+ADDED_TO_PROTOCOL = {
+    3: ("condition", "num_conditions", "conditions_sha256", "guidance_scale", "clip", "clip_sha256"),
+}  # fmt: skip
 FLOAT_METHOD = "float"
 MAX_FILE_BYTES = 16 * 2**20
 NUMBERS = re.compile(r"\[\n[-+.\deE,\s]+\]")  # a list of numbers as json indents it; no string holds a line break
@@ -41,6 +44,12 @@ class Protocol:
     reference: str | None = None
     reference_sha256: str | None = None
     reference_images: int | None = None
+    condition: str | None = None  # "prompts" or "class labels"; None: an unconditional pipeline
+    num_conditions: int | None = None  # seed s is drawn by number s mod this
+    conditions_sha256: str | None = None
+    guidance_scale: float | None = None
+    clip: str | None = None  # the network of clip_score
+    clip_sha256: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_images", "steps", "batch", "image_size"):
@@ -163,16 +172,20 @@ def _parse(text: str, source: str) -> dict[str, Any]:
 
 def _complete(document: dict[str, Any], version: int, source: str) -> dict[str, Any]:
     """The document with the defaults of what its version did not know yet."""
-    defaults = {f.name: f.default if f.default is not MISSING else f.default_factory() for f in fields(Report) if _has_default(f)}
-    later = [name for number, names in ADDED.items() if number > version for name in names]
-    for name in later:
-        if name in document:
-            raise DamagedFile(f"{source}: unknown key {name!r} in format_version {version}")
-    return document | {name: defaults[name] for name in later}
+    whole = document | _fill(Report, ADDED, document, version, source)
+    protocol = document.get("protocol")
+    if isinstance(protocol, dict):
+        whole["protocol"] = protocol | _fill(Protocol, ADDED_TO_PROTOCOL, protocol, version, f"{source}: protocol")
+    return whole
 
 
-def _has_default(entry: Any) -> bool:
-    return entry.default is not MISSING or entry.default_factory is not MISSING
+def _fill(cls: type, added: dict[int, tuple[str, ...]], values: dict[str, Any], version: int, where: str) -> dict[str, Any]:
+    """Defaults of the keys that were added after the version; a file that has one of them all the same is refused."""
+    later = {name for number, names in added.items() if number > version for name in names}
+    for name in sorted(later & values.keys()):
+        raise DamagedFile(f"{where}: unknown key {name!r} in format_version {version}")
+    entries = [entry for entry in fields(cls) if entry.name in later]
+    return {entry.name: entry.default if entry.default is not MISSING else entry.default_factory() for entry in entries}
 
 
 def _refuse_constant(name: str) -> float:

@@ -12,7 +12,7 @@ from dmquant import checkpoint
 from dmquant.denoiser import choose_device
 from dmquant.errors import DmquantError
 from dmquant.gallery import Gallery
-from dmquant.generation import make_grid, set_sampler
+from dmquant.generation import make_grid, recall, set_sampler
 from dmquant.page import Strip
 from dmquant.progress import Track, plain
 from dmquant.report import Report
@@ -44,7 +44,8 @@ def draw_first(pipeline: DiffusionPipeline, report: Report, count: int, cache: P
     protocol = report.protocol
     if set_sampler(pipeline) != protocol.sampler:
         set_sampler(pipeline, protocol.sampler)
-    gallery = Gallery(pipeline, steps=protocol.steps, folder=cache)
+    asked = recall(pipeline, protocol.conditions_sha256, protocol.guidance_scale)
+    gallery = Gallery(pipeline, steps=protocol.steps, conditioning=asked, folder=cache)
     batch = range(protocol.seed, protocol.seed + min(protocol.batch, protocol.num_images))
     return gallery.draw(batch if gallery.holds(batch) else batch[:count]).images[:count]
 

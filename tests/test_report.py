@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmquant.errors import DamagedFile, InputError
-from dmquant.report import ADDED, FORMAT_VERSION, LayerProfile, Protocol, Report
+from dmquant.report import ADDED, ADDED_TO_PROTOCOL, FORMAT_VERSION, LayerProfile, Protocol, Report
 
 PROTOCOL = Protocol(num_images=100, seed=0, steps=20, sampler="ddim", batch=50, image_size=32, extractor="resnet-cifar10")
 REPORT = Report(
@@ -123,10 +123,14 @@ def test_a_wrong_entry_is_refused_with_its_key(changes, message):
 
 def test_reports_of_the_first_format_are_read_with_what_they_did_not_know_left_open():
     first = {key: value for key, value in json.loads(document(format_version=1)).items() if key not in sum(ADDED.values(), ())}
+    newer = set(sum(ADDED_TO_PROTOCOL.values(), ()))
+    whole, first["protocol"] = first["protocol"], {k: v for k, v in first["protocol"].items() if k not in newer}
     report = Report.from_json(json.dumps(first))
     assert report == REPORT and (report.bops, report.peak_memory_bytes, report.curves, report.layers) == (None, None, {}, ())
     with pytest.raises(DamagedFile, match="unknown key 'bops' in format_version 1"):
         Report.from_json(json.dumps(first | {"bops": 1}))
+    with pytest.raises(DamagedFile, match="protocol: unknown key 'clip' in format_version 1"):
+        Report.from_json(json.dumps(first | {"protocol": whole}))
     with pytest.raises(DamagedFile, match="key 'curves' is missing"):
         Report.from_json(json.dumps({key: value for key, value in json.loads(document()).items() if key != "curves"}))
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dmquant.clock import find_timestep_name
 from dmquant.denoiser import find_denoiser
-from dmquant.generation import generate
+from dmquant.generation import Conditioning, generate
 from dmquant.progress import Track, plain
 
 NAME = "cosine"
@@ -24,13 +24,13 @@ NAME = "cosine"
 @torch.no_grad()
 def measure_agreement(
     pipeline: DiffusionPipeline, float_pipeline: DiffusionPipeline, seeds: Sequence[int], *, steps: int, batch: int,
-    track: Track = plain,
+    conditioning: Conditioning = Conditioning(), track: Track = plain,
 ) -> dict[float, float]:
     """Timestep -> cosine between the two denoisers' answers, mean over the trajectories of the seeds, latest noise first."""
     witness = Witness(find_denoiser(pipeline)[1])
     hook = find_denoiser(float_pipeline)[1].register_forward_hook(witness.note, with_kwargs=True)
     try:
-        for _ in generate(float_pipeline, seeds, steps=steps, batch=batch, track=track):
+        for _ in generate(float_pipeline, seeds, steps=steps, batch=batch, conditioning=conditioning, track=track):
             pass  # the hook listens
     finally:
         hook.remove()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from dmquant.errors import InputError
 from dmquant.metrics import agreement, profile
 from dmquant.metrics.base import Metric
+from dmquant.metrics.clip import ClipScore
 from dmquant.metrics.fid import Frechet, SpatialFrechet
 from dmquant.metrics.kid import Kid
 from dmquant.metrics.prdc import Prdc
@@ -15,6 +16,7 @@ from dmquant.metrics.similarity import Psnr, Ssim
 
 STREAMED: dict[str, type[Metric]] = {
     "fid": Frechet, "sfid": SpatialFrechet, "kid": Kid, "is": ClassifierScore, "prdc": Prdc, "psnr": Psnr, "ssim": Ssim,
+    "clip_score": ClipScore,
 }  # fmt: skip
 NAMES = (*STREAMED, agreement.NAME, profile.NAME)
 DEFAULT, DEFAULT_PAIRED = ("fid",), ("psnr",)
@@ -51,6 +53,15 @@ class Choice:
         return self.needs_agreement or self.needs_layers or self.needs_float_images
 
     @property
+    def needs_prompts(self) -> bool:
+        return any(kind.needs_prompts for kind in self.kinds)
+
+    def refuse_without_prompts(self, prompts: Sequence[str]) -> None:
+        """Raises InputError where a metric compares with prompts and there are none."""
+        if self.needs_prompts and not prompts:
+            raise InputError("clip_score compares images with their prompts, and this pipeline takes none; leave it out")
+
+    @property
     def reference_parts(self) -> list[str]:
         """What the reference must hold; empty where none is needed."""
         return sorted({kind.reference_part for kind in self.kinds if kind.reference_part is not None})
@@ -83,7 +94,7 @@ def refuse_unused(chosen: Choice, given: Sequence[str]) -> None:
     """Raises InputError for settings, by name, that no metric asked for would look at."""
     used = {
         "extractor": chosen.needs_features, "inception_weights": chosen.needs_features,
-        "reference": bool(chosen.reference_parts), "float_pipeline": chosen.needs_float_model,
+        "reference": bool(chosen.reference_parts), "clip": chosen.needs_prompts, "float_pipeline": chosen.needs_float_model,
     }  # fmt: skip
     unused = [name for name in given if not used[name]]
     if unused:

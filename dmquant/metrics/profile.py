@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from dmquant.clock import find_timestep_name
 from dmquant.denoiser import find_denoiser, find_roles, named_layers
-from dmquant.generation import generate
+from dmquant.generation import Conditioning, generate
 from dmquant.packed import layer_bits
 from dmquant.progress import Track, plain
 from dmquant.report import LayerProfile, Range
@@ -39,12 +39,13 @@ DIGITS = 4  # of a range in the report
 @torch.no_grad()
 def measure_layers(
     pipeline: DiffusionPipeline, float_pipeline: DiffusionPipeline, seeds: Sequence[int], *, steps: int, batch: int,
-    track: Track = plain,
+    conditioning: Conditioning = Conditioning(), track: Track = plain,
 ) -> tuple[LayerProfile, ...]:
     """Every layer that the float denoiser runs, in that order, over the trajectories of the seeds."""
     probe = Probe(find_denoiser(float_pipeline)[1], find_denoiser(pipeline)[1])
     with probe.listening():
-        for _ in generate(float_pipeline, seeds, steps=steps, batch=min(batch, MAX_BATCH), track=track):
+        how = {"steps": steps, "batch": min(batch, MAX_BATCH), "conditioning": conditioning, "track": track}
+        for _ in generate(float_pipeline, seeds, **how):
             pass  # the probe listens
     return probe.describe()
 
