@@ -22,6 +22,7 @@ class Stage:
     """One part of a run."""
 
     seconds: float
+    cpu_seconds: float  # of all threads: on a busy machine these grow less than the seconds on the wall
     peak_bytes: int | None  # the most that was held at a time, beyond what was when the run began; None: not to be known here
 
 
@@ -73,13 +74,14 @@ class Meter:
     def stage(self, name: str) -> Iterator[None]:
         """Counts what happens inside; nothing is noted of a stage that fails."""
         _reset_peak(self._device)
-        started = time.perf_counter()
+        started = time.perf_counter(), time.process_time()
         yield
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        seconds, peak = time.perf_counter() - started, _read_memory(self._device, peak=True)
-        known = None not in (peak, self._held)
-        self.stages[name] = Stage(seconds, max(0, peak - self._held) if known else None)
+        ended, peak = (time.perf_counter(), time.process_time()), _read_memory(self._device, peak=True)
+        seconds, cpu_seconds = (end - start for end, start in zip(ended, started))
+        is_known = None not in (peak, self._held)
+        self.stages[name] = Stage(seconds, cpu_seconds, max(0, peak - self._held) if is_known else None)
 
     def sum_up(self, *, trained_params: int, trained_share: float, is_whole: bool) -> Effort:
         return Effort(dict(self.stages), self._held, self._device.type, trained_params, trained_share, is_whole)

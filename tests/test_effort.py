@@ -43,6 +43,7 @@ def test_seconds_are_those_of_the_stages_and_a_stage_that_fails_has_none():
     with pytest.raises(ZeroDivisionError), meter.stage("fail"):
         raise ZeroDivisionError
     assert list(meter.stages) == ["sleep"] and 0.02 <= summed(meter).seconds < 1
+    assert meter.stages["sleep"].cpu_seconds < 0.02, "sleep is no work"
 
 
 def test_where_memory_is_not_to_be_known_the_line_is_silent_about_it(monkeypatch, tmp_path):
@@ -54,7 +55,8 @@ def test_where_memory_is_not_to_be_known_the_line_is_silent_about_it(monkeypatch
 
 
 def test_the_line_names_parameters_time_stages_and_memory():
-    taken = Effort({"recording": Stage(40.2, None), "fine-tuning": Stage(259.9, 812_000_000)}, 0, "cpu", 1_078_432, 0.431, False)
+    stages = {"recording": Stage(40.2, 80.4, None), "fine-tuning": Stage(259.9, 500.0, 812_000_000)}
+    taken = Effort(stages, 0, "cpu", 1_078_432, 0.431, False)
     assert taken.describe() == (
         "trained 1.08 M parameters (43.1%) in 300 s since it was resumed: recording 40, fine-tuning 260; "
         "812 MB of memory at the peak"

@@ -1,0 +1,203 @@
+"""How long each method takes to a quality, and how much memory: full training against what claims to be cheaper.
+
+    python benchmarks/finetune_cost.py --run lsq:4/4 --run efficientdm:4/4 --run dilatequant:4/4 -o runs/finetune-cost
+
+A point is a whole run of `dmquant quantize` in a process of its own, so that its peak memory is its own, then `dmquant eval`.
+Rates decay over the length of a run, so that a quarter of the steps is no early look at a long run but a run with max_steps a
+quarter: what somebody with that much time would do. The goal is the distance that the first run reaches in all its steps; the
+time to it is interpolated between the first two neighbouring points that enclose it. Times are sums of recording, calibration
+and fine-tuning, on the wall and of the processor: on a busy machine read the latter.
+
+Points that are there are kept, one that was interrupted is begun anew, since its time would be wrong: the same command goes on.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+
+from dmquant import effort, report
+from dmquant.console import say, show_table
+from dmquant.experiments import Experiment, parse_run
+
+RESULT = Path(__file__).parent / "results" / "finetune_cost.json"
+HEADINGS = ("run", "steps", "trained, M", "share", "record, s", "calibrate, s", "fine-tune, s", "CPU, s", "peak, MB", "distance")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A run of one length, and what it came to."""
+
+    steps: int
+    seconds: dict[str, float]  # by stage
+    cpu_seconds: dict[str, float]
+    peak_bytes: dict[str, int | None]  # by stage, beyond what the process held with the float pipeline loaded
+    trained_params: int
+    trained_share: float
+    distance: float
+
+    def total(self, clock: str) -> float:
+        """Seconds of all stages on a clock, "seconds" or "cpu_seconds"."""
+        return sum(getattr(self, clock).values())
+
+    @property
+    def peak(self) -> int | None:
+        return max((peak for peak in self.peak_bytes.values() if peak is not None), default=None)
+
+
+def main() -> None:
+    args = parse_arguments()
+    experiments = [parse_run(text) for text in args.run or ("lsq:4/4", "efficientdm:4/4")]
+    curves = {}
+    for experiment in experiments:
+        lengths = sorted({round(share * experiment.method.max_steps) for share in args.shares})
+        curves[experiment.name] = [measure(experiment, steps, args) for steps in lengths]
+    show_table(HEADINGS, list_rows(curves), align="lrrrrrrrrr", notes=["", *list_notes(curves)])
+    args.result.parent.mkdir(parents=True, exist_ok=True)
+    args.result.write_text(json.dumps(summarize(curves, experiments, args), indent=2) + "\n", encoding="utf-8")
+    say(f"wrote {args.result}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", action="append", help="METHOD:W/A[,KEY=VALUE...]; the first is the one to reach")
+    parser.add_argument("--model", default="embedded", help="float pipeline; default: the embedded one")
+    parser.add_argument("--shares", type=parse_shares, default="0,1/8,1/4,1/2,1", help="of each run's max_steps: 0,1/8,1/2,1")
+    parser.add_argument("-n", "--num-images", type=int, default=2000, help="images of each distance")
+    parser.add_argument("--steps", type=int, default=20, help="denoising steps of each image")
+    parser.add_argument("--seed", type=int, default=0, help="of training")
+    parser.add_argument("--device")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the points")
+    parser.add_argument("--result", type=Path, default=RESULT, help="file to write")
+    return parser.parse_args()
+
+
+def parse_shares(text: str) -> list[Fraction]:
+    shares = [Fraction(part) for part in text.split(",")]
+    if not all(0 <= share <= 1 for share in shares) or 1 not in shares:
+        raise argparse.ArgumentTypeError(f"shares are from 0 to 1, and 1 is among them; got {text}")
+    return shares
+
+
+def measure(experiment: Experiment, steps: int, args: argparse.Namespace) -> Point:
+    """The point of a run of this length, made where it is not there yet."""
+    folder = args.output / f"{experiment.name}-{steps}-seed{args.seed}"
+    where = ["--device", args.device] if args.device else []
+    if not (folder / effort.FILE_NAME).is_file():
+        method = experiment.method
+        chosen = {**method.settings(), "max_steps": steps}
+        settings = [part for key, value in chosen.items() for part in ("--set", f"{key}={write(value)}")]
+        goes_to = ["--seed", str(args.seed), "--force", "-o", str(folder)]
+        run_command(["quantize", args.model, "--method", method.name, *settings, *goes_to, *where])
+    protocol = ["--num-images", str(args.num_images), "--steps", str(args.steps)]
+    file = args.output / f"{folder.name}-n{args.num_images}-{args.steps}steps.json"
+    if not file.is_file():
+        run_command(["eval", str(folder), "--fid", *protocol, "-o", str(file), *where])
+    return read_point(steps, folder, file)
+
+
+def write(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def run_command(line: list[str]) -> None:
+    """Runs `dmquant` in a process of its own. SystemExit with its exit code if it fails."""
+    code = subprocess.run([sys.executable, "-m", "dmquant", *line]).returncode
+    if code:
+        raise SystemExit(code)
+
+
+def read_point(steps: int, folder: Path, file: Path) -> Point:
+    taken = json.loads((folder / effort.FILE_NAME).read_text(encoding="utf-8"))
+    stages = taken["stages"].items()
+    seconds, cpu_seconds, peaks = (
+        {name: stage[key] for name, stage in stages} for key in ("seconds", "cpu_seconds", "peak_bytes")
+    )
+    distance = next(iter(report.Report.load(file).metrics.values()))
+    return Point(steps, seconds, cpu_seconds, peaks, taken["trained_params"], taken["trained_share"], distance)
+
+
+def find_time(points: Sequence[Point], goal: float, clock: Callable[[Point], float]) -> float | None:
+    """When a run first has the distance `goal`, interpolated between points; None: never.
+
+    A curve that begins below the goal has it at its first point: no run was shorter.
+    """
+    for number, point in enumerate(points):
+        if point.distance > goal:
+            continue
+        if number == 0:
+            return clock(point)
+        before = points[number - 1]
+        share = (before.distance - goal) / (before.distance - point.distance)
+        return clock(before) + share * (clock(point) - clock(before))
+    return None
+
+
+def compare(points: Sequence[Point], goal: Point) -> dict[str, float | None]:
+    """How a method stands to the run that set the goal: times and memory of that one over its own, larger is better."""
+    found: dict[str, float | None] = {}
+    for clock in ("seconds", "cpu_seconds"):
+        whole = find_time(points, goal.distance, lambda point: point.total(clock))
+        training = find_time(points, goal.distance, lambda point: getattr(point, clock)["fine-tuning"])
+        found[f"{clock}_to_goal"] = whole
+        found[f"{clock}_ratio"] = goal.total(clock) / whole if whole else None
+        found[f"fine_tuning_{clock}_ratio"] = getattr(goal, clock)["fine-tuning"] / training if training else None
+    ours, theirs = points[-1].peak_bytes["fine-tuning"], goal.peak_bytes["fine-tuning"]
+    return found | {
+        "memory_ratio": goal.peak / points[-1].peak if points[-1].peak else None,
+        "fine_tuning_memory_ratio": theirs / ours if ours else None,
+    }
+
+
+def list_rows(curves: dict[str, list[Point]]) -> list[list[str]]:
+    return [
+        [
+            name, str(point.steps), f"{point.trained_params / 1e6:.2f}", f"{point.trained_share:.1%}",
+            *(f"{point.seconds[stage]:.1f}" for stage in ("recording", "calibration", "fine-tuning")),
+            f"{point.total('cpu_seconds'):.1f}", "" if point.peak is None else f"{point.peak / 1e6:.0f}", f"{point.distance:.4f}",
+        ]
+        for name, points in curves.items() for point in points
+    ]  # fmt: skip
+
+
+def list_notes(curves: dict[str, list[Point]]) -> list[str]:
+    (first, points), *others = curves.items()
+    goal = points[-1]
+    notes = [f"goal: {goal.distance:.4f}, of {first} after {goal.steps} steps and {goal.total('seconds'):.0f} s"]
+    for name, curve in others:
+        found = compare(curve, goal)
+        if found["seconds_to_goal"] is None:
+            notes.append(f"{name}: does not reach the goal; its best is {min(point.distance for point in curve):.4f}")
+        else:
+            times = f"{found['seconds_ratio']:.2f} x as fast ({found['cpu_seconds_ratio']:.2f} x by processor time)"
+            notes.append(f"{name}: at the goal in {found['seconds_to_goal']:.0f} s, {times}")
+        if found["memory_ratio"]:
+            while_training = f"1/{found['fine_tuning_memory_ratio']:.2f} while training"
+            notes.append(f"{name}: peak memory 1/{found['memory_ratio']:.2f} of the first run's, {while_training}")
+    return notes
+
+
+def summarize(curves: dict[str, list[Point]], experiments: Sequence[Experiment], args: argparse.Namespace) -> dict:
+    goal = curves[experiments[0].name][-1]
+    return {
+        "protocol": {"model": args.model, "num_images": args.num_images, "steps": args.steps, "seed": args.seed},
+        "conditions": {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": args.device or "default"},
+        "goal": {"run": experiments[0].name, "distance": goal.distance, "seconds": goal.total("seconds")},
+        "runs": [
+            {
+                "name": experiment.name, "method": experiment.method.name, "settings": experiment.method.settings(),
+                "points": [asdict(point) for point in curves[experiment.name]], **compare(curves[experiment.name], goal),
+            }
+            for experiment in experiments
+        ],
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
