@@ -1,6 +1,7 @@
 """Sets what quantized layers start from: grids of weights from themselves, grids of inputs and biases from recorded samples."""
 
 import copy
+from collections import defaultdict
 from contextlib import ExitStack, nullcontext
 
 import torch
@@ -9,7 +10,6 @@ from torch import Tensor, nn
 from dmquant.layers import bypassed, quantized_inputs, quantized_layers
 from dmquant.progress import Track, plain
 from dmquant.quantizers.base import Quantizer
-from dmquant.quantizers.dilated import divider
 from dmquant.samples import Samples
 
 VALUES_PER_SAMPLE = 2048  # drawn at random from each layer's input, beside its extremes
@@ -27,17 +27,17 @@ def observe_inputs(student: nn.Module, samples: Samples, *, batch: int, track: T
 
     Meanwhile the student's clock, if it has one, is at the timesteps of the samples: a temporal quantizer sets its rows.
     """
-    readers = {name: part for name, part in quantized_inputs(student).items() if isinstance(part.input_quantizer, Quantizer)}
-    collectors = {name: Collector(seed, divider(part.input_quantizer)) for seed, (name, part) in enumerate(readers.items())}
+    readers = [reader for reader in quantized_inputs(student).values() if isinstance(reader.input_quantizer, Quantizer)]
+    collectors = [Collector(seed, reader.input_quantizer) for seed, reader in enumerate(readers)]
     with ExitStack() as hooks:
-        for name, reader in readers.items():
-            hooks.callback(reader.register_forward_pre_hook(collectors[name].note).remove)
+        for reader, collector in zip(readers, collectors):
+            hooks.callback(reader.register_forward_pre_hook(collector.note).remove)
         run_float(student, track(samples.split(batch), "calibrate"))
     clock = getattr(student, "clock", None)
     with nullcontext() if clock is None else clock.at(samples.timestep, len(samples)):
-        for name, reader in readers.items():
-            if collectors[name].rows:  # a layer that never runs needs no grid
-                reader.input_quantizer.observe(torch.cat(collectors[name].rows))
+        for collector in collectors:
+            for quantizer, rows in collector.rows.items():  # none of a layer that never runs: it needs no grid
+                quantizer.observe(torch.cat(rows))
 
 
 @torch.no_grad()
@@ -67,18 +67,19 @@ def run_float(student: nn.Module, parts: list[Samples]) -> None:
 
 
 class Collector:
-    """Keeps a random part of each sample's values, and its extremes, as rows (N, k): of what `divide` leaves of them."""
+    """Keeps a random part of each sample's values, and its extremes, as rows (N, k): for each grid of a quantizer."""
 
-    def __init__(self, seed: int, divide: nn.Module):
-        self._divide = divide
+    def __init__(self, seed: int, quantizer: Quantizer):
+        self._quantizer = quantizer  # the reader's own steps aside while the student runs in float
         self._generator = torch.Generator().manual_seed(seed)
-        self.rows: list[Tensor] = []
+        self.rows: dict[Quantizer, list[Tensor]] = defaultdict(list)
 
     def note(self, layer: nn.Module, args: tuple) -> None:
-        flat = self._divide(args[0].detach().float()).flatten(1)
-        index = torch.randint(flat.shape[1], (min(VALUES_PER_SAMPLE, flat.shape[1]),), generator=self._generator)
-        extremes = torch.stack(torch.aminmax(flat, dim=1), 1)
-        self.rows.append(torch.cat([flat[:, index.to(flat.device)], extremes], 1))
+        for quantizer, part in self._quantizer.leaves(args[0].detach().float()):
+            flat = part.flatten(1)
+            index = torch.randint(flat.shape[1], (min(VALUES_PER_SAMPLE, flat.shape[1]),), generator=self._generator)
+            extremes = torch.stack(torch.aminmax(flat, dim=1), 1)
+            self.rows[quantizer].append(torch.cat([flat[:, index.to(flat.device)], extremes], 1))
 
 
 class Shortfall:

@@ -22,7 +22,7 @@ from dmquant import __version__
 from dmquant.clock import LOOKUPS, Clock
 from dmquant.errors import DamagedFile, InputError
 from dmquant.layers import find_layers
-from dmquant.packed import FLOAT_BITS, KINDS, Format, Layout, PackedWeight, Timing, prepare_packed, read_layout, restore_float
+from dmquant.packed import FLOAT_BITS, Format, Layout, PackedWeight, Timing, is_kind, prepare_packed, read_layout, restore_float
 from dmquant.quantizers.base import FixedGrid
 from dmquant.quantizers.dilated import Divide
 from dmquant.quantizers.temporal import TEMPORAL
@@ -123,7 +123,10 @@ class DmquantQuantizer(DiffusersQuantizer):
         unknown = sorted(layout.unused(list(find_layers(model))))
         if unknown:
             raise DamagedFile(f"quantization_config.overrides: {type(model).__name__} has no layer {unknown[0]!r} to quantize")
-        prepare_packed(model, layout, dtype=self.dtype)
+        try:
+            prepare_packed(model, layout, dtype=self.dtype)
+        except ValueError as error:
+            raise DamagedFile(f"quantization_config does not fit {type(model).__name__}: {error}") from error
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         if missing_keys:
@@ -260,7 +263,7 @@ def _is_bits(value: object) -> bool:
 
 
 def _is_kinds(value: object) -> bool:
-    return isinstance(value, list) and all(kind in KINDS for kind in value) and len(set(value)) == len(value)
+    return isinstance(value, list) and all(map(is_kind, value)) and len(set(value)) == len(value)
 
 
 def _is_overrides(value: object) -> bool:

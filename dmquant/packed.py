@@ -8,13 +8,14 @@ the model computes in; a cast would move the grid.
 import re
 from collections import Counter
 from collections.abc import Mapping
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from dmquant import kernels
 from dmquant.attention import QuantInput, product_bits, quantize_products, restore_products
@@ -23,13 +24,15 @@ from dmquant.kernels.blocked import BlockedCodes
 from dmquant.layers import find_layers, quantized_layers
 from dmquant.packing import check_bits, pack, unpack
 from dmquant.quantizers.base import BasisCodes, Codes, FixedGrid, Quantizer
-from dmquant.quantizers.dilated import DILATED, Divide, divider, spread
+from dmquant.quantizers.dilated import DILATED, Divide, spread
+from dmquant.quantizers.split import SPLIT, SplitGrid, is_split, split_place
 from dmquant.quantizers.temporal import TEMPORAL, TemporalGrid
 
 FLOAT_BITS = 32
+SLICES = WeakTensorKeyDictionary()  # codes of a weight whose input is split -> their version, and a layer for each part
 Bits = tuple[int, int]  # of weights, of activations
 BASES = "bases"  # every bit plane of the weight is a binary basis with a scale of its own
-KINDS = (BASES, TEMPORAL, DILATED)
+KINDS = (BASES, TEMPORAL, DILATED, SPLIT)
 
 
 class Format(NamedTuple):
@@ -41,6 +44,11 @@ class Format(NamedTuple):
 
 
 FLOAT = Format(FLOAT_BITS, FLOAT_BITS)
+
+
+def is_kind(text: object) -> bool:
+    """Whether this is a kind that layers are stored in."""
+    return isinstance(text, str) and (is_split(text) or text in KINDS and text != SPLIT)
 
 
 class Timing(NamedTuple):
@@ -132,8 +140,37 @@ def linear(layer: PackedLinear, x: Tensor) -> Tensor:
 
 def convolve(layer: PackedConv1d | PackedConv2d, x: Tensor) -> Tensor:
     x = layer.divide(x)
-    y = kernels.run(layer, x)
+    y = run_parts(layer, x) if isinstance(layer.input, SplitGrid) else kernels.run(layer, x)
     return layer._conv_forward(layer.input(x), dense(layer.weight, x.dtype), layer.bias) if y is None else y
+
+
+def run_parts(layer: PackedConv1d | PackedConv2d, x: Tensor) -> Tensor | None:
+    """conv(cat(a, b)) = conv_a(a) + conv_b(b): each part of the input meets its own codes. None where no kernel multiplies."""
+    if not isinstance(layer.weight, PackedWeight) or layer.groups > 1 or torch.compiler.is_compiling():
+        return None
+    outputs = [kernels.run(part, piece) for part, (_, piece) in zip(slices_of(layer), layer.input.pairs(x))]
+    return None if any(output is None for output in outputs) else sum(outputs)
+
+
+def slices_of(layer: PackedConv1d | PackedConv2d) -> list[nn.Module]:
+    """A layer for each part of its input, made once; what is stored stays whole."""
+    codes = layer.weight.codes
+    version = 0 if codes.is_inference() else codes._version
+    known = SLICES.get(codes)
+    if known is None or known[0] != version:
+        pieces = unpack(codes, layer.weight.shape).split(layer.input.channels, 1)
+        known = SLICES[codes] = version, [_slice(layer, number, piece) for number, piece in enumerate(pieces)]
+    return known[1]
+
+
+def _slice(layer: PackedConv1d | PackedConv2d, number: int, codes: Tensor) -> nn.Module:
+    weight = type(layer.weight)(codes.shape, layer.weight.bits, dtype=layer.weight.dtype, device=codes.device)
+    weight._buffers |= {**layer.weight._buffers, "codes": pack(codes.contiguous(), weight.bits)}
+    part = copy(layer)
+    part.in_channels = codes.shape[1]
+    vars(part)["_modules"] = {"weight": weight, "input": layer.input.parts[number], "divide": nn.Identity()}
+    vars(part)["_parameters"] = {"bias": None if number else layer.bias}  # of the sum it is one
+    return part
 
 
 def dense(weight: PackedWeight | nn.Parameter, dtype: torch.dtype) -> Tensor:
@@ -199,7 +236,7 @@ def layer_format(layer: nn.Module) -> Format:
     grid = getattr(layer, "input_quantizer", getattr(layer, "input", None))
     parts = (weight, grid, getattr(layer, "divide", None))
     found = {kind for part in parts for kind in getattr(part, "kinds", ())}
-    kinds = tuple(kind for kind in KINDS if kind in found)
+    kinds = tuple(sorted(found, key=lambda kind: KINDS.index(kind.partition(":")[0])))
     return Format(getattr(weight, "bits", FLOAT_BITS), getattr(grid, "bits", FLOAT_BITS), kinds)
 
 
@@ -239,7 +276,7 @@ def pack_layer(layer: nn.Module) -> nn.Module:
     if format.act_bits != FLOAT_BITS:
         packed.input = layer.input_quantizer.freeze()
     if DILATED in format.kinds:
-        packed.divide.load_state_dict(divider(layer.input_quantizer).state_dict())
+        packed.divide.load_state_dict(layer.input_quantizer.divide.state_dict())
     if layer.bias is not None:
         packed.bias = _share(layer.bias)
     return packed.train(layer.training)
@@ -285,8 +322,8 @@ def empty_layer(
     options = {name: getattr(layer, name) for name in OPTIONS[kind]}
     new = (kind if format == FLOAT else PACKED[kind])(**options, bias=layer.bias is not None, dtype=dtype, device="meta")
     if format != FLOAT:
-        new.input = empty_grid(format, device=device, clock=clock)
         channels, trailing = new.weight.shape[1] * getattr(layer, "groups", 1), new.weight.ndim - 2
+        new.input = empty_grid(format, device=device, clock=clock, channels=channels)
         new.divide = Divide(channels, trailing, device) if DILATED in format.kinds else nn.Identity()
     if format.weight_bits != FLOAT_BITS:
         shape = new.weight.shape
@@ -296,10 +333,14 @@ def empty_layer(
     return new
 
 
-def empty_grid(format: Format, *, device: torch.device | str, clock: Clock | None) -> nn.Module:
+def empty_grid(format: Format, *, device: torch.device | str, clock: Clock | None, channels: int = 0) -> nn.Module:
     """What quantizes the input of a packed layer; a temporal grid has a row for each step of the clock."""
     if format.act_bits == FLOAT_BITS:
         return nn.Identity()
+    place = split_place(format.kinds)
+    if place is not None:
+        whole = format._replace(kinds=tuple(kind for kind in format.kinds if not is_split(kind)))
+        return SplitGrid([empty_grid(whole, device=device, clock=clock) for _ in range(2)], (place, channels - place))
     return TemporalGrid(format.act_bits, clock, device) if TEMPORAL in format.kinds else FixedGrid(format.act_bits, device)
 
 

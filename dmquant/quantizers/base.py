@@ -3,7 +3,7 @@
 The law:  q(x) == q.encode(x).decode(), bit for bit. It makes export one function for every method.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Self
 
@@ -53,6 +53,10 @@ class Quantizer(nn.Module):
     def observe(self, x: Tensor) -> None:
         """Calibration: sets the grid from example values."""
         raise TypeError(f"{type(self).__name__} has no grid to calibrate")
+
+    def leaves(self, x: Tensor) -> Iterator[tuple["Quantizer", Tensor]]:
+        """The quantizers inside that have a grid of their own, each with what it rounds of the tensor; by itself, it alone."""
+        yield self, x
 
     def forward(self, x: Tensor) -> Tensor:
         """Values on the grid, same shape and dtype, straight-through gradient."""

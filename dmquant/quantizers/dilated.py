@@ -4,6 +4,8 @@
 DilateQuant (Liu et al., 2024), eq. 5-9.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -57,10 +59,7 @@ class Divide(Float32Buffers):
 
 
 class DilatedInput(Quantizer):
-    """inner(x / s). Its codes are those of the quotient, and so is the tensor it gives: the weight has the factor.
-
-    What calibration shows it has been divided already: a few values of a tensor do not say which channel they are of.
-    """
+    """inner(x / s). Its codes are those of the quotient, and so is the tensor it gives: the weight has the factor."""
 
     def __init__(self, inner: Quantizer, channels: int, trailing: int):
         super().__init__()
@@ -80,8 +79,11 @@ class DilatedInput(Quantizer):
         own = (DILATED,) if bool((self.divide.reciprocal != 1).any()) else ()
         return (*getattr(self.inner, "kinds", ()), *own)
 
+    def leaves(self, x: Tensor) -> Iterator[tuple[Quantizer, Tensor]]:
+        yield from self.inner.leaves(self.divide(x))
+
     def observe(self, x: Tensor) -> None:
-        self.inner.observe(x)
+        self.inner.observe(self.divide(x))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.inner(self.divide(x))
@@ -98,8 +100,3 @@ def spread(factor: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
     """A factor for each input channel of a layer (C,), as it broadcasts against its weight (O, C / groups, ...)."""
     rows = factor.view(groups, -1).repeat_interleave(len(weight) // groups, 0) if groups > 1 else factor.view(1, -1)
     return rows.view(*rows.shape, *(1,) * (weight.ndim - 2)).to(weight.dtype)
-
-
-def divider(quantizer: nn.Module) -> nn.Module:
-    """What divides the tensor before its grid is laid; Identity where nothing does."""
-    return quantizer.divide if isinstance(quantizer, DilatedInput) else nn.Identity()

@@ -9,7 +9,7 @@ from torch import nn
 from dmquant.clock import Clock
 from dmquant.layers import bypassed, quantized
 from dmquant.packed import layer_format, pack_layer, restore_float
-from dmquant.quantizers.dilated import DILATED, DilatedInput, DilatedWeight, divider, spread
+from dmquant.quantizers.dilated import DILATED, DilatedInput, DilatedWeight, spread
 from dmquant.quantizers.temporal import TEMPORAL, TemporalStep
 from dmquant.quantizers.uniform import LearnedStep
 
@@ -35,7 +35,7 @@ def dilated(name, factor=FACTOR, temporal=False):
     grid.divide.reciprocal.copy_(factor.reciprocal())
     weight.observe(layer.weight)
     with clock.at(torch.tensor(5), len(x)):
-        grid.observe(grid.divide(x).flatten(1))
+        grid.observe(x)
     return quantized(layer, weight, grid), x
 
 
@@ -90,10 +90,10 @@ def test_factors_move_with_a_model_and_keep_their_precision():
     assert copy.deepcopy(packed).divide.reciprocal.device == kept.device
 
 
-def test_only_dilated_inputs_are_divided():
-    layer, _ = dilated("linear")
-    assert divider(layer.input_quantizer) is layer.input_quantizer.divide
-    assert isinstance(divider(layer.input_quantizer.inner), nn.Identity) and isinstance(divider(nn.Identity()), nn.Identity)
+def test_calibration_shows_the_grid_what_is_left_after_division():
+    layer, x = dilated("linear")
+    (leaf, part), = layer.input_quantizer.leaves(x)
+    assert leaf is layer.input_quantizer.inner and torch.equal(part, x * FACTOR.reciprocal())
 
 
 def test_gradients_reach_weights_and_grids_through_factors():

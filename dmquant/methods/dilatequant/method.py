@@ -1,5 +1,6 @@
 """DilateQuant (Liu et al., 2024): dilated weights for finer activation grids, a grid per timestep, trained block by block."""
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -13,10 +14,12 @@ from dmquant.distill import Distillation, Objective
 from dmquant.errors import InputError
 from dmquant.layers import quantized_inputs
 from dmquant.methods.base import Method, setting
+from dmquant.methods.dilatequant.concatenation import find_places
 from dmquant.methods.dilatequant.dilation import dilate, smooth, wrap_layers
 from dmquant.methods.dilatequant.reconstruction import reconstruct
 from dmquant.progress import Track
 from dmquant.quantizers.base import Quantizer
+from dmquant.quantizers.split import Split
 from dmquant.quantizers.temporal import TemporalStep
 from dmquant.runs import Run
 from dmquant.samples import Samples
@@ -37,6 +40,9 @@ class DilateQuant(Method):
     first_grid: Literal["temporal", "static"] = setting(
         "temporal", "for temporal=false: whether the first layer has a grid per timestep"
     )
+    split: Literal["skip", "all", "none"] = setting(
+        "skip", "convolutions whose two inputs in one have a grid each: the 1x1 shortcuts of up blocks, all of up blocks, or none"
+    )
     scope: Literal["block", "model"] = setting(
         "block", "what is trained at a time: one block after the other (BKD), or all together"
     )
@@ -54,13 +60,17 @@ class DilateQuant(Method):
     def prepare(self, student: nn.Module, clock: Clock) -> None:
         """LSQ's layers, dilated; a grid per timestep for each input but the time embedding's, which follow from the timestep."""
         roles, clock = find_roles(student), Clock(clock.timesteps, self.lookup)
+        places = find_places(student, which=self.split)
         super().prepare(student, clock)
-        if self.temporal:
-            for name, reader in quantized_inputs(student).items():
-                is_static = roles.get(name) == Role.TIME_EMBEDDING or not isinstance(reader.input_quantizer, Quantizer)
-                if not is_static:
-                    device = next(reader.input_quantizer.parameters()).device
-                    reader.input_quantizer = TemporalStep(reader.input_quantizer.bits, clock).to(device)
+        for name, reader in quantized_inputs(student).items():
+            if not isinstance(reader.input_quantizer, Quantizer):
+                continue
+            if self.temporal and roles.get(name) != Role.TIME_EMBEDDING:
+                device = next(reader.input_quantizer.parameters()).device
+                reader.input_quantizer = TemporalStep(reader.input_quantizer.bits, clock).to(device)
+            if name in places:
+                sizes = (places[name], reader.in_channels - places[name])
+                reader.input_quantizer = Split([reader.input_quantizer, copy.deepcopy(reader.input_quantizer)], sizes)
         if self.dilation != "none":
             wrap_layers(student)
         if any(isinstance(module, Timed) for module in student.modules()):

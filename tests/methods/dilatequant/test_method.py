@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 import dmquant
+from dmquant import checkpoint
 from dmquant.attention import QuantInput
 from dmquant.clock import Clock
 from dmquant.denoiser import Role, find_denoiser, find_roles, with_denoiser
@@ -17,6 +18,7 @@ from dmquant.methods.dilatequant.method import DilateQuant
 from dmquant.packed import packed_layers, read_layout
 from dmquant.quantization import make_student, quantize
 from dmquant.quantizers.dilated import DILATED, DilatedInput, Divide
+from dmquant.quantizers.split import Split, SplitGrid
 from dmquant.quantizers.temporal import TEMPORAL, TemporalGrid, TemporalStep
 
 QUICK = dict(trajectories=4, sampling_steps=3, calibration_samples=12, max_steps=2, batch=4)
@@ -33,7 +35,8 @@ def test_all_inputs_but_the_time_embeddings_have_a_grid_per_timestep_and_all_are
     roles = find_roles(student)
     for name, layer in quantized_layers(student).items():
         assert isinstance(layer.input_quantizer, DilatedInput)
-        assert isinstance(layer.input_quantizer.inner, TemporalStep) == (roles[name] != Role.TIME_EMBEDDING)
+        for leaf, _ in layer.input_quantizer.leaves(torch.empty(1, layer.weight.shape[1], 1, 1)):
+            assert isinstance(leaf, TemporalStep) == (roles[name] != Role.TIME_EMBEDDING)
     factors = [module.input_quantizer for module in student.modules() if isinstance(module, QuantInput)]
     assert len(factors) > 4 and all(isinstance(factor, TemporalStep) and factor.bits == 8 for factor in factors)
     assert all(quantizer.clock is student.clock for quantizer in factors)
@@ -59,9 +62,30 @@ def test_factors_are_those_of_the_teachers_weights(pipeline, samples, dilation):
     assert sum(dilated for dilated, _ in count_dilated(student).values()) > 10
 
 
-@pytest.mark.parametrize("bits", [4, 6, 8])
-def test_what_a_file_gives_back_computes_what_was_trained(pipeline, samples, bits, tmp_path):
-    settings = dict(weight_bits=bits, act_bits=bits, attention_bits=8)
+@pytest.mark.parametrize(
+    "split, leaves", [("skip", {"conv_shortcut"}), ("all", {"conv1", "conv_shortcut"}), ("none", set())]
+)
+def test_inputs_of_two_parts_have_two_grids_where_they_are_asked_for(pipeline, split, leaves):
+    student = prepared(pipeline, split=split)
+    found = [name for name, module in student.named_modules() if isinstance(module, Split)]
+    assert {name.split(".")[4] for name in found} == leaves and len(found) == 2 * len(leaves)
+    assert all(name.startswith("up_blocks.0.resnets.") for name in found)
+    assert all(part.clock is student.clock for name in found for part in student.get_submodule(name).parts)
+
+
+def test_a_second_part_that_begins_behind_the_input_is_refused(pipeline, samples, tmp_path):
+    quantized = quantize(pipeline, "dilatequant", samples=samples, **{**QUICK, "max_steps": 0})
+    dmquant.save(quantized, tmp_path / "out")
+    path = tmp_path / "out/unet/config.json"
+    assert path.read_text().count('"split:8"') == 1  # both up blocks by one pattern
+    path.write_text(path.read_text().replace('"split:8"', '"split:16"'))
+    with pytest.raises(DamagedFile, match="does not fit UNet2DModel"):
+        checkpoint.load(tmp_path / "out", verify=False)
+
+
+@pytest.mark.parametrize("bits, split", [(4, "skip"), (6, "all"), (8, "none")])
+def test_what_a_file_gives_back_computes_what_was_trained(pipeline, samples, bits, split, tmp_path):
+    settings = dict(weight_bits=bits, act_bits=bits, attention_bits=8, split=split)
     student = make_student(pipeline, DilateQuant(**{**QUICK, **settings}), samples=samples)
     dmquant.save(with_denoiser(pipeline, "unet", student), tmp_path / "out")
     again = find_denoiser(dmquant.load(tmp_path / "out"))[1]
@@ -72,10 +96,11 @@ def test_what_a_file_gives_back_computes_what_was_trained(pipeline, samples, bit
     assert layout.attention_kinds == (TEMPORAL,) and any(DILATED in format.kinds for format in layout.overrides.values())
     assert any(isinstance(layer.divide, Divide) for layer in packed_layers(again).values())
     assert sum(isinstance(module, TemporalGrid) for module in again.modules()) > len(packed_layers(again)) / 2
+    assert sum(isinstance(module, SplitGrid) for module in again.modules()) == {"skip": 2, "all": 4, "none": 0}[split]
 
 
-def test_kernels_multiply_what_was_divided(pipeline, samples, monkeypatch):
-    denoiser = find_denoiser(quantize(pipeline, "dilatequant", samples=samples, **QUICK))[1]
+def test_kernels_multiply_what_was_divided_and_what_has_two_parts(pipeline, samples, monkeypatch):
+    denoiser = find_denoiser(quantize(pipeline, "dilatequant", samples=samples, **QUICK, split="all"))[1]
     with torch.no_grad():
         expected = samples.call(denoiser)
         monkeypatch.setenv("DMQUANT_KERNELS", "c")
@@ -112,6 +137,7 @@ def test_training_on_images_is_for_the_whole_model(pipeline, samples, tmp_path):
     [
         ({"dilation": "wide"}, "dilation"),
         ({"scope": "layer"}, "scope"),
+        ({"split": "half"}, "split"),
         ({"block_samples": 0}, "block_samples must be at least 1"),
         ({"cache_gib": 0}, "cache_gib must be above 0"),
         ({"cache_gib": "inf"}, "cache_gib must be above 0"),
