@@ -107,8 +107,8 @@ def write(value: object) -> str:
 
 
 def run_command(line: list[str]) -> None:
-    """Runs `dmquant` in a process of its own. SystemExit with its exit code if it fails."""
-    code = subprocess.run([sys.executable, "-m", "dmquant", *line]).returncode
+    """Runs `dmquant` in a process of its own, its tables among the talk. SystemExit with its exit code if it fails."""
+    code = subprocess.run([sys.executable, "-m", "dmquant", *line], stdout=sys.stderr).returncode
     if code:
         raise SystemExit(code)
 
