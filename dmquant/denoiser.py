@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from dmquant.errors import DamagedFile, DmquantError, InputError, MissingResource
+from dmquant.silence import loading_quietly
 
 EMBEDDED = "embedded"
 ASSETS = Path(__file__).parent / "assets"
@@ -97,7 +98,7 @@ def load_folder(folder: Path, *, dtype: torch.dtype | None = None) -> DiffusionP
     _refuse_foreign_code(folder, files)
     _refuse_pickles(files)
     try:
-        with _no_bars():
+        with loading_quietly():
             return DiffusionPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True, dtype=dtype)
     except DmquantError:
         raise
@@ -333,16 +334,3 @@ def _find_extra(folder: Path, denoiser: nn.Module) -> list[str]:
     ignored = denoiser._keys_to_ignore_on_load_unexpected or ()
     extra = stored.keys() - denoiser.state_dict().keys()
     return sorted(key for key in extra if not any(re.search(pattern, key) for pattern in ignored))
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """diffusers draws a bar on stderr while it loads; the library prints nothing."""
-    logging = diffusers.utils.logging
-    was_enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            logging.enable_progress_bar()

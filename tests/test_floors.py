@@ -9,7 +9,8 @@ import pytest
 ROOT = Path(__file__).parents[1] / "dmquant"
 FLOORS = (
     {"errors"},
-    {"report", "packing", "clock", "storage", "progress", "images", "prompts", "ranks", "columns", "plot", "panels", "effort"},
+    {"report", "packing", "clock", "storage", "progress", "images", "ranks", "columns", "plot", "panels", "effort", "prompts",
+     "silence"},
     {"quantizers", "kernels", "comparison"},
     {"layers", "attention", "packed"},
     {"denoiser", "blocks", "generation", "samples", "calibration", "distill", "denoising", "runs"},

@@ -11,6 +11,7 @@ from PIL import Image
 
 from dmquant import cli, gallery, ranks
 from dmquant.report import Report
+from tests.text import make_text_pipeline, save_clip
 
 QUICK = ["--num-images", "10", "--steps", "2", "--batch", "4", "--seed", "5"]
 ALONE = ["--fid", "--is", "--device", "cpu"]
@@ -149,3 +150,52 @@ def test_compare_writes_a_page_beside_its_table(folder, capsys, monkeypatch):
     assert out.startswith(r"\begin{tabular}") and "wrote new/page.html" in err
     assert Path("new/page.html").read_text(encoding="utf-8").count("data:image/png") == 1
     assert run("compare", "float", "--html", "page.txt") == 2 and run("compare", "float", "--html", "new") == 2
+
+
+# Prompts and classes
+
+
+@pytest.fixture(scope="module")
+def painter(tmp_path_factory) -> Path:
+    """A saved text pipeline, a CLIP beside it, and prompts in two kinds of file."""
+    path = tmp_path_factory.mktemp("text")
+    make_text_pipeline().save_pretrained(path / "painter")
+    save_clip(path / "clip")
+    (path / "prompts.txt").write_text("a red cat\nx\n")
+    (path / "captions.csv").write_text("id,caption\n1,a red cat\n2,x\n")
+    return path
+
+
+@pytest.mark.filterwarnings("ignore")  # from inside transformers
+def test_a_text_pipeline_is_evaluated_and_sampled_by_a_file_of_prompts(painter, capfd):
+    line = ["eval", painter / "painter", "--clip-score", "--clip", painter / "clip", *QUICK, "--device", "cpu"]
+    assert run(*line, "--prompts", painter / "prompts.txt", "-o", "text") == 0
+    out, err = capfd.readouterr()
+    assert "CLIP score" in out and "2 prompts in turn, guidance 7.5, CLIP clip" in out
+    assert "torchvision" not in err and "Loading" not in err
+    assert run(*line, "--prompts", painter / "captions.csv", "-o", "table") == 0
+    assert Report.load("text") == Report.load("table")
+    assert run("sample", painter / "painter", "-n", 2, "--steps", 2, "--prompts", painter / "prompts.txt", "-o", "new/cats.png") == 0
+    assert Path("new/cats.png").is_file()
+    assert run("compare", "text", "--html", "page.html", "--samples", 2, "--device", "cpu") == 0
+    assert "of which a report has the hash only" in Path("page.html").read_text()
+
+
+@pytest.mark.filterwarnings("ignore")  # from inside transformers
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--prompts", "nowhere.txt"], 2, "nowhere.txt cannot be read"),
+        ([], 2, "draws from text; give it prompts (--prompts FILE"),
+        (["--class-labels", "1,x"], 2, "--class-labels takes whole numbers"),
+        (["--prompts", "prompts.txt", "--clip-score"], 3, "get it with: dmquant fetch clip"),
+        (["--prompts", "prompts.txt", "--clip-score", "--clip", "org/clip"], 3, "get it with: hf download org/clip"),
+        (["--prompts", "prompts.txt", "--is", "--clip", "x"], 2, "clip: without effect on is"),
+        (["--prompts", "prompts.txt", "--guidance-scale", "nan"], 2, "no finite number"),
+    ],
+)
+def test_what_a_text_pipeline_lacks_is_one_line(painter, arguments, code, message, capsys):
+    Path("prompts.txt").write_text("a red cat\n")
+    assert run("eval", painter / "painter", *QUICK, "--device", "cpu", *arguments) == code
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and message in err

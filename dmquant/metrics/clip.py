@@ -7,8 +7,7 @@ The network is an optional one, read from a folder or from the hub's cache and n
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from dmquant.errors import DamagedFile, InputError, MissingResource
 from dmquant.metrics.base import Batch, Metric
 from dmquant.metrics.weights import hash_file
+from dmquant.silence import loading_quietly
 
 NAME = "clip_score"
 DEFAULT = "openai/clip-vit-large-patch14"  # torchmetrics' own
@@ -74,14 +74,15 @@ def load_clip(model: str | Path | None = None) -> Clip:
     """The CLIP in a folder or, by its hub id, in the hub's cache; on the CPU, in eval mode and float32. None is the default."""
     name = str(model or DEFAULT)
     try:
-        from transformers import CLIPModel, CLIPProcessor
+        with loading_quietly():
+            from transformers import CLIPModel, CLIPProcessor
     except ImportError as error:
         raise MissingResource("clip_score needs transformers; get it with: pip install 'dmquant[text]'") from error
     folder = find_clip(name)
     weights = sorted(folder.glob(WEIGHTS))
     _refuse_others(folder, weights)
     try:
-        with _quiet():
+        with loading_quietly():
             how = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
             network, found = CLIPModel.from_pretrained(folder, **how)
             processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
@@ -133,19 +134,3 @@ def _hash(weights: Sequence[Path]) -> str:
     """SHA-256 of the file; of several shards, that of their hashes one after the other."""
     hashes = [hash_file(file) for file in weights]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers draws bars and tells of image processors on stderr; the library prints nothing."""
-    from transformers.utils import logging
-
-    before, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        if had_bars:
-            logging.enable_progress_bar()
