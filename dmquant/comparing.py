@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 RUN = "METHOD:W/A[,KEY=VALUE...] to quantize and evaluate; may be repeated."
 PLAN = "JSON list of experiments with their protocol."
 Format = Literal["table", "md", "csv", "json", "latex"]
-Metrics = Annotated[str | None, typer.Option(help="For --run: fid,sfid,kid,is,prdc,psnr,ssim,cosine.", show_default="fid,psnr")]
+MEASURED = "For --run: fid,sfid,kid,is,prdc,psnr,ssim,cosine,layers."
+Metrics = Annotated[str | None, typer.Option(help=MEASURED, show_default="fid,psnr")]
 
 
 def compare(
@@ -46,7 +47,7 @@ def compare(
     given = {"num_images": num_images, "steps": steps, "batch": batch}
     protocol, failures = {name: value for name, value in given.items() if value is not None}, {}
     if runs or plan:
-        paths, failures = _run(paths, runs or [], plan, output, model, device, metrics, protocol)
+        paths, failures = _run(paths, runs or [], plan, output, model, device, metrics, protocol, has_page=html is not None)
     elif any((output, model, metrics, protocol)):
         raise InputError("-o, --model, --metrics, --num-images, --steps and --batch are for --run and --experiments")
     _show(arguments.find_reports(paths or []), form, mixed, html, samples, cards, device)
@@ -56,9 +57,9 @@ def compare(
 
 def _run(
     paths: list[Path] | None, runs: list[str], plan: Path | None, output: Path | None, model: str | None, device: str | None,
-    metrics: str | None, protocol: dict[str, int],
+    metrics: str | None, protocol: dict[str, int], *, has_page: bool,
 ) -> tuple[list[Path], dict[str, str]]:
-    """Does the experiments; the folders with a report, the float model's first, and what failed."""
+    """Does the experiments; the folders with a report, the float model's first, and what failed. A page shows layers too."""
     if output is None:
         raise InputError("give the folder of the experiments with -o")
     if plan is not None and (metrics or protocol):
@@ -66,6 +67,7 @@ def _run(
     from dmquant import denoiser, experiments, gallery
 
     chosen = _make_plan(runs, plan, metrics, protocol)
+    chosen = chosen.with_layers() if has_page else chosen
     denoiser.locate(model)
     arguments.require_writable(output)
     how = {"begin": _begin, "cache": gallery.default_folder(), "tell": console.say, "track": console.Tracker()}

@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ from dmquant import checkpoint, methods, storage
 from dmquant.columns import split_name
 from dmquant.denoiser import find_denoiser, is_quantized
 from dmquant.errors import DmquantError, InputError, Interrupted
-from dmquant.evaluation import evaluate
+from dmquant.evaluation import add_layers, evaluate
 from dmquant.methods.base import Method
 from dmquant.metrics.choice import Choice, choose_metrics
+from dmquant.metrics.profile import NAME as LAYERS
 from dmquant.progress import Track, plain
 from dmquant.quantization import quantize
 from dmquant.report import FILE_NAME, Report
@@ -74,6 +75,10 @@ class Plan:
     @property
     def protocol(self) -> dict[str, Any]:
         return {**PROTOCOL, **self.given}
+
+    def with_layers(self) -> "Plan":
+        """The same, with a look at the layers of every quantized model."""
+        return replace(self, metrics=tuple(dict.fromkeys((*self.metrics, LAYERS))))
 
     @property
     def float_metrics(self) -> tuple[str, ...]:
@@ -203,9 +208,14 @@ def run_experiment(experiment: Experiment, bench: Bench) -> Report:
             checkpoint.save(quantized, folder)
             find_denoiser(quantized)[1].dmquant_effort.save(folder)
     report = _find_report(folder, bench.plan, bench.plan.metrics)
+    if report is not None and (report.layers or LAYERS not in bench.plan.metrics):
+        return report
+    pipeline = checkpoint.load(folder, device=bench.device)
     if report is None:
-        report = _evaluate(checkpoint.load(folder, device=bench.device), bench, bench.plan.metrics)
-        report.save(folder)
+        report = _evaluate(pipeline, bench, bench.plan.metrics)
+    else:  # all but the layers was measured before
+        report = add_layers(report, pipeline, bench.open(), track=bench.track)
+    report.save(folder)
     return report
 
 
@@ -234,15 +244,15 @@ def _evaluate(pipeline: DiffusionPipeline, bench: Bench, metrics: Sequence[str])
 
 
 def _find_report(folder: Path, plan: Plan, metrics: Sequence[str]) -> Report | None:
-    """The report in a folder, where it was taken by the protocol of the plan and has its metrics."""
+    """The report in a folder, where it was taken by the protocol of the plan and has its metrics; layers may be added later."""
     if not (folder / FILE_NAME).is_file():
         return None
     report = Report.load(folder)
     taken, measured = asdict(report.protocol), {split_name(name)[0] for name in report.metrics}
     # a reference is asked for by its place and recorded by its name
     differs = any(taken[name] != value for name, value in plan.protocol.items() if name != "reference")
-    lacks = any(name not in measured for name in metrics if name != "prdc") or ("prdc" in metrics and "recall" not in measured)
-    return None if differs or lacks else report
+    asked = {"recall" if name == "prdc" else name for name in metrics if name != LAYERS}
+    return report if not differs and asked <= measured else None
 
 
 def _read_run(run: dict[str, Any], seed: int | None, suffix: str) -> Experiment:

@@ -37,7 +37,9 @@ def test_runs_are_done_and_shown_and_done_once(tiny_folder, capsys):
     assert "2 of 2 experiments to do, about " in err and "wrote page.html" in err and err.count("README.md") == 2
     folders = sorted(path.name for path in Path("all").iterdir() if path.is_dir())
     assert len(folders) == 3 and folders[0] == "float" and MARK in (Path("all") / folders[1] / "README.md").read_text()
-    assert Path("page.html").read_text(encoding="utf-8").count("data:image/png") == 5  # three strips, two differences
+    page = Path("page.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png") == 5 and "Layer by layer" in page  # three strips, two differences
+    assert Report.load(f"all/{folders[1]}").layers
     assert cli.run(["verify", f"all/{folders[1]}"]) == 0
     capsys.readouterr()
     assert run("all", "--format", "json") == 0

@@ -86,6 +86,18 @@ def test_another_protocol_or_metric_measures_again_without_quantizing(tiny_folde
     assert quantized == [] and len(evaluated) == 5
 
 
+def test_layers_are_added_to_what_was_measured_before(tiny_folder, done, monkeypatch):
+    folder, first = done
+    quantized, evaluated, added = (count(monkeypatch, name) for name in ("quantize", "evaluate", "add_layers"))
+    reports = run(PLAN.with_layers(), folder, tiny_folder).reports
+    assert quantized == evaluated == [] and added == [first.reports["short"], first.reports["long"]]
+    assert all(replace(reports[name], layers=()) == first.reports[name] for name in first.reports)
+    assert reports["long"].layers and Report.load(folder / "long") == reports["long"] and not reports[FLOAT].layers
+    assert run(PLAN.with_layers(), folder, tiny_folder).reports == reports and len(added) == 2
+    (folder / "long" / "report.json").unlink()
+    assert run(PLAN.with_layers(), folder, tiny_folder).reports["long"].layers == reports["long"].layers and len(added) == 2
+
+
 def test_one_that_fails_does_not_stop_the_rest(tiny_folder, done, said, monkeypatch):
     folder, real = done[0], experiments.quantize
     for name in ("long", "short"):
