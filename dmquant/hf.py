@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from dmquant import __version__
 from dmquant.clock import LOOKUPS, Clock
 from dmquant.errors import DamagedFile, InputError
+from dmquant.kernels.fusion import fuse, unfuse
 from dmquant.layers import find_layers
 from dmquant.packed import FLOAT_BITS, Format, Layout, PackedWeight, Timing, is_kind, prepare_packed, read_layout, restore_float
 from dmquant.quantizers.base import FixedGrid
@@ -167,10 +168,12 @@ class DmquantQuantizer(DiffusersQuantizer):
             raise DamagedFile(f"{type(model).__name__}: {_name_some(empty)} were not loaded")
         self.loaded = set()
         model.dmquant_record = self.quantization_config.run
+        fuse(model)
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
         """Plain float layers, under a config that does not call them quantized any more."""
         restore_float(model)
+        unfuse(model)
         model._internal_dict = FrozenDict({key: value for key, value in model.config.items() if key != "quantization_config"})
         del model.quantization_method, model.dmquant_record
         return model

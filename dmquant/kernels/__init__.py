@@ -8,6 +8,9 @@ quantized or not float32, other devices than the CPU, gradients, autocast, group
 The CPU kernels are C, compiled when first needed (compiler.py). All of them are exact in integers and end with one float
 expression, so that the same seed gives the same image whichever runs. Not done: AVX-VNNI of 256 bits, ARM, kernels for weights
 in groups, attention products.
+
+A pipeline that is loaded also gets its blocks fused (fusion.py): norm, activation, residual, enlargement and padding are done by
+the kernels on the way.
 """
 
 from dmquant.kernels.dispatch import run, survey
