@@ -16,7 +16,7 @@ from dmquant.kernels.compiler import CannotCompile
 AVX2, AVX512, VNNI, VBMI, AMX = (1 << bit for bit in range(5))  # as in csrc/isa.c
 NAMES = {AVX2: "AVX2", AVX512: "AVX-512", VNNI: "AVX-512 VNNI", VBMI: "AVX-512 VBMI", AMX: "AMX"}
 FLAGS_256 = ("-mavx2", "-mfma")
-FLAGS_512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
+FLAGS_512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512")
 CHOICES = ("auto", "c", "onednn", "torch")
 
 
@@ -86,7 +86,7 @@ def choice() -> str:
 def state(kernel: Kernel) -> str:
     """Empty if the kernel can be used here, otherwise why it cannot."""
     try:
-        missing = kernel.needs & ~_instruction_sets()
+        missing = kernel.needs & ~instruction_sets()
         if missing:
             return f"this processor has no {' and no '.join(name for bit, name in NAMES.items() if bit & missing)}"
         library(kernel)
@@ -105,5 +105,5 @@ def library(kernel: Kernel) -> ctypes.CDLL:
     return loaded
 
 
-def _instruction_sets() -> int:
+def instruction_sets() -> int:
     return compiler.load("isa").dmquant_isa()

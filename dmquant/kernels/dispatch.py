@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from dmquant.kernels import catalogue, onednn, ops, trial
 from dmquant.kernels.blocked import Blocked, BlockedCodes
 from dmquant.kernels.catalogue import KERNELS, choice
 from dmquant.quantizers.base import FixedGrid
+from dmquant.quantizers.dilated import Divide
 from dmquant.quantizers.temporal import TemporalGrid
 
 LARGEST_SUM = 2**16  # products of an output: 2^16 * 255 * 128 fits 32 bits
@@ -86,22 +88,67 @@ def has_whole_zeros(layer: nn.Module) -> bool:
     return bool(is_code.all()) and (zero is None or bool((zero * step == (zero * step).round()).all()))
 
 
-def apply(layer: nn.Module, blocked: Blocked, x: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Around:
+    """What a kernel does on its way to a product and from it, beside what the layer itself says: see ops.multiply."""
+
+    gain: Tensor | None = None  # (N, C)
+    offset: Tensor | None = None
+    activate: bool = False
+    factor: Tensor | None = None  # (C,)
+    bias: Tensor | None = None  # (N, O), instead of the layer's
+    residual: Tensor | None = None  # of the shape of the output
+    zoom: int = 1
+    window: tuple[int, ...] | None = None  # instead of the layer's
+
+
+NOTHING = Around()
+
+
+def can_fuse(layer: nn.Module, x: Tensor) -> bool:
+    """Whether a layer is multiplied by a kernel that takes an Around, and nobody watches what it reads or gives."""
+    if layer._forward_hooks or layer._forward_pre_hooks or not is_supported(layer, x):
+        return False
+    blocked = layer.weight.blocked
+    if blocked is None or blocked.kernel == onednn.NAME or type(layer.divide) not in (nn.Identity, Divide):
+        return False
+    return torch.compiler.is_compiling() or not trial.check_fusion(blocked.kernel, layer.input.bits)
+
+
+def run_fused(layer: nn.Module, x: Tensor, around: Around) -> Tensor:
+    """The output of a layer that can be fused."""
+    if isinstance(layer.divide, Divide):
+        around = _divided(around, layer.divide.reciprocal, x)
+    return apply(layer, layer.weight.blocked, x, around)
+
+
+def apply(layer: nn.Module, blocked: Blocked, x: Tensor, around: Around = NOTHING) -> Tensor:
     """The output of a layer by the kernel that its weight is arranged for."""
     weight = layer.weight
     act_scale, act_zero = grid_of(layer, x)
     multiply = ops.multiply_op if torch.compiler.is_compiling() else ops.multiply
     zero = weight.zero if blocked.is_shifted else None
     format = (blocked.bits, blocked.halves, layer.input.bits)
-    images = as_images(layer, x, act_scale.numel())
+    per_image = around.gain is not None or around.bias is not None
+    images = as_images(layer, x, len(x) if per_image else act_scale.numel())
+    residual = None if around.residual is None else as_images(layer, around.residual)
+    bias = layer.bias if around.bias is None else around.bias
     out = multiply(
-        images, blocked.weight, blocked.total, weight.scale, zero, layer.bias, act_scale, act_zero, blocked.kernel, format,
-        window_of(layer),
+        images, blocked.weight, blocked.total, weight.scale, zero, bias, act_scale, act_zero, blocked.kernel, format,
+        around.window or window_of(layer), around.gain, around.offset, around.factor, residual, around.activate, around.zoom,
     )  # fmt: skip
     if isinstance(layer, nn.Linear):
         return out.view(*x.shape[:-1], -1)
     out = out.permute(0, 3, 1, 2)
     return out.squeeze(2) if isinstance(layer, nn.Conv1d) else out
+
+
+def _divided(around: Around, reciprocal: Tensor, x: Tensor) -> Around:
+    """The same on inputs whose channels are divided first, after all that a gain and an offset do."""
+    if around.gain is not None:
+        return replace(around, factor=reciprocal)
+    shape = (len(x), len(reciprocal))
+    return replace(around, gain=reciprocal.expand(shape).contiguous(), offset=reciprocal.new_zeros(shape))
 
 
 def grid_of(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:

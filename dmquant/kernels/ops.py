@@ -15,11 +15,13 @@ from dmquant.kernels.catalogue import BY_NAME, library
 
 ROW = 32  # pixels of a row where the layer does not care: rows are what threads share
 
-POINTERS = ("x", "out", "weight", "total", "scale", "zero", "bias", "act_scale", "act_zero")
+POINTERS = (
+    "x", "out", "weight", "total", "scale", "zero", "bias", "act_scale", "act_zero", "gain", "offset", "factor", "residual",
+)  # fmt: skip
 NUMBERS = (
-    "act_stride", "act_max", "bits", "planes", "plane_bytes", "halves", "block", "images", "height", "width", "channels",
-    "outputs", "last_width", "kernel_h", "kernel_w", "stride_h", "stride_w", "pad_top", "pad_left", "out_height", "out_width",
-    "threads",
+    "activate", "zoom", "bias_stride", "act_stride", "act_max", "bits", "planes", "plane_bytes", "halves", "block", "images",
+    "height", "width", "channels", "outputs", "last_width", "kernel_h", "kernel_w", "stride_h", "stride_w", "pad_top", "pad_left",
+    "out_height", "out_width", "threads",
 )  # fmt: skip
 
 
@@ -31,43 +33,48 @@ class Job(ctypes.Structure):
 
 def multiply(
     x: Tensor, weight: Tensor, total: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None,
-    act_scale: Tensor, act_zero: Tensor, kernel: str, format: Sequence[int], window: Sequence[int],
+    act_scale: Tensor, act_zero: Tensor, kernel: str, format: Sequence[int], window: Sequence[int], gain: Tensor | None = None,
+    offset: Tensor | None = None, factor: Tensor | None = None, residual: Tensor | None = None, activate: bool = False,
+    zoom: int = 1,
 ) -> Tensor:  # fmt: skip
     """Quantizes x (N, H, W, C) and convolves it with a blocked weight: (N, H', W', O), float32.
 
     format: bits of a plane, whether scales are halved, bits of activations. window: kernel, stride (both height, width) and
-    padding (top, bottom, left, right). act_scale and act_zero hold one value, or one for each image.
+    padding (top, bottom, left, right). act_scale and act_zero hold one value, or one for each image; bias may be (N, O).
+    With gain and offset (N, C), f(x * gain + offset) * factor is quantized instead of x: f is SiLU or nothing, factor (C) may be
+    None. residual, of the output's shape, is added to it. Each pixel is read zoom times zoom times. oneDNN knows none of these.
     """
     bits, halves, act_bits = format
     if kernel == onednn.NAME:
         return onednn.multiply(x, weight, scale.view(-1) * (0.5 if halves else 1), bias, act_scale, act_zero, act_bits, window)
-    x = x.contiguous()
+    x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     images, height, width, channels = x.shape
-    out = x.new_empty(images, *output_size(x, window), total.shape[1])
+    out = x.new_empty(images, *output_size(x, window, zoom), total.shape[1])
     if out.numel() == 0:
         return out
-    tensors = (x, out, weight, total, scale, zero, bias, act_scale, act_zero)
+    tensors = (x, out, weight, total, scale, zero, bias, act_scale, act_zero, gain, offset, factor, residual)
     pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
-    layout = (int(act_scale.numel() > 1), (1 << act_bits) - 1, bits, len(weight), weight.shape[1], halves)
-    sizes = (BY_NAME[kernel].block_for(channels), images, height, width, channels, out.shape[3], width)
+    per_image = out.shape[3] if bias is not None and bias.dim() == 2 else 0
+    layout = (activate, zoom, per_image, act_scale.numel() > 1, (1 << act_bits) - 1, bits, len(weight), weight.shape[1], halves)
+    sizes = (BY_NAME[kernel].block_for(channels), images, height * zoom, width * zoom, channels, out.shape[3], width * zoom)
     job = Job(*pointers, *layout, *sizes, *window[:5], window[6], *out.shape[1:3], torch.get_num_threads())
-    if tuple(window) == (1, 1, 1, 1, 0, 0, 0, 0):
+    if tuple(window) == (1, 1, 1, 1, 0, 0, 0, 0) and zoom == 1:
         _even_rows(job)
     if library(BY_NAME[kernel]).dmquant_run(ctypes.addressof(job)) != 0:
         raise MemoryError(f"no memory for the kernel {kernel}")
     return out
 
 
-def output_size(x: Tensor, window: Sequence[int]) -> tuple[int, int]:
+def output_size(x: Tensor, window: Sequence[int], zoom: int = 1) -> tuple[int, int]:
     """Height and width of the output."""
     kernel_h, kernel_w, stride_h, stride_w, top, bottom, left, right = window
-    _, height, width, _ = x.shape
+    height, width = x.shape[1] * zoom, x.shape[2] * zoom
     return (height + top + bottom - kernel_h) // stride_h + 1, (width + left + right - kernel_w) // stride_w + 1
 
 
 def _even_rows(job: Job) -> None:
     """Cuts each image into rows of 32 pixels, the last one of what is left: its shape means nothing to a 1x1 convolution."""
-    if job.act_stride == 0:
+    if not (job.act_stride or job.bias_stride or job.gain):
         job.height, job.images = job.height * job.images, 1
     pixels = job.height * job.width
     job.width = job.out_width = ROW
@@ -78,14 +85,19 @@ def _even_rows(job: Job) -> None:
 @torch.library.custom_op("dmquant::multiply", mutates_args=())
 def multiply_op(
     x: Tensor, weight: Tensor, total: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None,
-    act_scale: Tensor, act_zero: Tensor, kernel: str, format: Sequence[int], window: Sequence[int],
+    act_scale: Tensor, act_zero: Tensor, kernel: str, format: Sequence[int], window: Sequence[int], gain: Tensor | None = None,
+    offset: Tensor | None = None, factor: Tensor | None = None, residual: Tensor | None = None, activate: bool = False,
+    zoom: int = 1,
 ) -> Tensor:  # fmt: skip
-    return multiply(x, weight, total, scale, zero, bias, act_scale, act_zero, kernel, format, window)
+    arguments = (x, weight, total, scale, zero, bias, act_scale, act_zero, kernel, format, window)
+    return multiply(*arguments, gain, offset, factor, residual, activate, zoom)
 
 
 @multiply_op.register_fake
 def _(
     x: Tensor, weight: Tensor, total: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None,
-    act_scale: Tensor, act_zero: Tensor, kernel: str, format: Sequence[int], window: Sequence[int],
+    act_scale: Tensor, act_zero: Tensor, kernel: str, format: Sequence[int], window: Sequence[int], gain: Tensor | None = None,
+    offset: Tensor | None = None, factor: Tensor | None = None, residual: Tensor | None = None, activate: bool = False,
+    zoom: int = 1,
 ) -> Tensor:  # fmt: skip
-    return x.new_empty(x.shape[0], *output_size(x, window), total.shape[1])
+    return x.new_empty(x.shape[0], *output_size(x, window, zoom), total.shape[1])

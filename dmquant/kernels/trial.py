@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dmquant.kernels import ops
+from dmquant.kernels import normal, ops
 from dmquant.kernels.blocked import arrange
 from dmquant.kernels.blocking import fill_up
 from dmquant.kernels.catalogue import BY_NAME
+from dmquant.kernels.compiler import CannotCompile
 from dmquant.quantizers.base import quantize
 
 TOLERANCE = 1e-5  # of the largest output
@@ -37,6 +38,20 @@ def check(kernel: str, format: Format) -> str:
         return ""
     reason = f"wrong by {worst:.1e} at {format.bits * format.planes} bits times {format.act_bits}"
     warnings.warn(f"the kernel {kernel} is not used: it is {reason}", RuntimeWarning, stacklevel=2)
+    return reason
+
+
+@cache
+def check_fusion(kernel: str, act_bits: int) -> str:
+    """Empty if the kernel does around a product what is done step by step; otherwise, after a warning, what went wrong."""
+    try:
+        worst, is_same = _compare_fused(kernel, act_bits, torch.Generator().manual_seed(0))
+    except CannotCompile as error:
+        return str(error)
+    if worst <= TOLERANCE and is_same:
+        return ""
+    reason = f"wrong by {worst:.1e}" if worst > TOLERANCE else f"not what {kernel} makes of a normalized image"
+    warnings.warn(f"layers of {act_bits} bits are not fused: the outcome is {reason}", RuntimeWarning, stacklevel=2)
     return reason
 
 
@@ -88,6 +103,22 @@ def _error(kernel: str, format: Format, window: tuple[int, ...], generator: torc
         stride=window[2:4],
     ).permute(0, 2, 3, 1)  # fmt: skip
     return float((found - expected).abs().max() / expected.abs().max())
+
+
+def _compare_fused(kernel: str, act_bits: int, generator: torch.Generator) -> tuple[float, bool]:
+    """How far a normalized image is from torch's, and whether a fused product is bit for bit that of the normalized image."""
+    x, weight, bias = (torch.randn(size, generator=generator) for size in ((2, 3, 5, 36), 36, 36))
+    gain, offset = normal.moments(x, weight, bias, 6, 1e-5)
+    made = normal.normalize(x, gain, offset, activate=True)
+    wanted = nn.functional.silu(nn.functional.group_norm(x.permute(0, 3, 1, 2), 6, weight, bias, 1e-5)).permute(0, 2, 3, 1)
+    codes = torch.randint(2, (37, 36, 9), generator=generator).to(torch.uint8)
+    blocked, per_image = arrange(codes, 1, torch.full((37,), 0.5), kernel), torch.randn(2, 37, generator=generator)
+    grid = (torch.tensor(6.0 / (1 << act_bits)), torch.tensor(float(1 << (act_bits - 1))))
+    common = (blocked.weight, blocked.total, torch.ones(1, 37), None, per_image, *grid, kernel, (1, blocked.halves, act_bits))
+    residual = torch.randn(2, 3, 5, 37, generator=generator)
+    found = ops.multiply(x, *common, WINDOWS[0], gain, offset, None, residual, True)
+    is_same = torch.equal(found, ops.multiply(made, *common, WINDOWS[0]) + residual)
+    return float((made - wanted).abs().max() / wanted.abs().max()), is_same
 
 
 def _values(codes: Tensor, scale: Tensor, zero: Tensor | None, plane: int) -> Tensor:

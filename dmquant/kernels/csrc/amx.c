@@ -39,7 +39,7 @@ static int64_t lay_tiles(const Band *band, Tile *tiles) {
     int64_t count = 0, stride = job->stride_w, pixel = 0;
     for (int64_t r = 0; r < band->count; r++) {
         int64_t top = band->scratch->tops[r] * band->shape->cells_wide, pixels = output_pixels(job, band->row + r);
-        int32_t image = (int32_t)((band->row + r) / job->out_height * job->act_stride);
+        int32_t image = job->act_stride || job->bias_stride ? (int32_t)((band->row + r) / job->out_height) : 0;
         if (job->zero) sum_box(job, band->shape, band->scratch->sums + top, pixels, band->scratch->box + pixel);
         for (int64_t x = 0; x < pixels; x++) {
             int64_t position = top + x * stride, step = count ? position - tiles[count - 1].position : -1;
@@ -57,7 +57,9 @@ static int64_t lay_tiles(const Band *band, Tile *tiles) {
 /* Sums of 16 cells x 16 outputs -> floats. */
 static void put_tile(const Band *band, const Tile *tile, const int32_t *sums, int64_t output) {
     const Job *job = band->job;
-    Outputs o = outputs_of(job, band->plane, output, job->act_scale[tile->image], job->act_zero[tile->image]);
+    int64_t n = tile->image * job->act_stride;
+    const float *bias = bias_of(job, tile->image);
+    Outputs o = outputs_of(job, band->plane, output, job->act_scale[n], job->act_zero[n], bias);
     if (!o.mask) return;
     float *first = job->out + output_pixel(job, band->row) * job->outputs + output;
     for (int i = 0; i < 16; i++) {

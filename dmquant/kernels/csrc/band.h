@@ -17,6 +17,7 @@
 #include <omp.h>
 #endif
 #include "job.h"
+#include "normal.h"
 
 #ifndef TILE_BYTES
 #define TILE_BYTES 0
@@ -48,6 +49,7 @@ typedef struct {
     int32_t *tops;                  /* first input row of each output row */
     int32_t *offsets;               /* of each (channel block, tap) from a tile's first cell */
     int32_t *tiles;                 /* TILE_BYTES of each output pixel, for the kernel's own use */
+    float *normalized;              /* an input row */
 } Scratch;
 
 /* Output rows row..row+count of a band against blocks from..to of a plane of weights. */
@@ -94,7 +96,8 @@ static int reserve(const Job *job, const Shape *s, Scratch *scratch) {
     size_t sums = up(s->band_slots * s->cells_wide * 4, LINE), box = up(s->band_rows * job->out_width * 4, LINE);
     size_t tops = up(s->band_rows * 4, LINE), offsets = up(s->channel_blocks * s->taps * 4, LINE);
     size_t tiles = up(s->band_rows * job->out_width * TILE_BYTES, LINE);
-    size_t need = cells + weights + sums + box + tops + offsets + tiles;
+    size_t normalized = job->gain ? up(job->width * job->channels * 4, LINE) : 0;
+    size_t need = cells + weights + sums + box + tops + offsets + tiles + normalized;
     if (need > held) {
         free(memory);
         memory = aligned_alloc(LINE, need);
@@ -109,14 +112,31 @@ static int reserve(const Job *job, const Shape *s, Scratch *scratch) {
     scratch->tops = (int32_t *)(memory + cells + weights + sums + box);
     scratch->offsets = (int32_t *)(memory + cells + weights + sums + box + tops);
     scratch->tiles = (int32_t *)(memory + cells + weights + sums + box + tops + offsets);
+    scratch->normalized = (float *)(memory + need - normalized);
     return 0;
 }
 
 INLINE int64_t input_pixel(const Job *job, int64_t n, int64_t h) {
-    return n * ((job->height - 1) * job->width + job->last_width) + h * job->width;
+    int64_t row = job->width / job->zoom, missing = job->width - job->last_width;
+    return n * (job->height / job->zoom * row - missing) + h / job->zoom * row;
 }
 
 INLINE int64_t pixels_of(const Job *job, int64_t h) { return h == job->height - 1 ? job->last_width : job->width; }
+
+/* Each of the first cells of a row `zoom` times, in place: from the last to the first. */
+static void spread(void *cells, int64_t bytes, int64_t count, int64_t zoom) {
+    uint8_t *first = cells;
+    for (int64_t p = zoom > 1 ? count - 1 : 0; p > 0; p--) memcpy(first + p * bytes, first + p / zoom * bytes, bytes);
+}
+
+/* The first of a row of input pixels, normalized if the job wants it. */
+static const float *read_row(const Job *job, int64_t n, int64_t h, int64_t width, float *normalized) {
+    const float *x = job->x + input_pixel(job, n, h) * job->channels;
+    if (!job->gain) return x;
+    Normal normal = {job->gain + n * job->channels, job->offset + n * job->channels, job->factor, job->activate};
+    normalize(&normal, x, width, job->channels, normalized);
+    return normalized;
+}
 
 /* Input row h of image n, padding included, into row `slot` of the band. */
 static void quantize_row(const Job *job, const Shape *s, int64_t n, int64_t h, int64_t slot, Scratch *scratch) {
@@ -124,16 +144,17 @@ static void quantize_row(const Job *job, const Shape *s, int64_t n, int64_t h, i
     int64_t width = h < 0 || h >= job->height ? 0 : pixels_of(job, h);
     int64_t left = width ? job->pad_left : 0, right = s->cells_wide - left - width;
     int32_t *sums = needs_sums(job) ? scratch->sums + slot * s->cells_wide : NULL;
+    const float *x = width ? read_row(job, n, h, width / job->zoom, scratch->normalized) : NULL;
     if (sums) memset(sums, 0, s->cells_wide * 4);
     for (int64_t k = 0; k < s->channel_blocks; k++) {
         uint8_t *cells = scratch->cells + k * s->plane_bytes + slot * s->cells_wide * s->cell_bytes;
         fill(job, zero, k, left, cells);
-        if (width) {
-            const float *x = job->x + input_pixel(job, n, h) * job->channels + k * job->block;
-            build(job, n, k, x, width, cells + left * s->cell_bytes, sums ? sums + left : NULL);
-        }
+        uint8_t *first = cells + left * s->cell_bytes;
+        if (width) build(job, n, k, x + k * job->block, width / job->zoom, first, sums ? sums + left : NULL);
+        spread(first, s->cell_bytes, width, job->zoom);
         fill(job, zero, k, right, cells + (left + width) * s->cell_bytes);
     }
+    if (sums) spread(sums + left, sizeof *sums, width, job->zoom);
 }
 
 /* The input rows that output rows row..row+count need, each once; images follow each other without a seam. */
@@ -166,6 +187,13 @@ INLINE int64_t output_pixel(const Job *job, int64_t r) {
 
 INLINE int64_t output_pixels(const Job *job, int64_t r) {
     return job->out_width - (r % job->out_height == job->out_height - 1 ? job->width - job->last_width : 0);
+}
+
+INLINE const float *bias_of(const Job *job, int64_t image) { return job->bias ? job->bias + image * job->bias_stride : NULL; }
+
+/* What the last plane adds to an output, or NULL. */
+INLINE const float *residual_at(const Job *job, int64_t plane, const float *out) {
+    return job->residual && plane == job->planes - 1 ? job->residual + (out - job->out) : NULL;
 }
 
 /* Output rows first..last against blocks from..to of outputs. */

@@ -58,8 +58,11 @@ INLINE void put(const Row *row, int64_t first, __m256i acc, int64_t pixel) {
     scale = _mm256_mul_ps(scale, _mm256_set1_ps(job->halves ? row->act_scale * 0.5f : row->act_scale));
     float *out = row->out + pixel * job->outputs + first;
     __m256 before = row->plane ? _mm256_maskload_ps(out, mask) : _mm256_setzero_ps();
-    if (!row->plane && job->bias) before = _mm256_maskload_ps(job->bias + first, mask);
-    _mm256_maskstore_ps(out, mask, _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc), scale, before));
+    if (!row->plane && row->bias) before = _mm256_maskload_ps(row->bias + first, mask);
+    __m256 value = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc), scale, before);
+    const float *residual = residual_at(job, row->plane, out);
+    if (residual) value = _mm256_add_ps(value, _mm256_maskload_ps(residual, mask));
+    _mm256_maskstore_ps(out, mask, value);
 }
 
 INLINE __m256i totals(const Row *row, int64_t first) {

@@ -14,9 +14,15 @@ typedef struct {
     const int32_t *total;       /* (planes, outputs): sums of levels */
     const float *scale;         /* (planes, outputs), of weights */
     const float *zero;          /* (outputs), of weights; NULL where all shifts are zero */
-    const float *bias;          /* (outputs) or NULL */
+    const float *bias;          /* (outputs), or as many for each image, or NULL */
     const float *act_scale;     /* of each image; one for all if act_stride is 0 */
     const float *act_zero;
+    const float *gain, *offset; /* (images, channels): x * gain + offset is quantized instead of x; or NULL */
+    const float *factor;        /* (channels), of what they make of x, or NULL */
+    const float *residual;      /* added to the output, of its shape; or NULL */
+    int64_t activate;           /* 1: SiLU of x * gain + offset */
+    int64_t zoom;               /* each pixel of x is read so often in each direction: height and width are zoomed */
+    int64_t bias_stride;        /* `outputs` where each image has its own bias, else 0 */
     int64_t act_stride;
     int64_t act_max;            /* the largest code */
     int64_t bits;               /* of a weight in each plane */

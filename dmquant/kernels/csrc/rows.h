@@ -15,6 +15,7 @@ typedef struct {
     int64_t plane;
     const int32_t *box;             /* NULL without shifts */
     float act_scale, act_zero;
+    const float *bias;              /* of this image, or NULL */
     float *out;                     /* of the first pixel, output 0 */
     int64_t pixels;
 } Row;
@@ -25,11 +26,12 @@ static void multiply(const Band *band) {
     const Job *job = band->job;
     const Shape *s = band->shape;
     for (int64_t r = 0; r < band->count; r++) {
-        int64_t n = (band->row + r) / job->out_height * job->act_stride, top = band->scratch->tops[r] * s->cells_wide;
+        int64_t image = (band->row + r) / job->out_height, n = image * job->act_stride;
+        int64_t top = band->scratch->tops[r] * s->cells_wide;
         Row row = {
             .job = job, .shape = s, .cells = band->scratch->cells + top * s->cell_bytes, .offsets = band->scratch->offsets,
             .count = s->channel_blocks * s->taps, .weights = band->weights, .from = band->from, .to = band->to,
-            .plane = band->plane, .act_scale = job->act_scale[n], .act_zero = job->act_zero[n],
+            .plane = band->plane, .act_scale = job->act_scale[n], .act_zero = job->act_zero[n], .bias = bias_of(job, image),
             .out = job->out + output_pixel(job, band->row + r) * job->outputs, .pixels = output_pixels(job, band->row + r),
         };
         if (needs_sums(job)) {

@@ -47,7 +47,9 @@ static void put(const Row *row, int64_t block, int64_t pixel, const int32_t acc[
         if (job->zero) sum -= (int32_t)(level_step(job->bits) * job->zero[o] + level_least(job->bits)) * row->box[pixel];
         float *out = row->out + pixel * job->outputs + o;
         float scale = job->scale[at + o] * (job->halves ? row->act_scale * 0.5f : row->act_scale);
-        *out = fmaf((float)sum, scale, row->plane ? *out : job->bias ? job->bias[o] : 0.0f);
+        const float *residual = residual_at(job, row->plane, out);
+        *out = fmaf((float)sum, scale, row->plane ? *out : row->bias ? row->bias[o] : 0.0f);
+        if (residual) *out += *residual;
     }
 }
 

@@ -29,8 +29,8 @@ INLINE void tile(const Row *row, int64_t block, const uint8_t *levels, int64_t p
         }
     }
     int64_t output = block * OUTPUTS;
-    Outputs o0 = outputs_of(row->job, row->plane, output, row->act_scale, row->act_zero);
-    Outputs o1 = outputs_of(row->job, row->plane, output + 16, row->act_scale, row->act_zero);
+    Outputs o0 = outputs_of(row->job, row->plane, output, row->act_scale, row->act_zero, row->bias);
+    Outputs o1 = outputs_of(row->job, row->plane, output + 16, row->act_scale, row->act_zero, row->bias);
 #pragma GCC unroll 8
     for (int p = 0; p < P; p++) {
         const int32_t *box = row->box + pixel + p;

@@ -1,0 +1,143 @@
+"""Blocks of diffusers that hand a kernel their norm, their activation and their residual, instead of running them one by one.
+
+`fuse` changes the class of a block and nothing else; `unfuse` changes it back. A fused block asks at every call: where a layer
+has no kernel (yet), is watched by a hook, or anything else is out of the ordinary, the block runs as diffusers wrote it. So the
+first call does, which is when kernels are chosen.
+
+Not fused: the norm and the activation before the last convolution (they belong to the root), transformer blocks, processors of
+attention other than the plain ones, concatenations. The products of attention stay with torch. Query, key and value each
+quantize the tokens for themselves: they have grids of their own.
+"""
+
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor, nn
+
+from dmquant.kernels.dispatch import Around, can_fuse, run_fused, window_of
+from dmquant.kernels.normal import moments_of
+
+LAST = torch.channels_last
+
+
+class FusedResnetBlock2D(ResnetBlock2D):
+    """Two kernel calls: each normalizes, activates and quantizes what it reads, the second adds the residual."""
+
+    def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: object, **kwargs: object) -> Tensor:
+        if not self._can_fuse(input_tensor):
+            return super().forward(input_tensor, temb, *args, **kwargs)
+        x = input_tensor.contiguous(memory_format=LAST)
+        time = None if self.time_emb_proj is None else self._embed(temb)
+        gain, offset = moments_of(self.norm1, images(x))
+        is_shifted = time is not None and self.time_embedding_norm == "default"
+        bias = _sum(self.conv1.bias, time) if is_shifted else None
+        hidden = run_fused(self.conv1, x, Around(gain, offset, True, bias=bias))
+        gain, offset = moments_of(self.norm2, images(hidden))
+        if time is not None and not is_shifted:
+            scale, shift = time.chunk(2, dim=1)
+            gain, offset = gain * (1 + scale), offset * (1 + scale) + shift
+        residual = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        out = run_fused(self.conv2, hidden, Around(gain, offset, True, residual=residual))
+        return out if self.output_scale_factor == 1 else out / self.output_scale_factor
+
+    def _can_fuse(self, x: Tensor) -> bool:
+        is_plain = self.upsample is None and self.downsample is None and isinstance(self.nonlinearity, nn.SiLU)
+        is_plain &= self.time_embedding_norm in ("default", "scale_shift") and not is_training(self.dropout)
+        layers = (self.conv1, self.conv2)
+        return is_plain and is_free(self.norm1, self.norm2) and all(can_fuse(layer, x) for layer in layers)
+
+    def _embed(self, temb: Tensor) -> Tensor:
+        """What the time adds to each channel: (N, O)."""
+        return self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
+
+
+class FusedAttention(Attention):
+    """Three kernel calls that normalize and quantize the tokens, torch's attention, and one that adds the residual."""
+
+    def forward(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: Tensor | None = None,
+        **kwargs: object,
+    ) -> Tensor:  # fmt: skip
+        is_self = encoder_hidden_states is None and attention_mask is None and hidden_states.dim() == 4
+        if not is_self or not self._can_fuse(hidden_states):
+            return super().forward(hidden_states, encoder_hidden_states, attention_mask, **kwargs)
+        tokens = images(hidden_states.contiguous(memory_format=LAST)).flatten(1, 2)  # (N, tokens, C)
+        gain, offset = moments_of(self.group_norm, tokens.unsqueeze(1))
+        query, key, value = (
+            run_fused(layer, tokens, Around(gain, offset)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for layer in (self.to_q, self.to_k, self.to_v)
+        )
+        answer = nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        answer = run_fused(self.to_out[0], answer, Around(residual=tokens if self.residual_connection else None))
+        answer = answer if self.rescale_output_factor == 1 else answer / self.rescale_output_factor
+        return answer.unflatten(1, hidden_states.shape[2:]).permute(0, 3, 1, 2)
+
+    def _can_fuse(self, x: Tensor) -> bool:
+        is_plain = type(self.processor) in (AttnProcessor, AttnProcessor2_0) and self.spatial_norm is None
+        is_plain &= self.group_norm is not None and self.norm_q is None and self.norm_k is None
+        layers = (self.to_q, self.to_k, self.to_v, self.to_out[0])
+        is_plain = is_plain and is_free(self.group_norm) and not is_training(self.to_out[1])
+        return is_plain and all(can_fuse(layer, x) for layer in layers)
+
+
+class FusedUpsample2D(Upsample2D):
+    """A kernel call that reads each pixel four times: the enlarged image is never written."""
+
+    def forward(self, hidden_states: Tensor, output_size: int | None = None, *args: object, **kwargs: object) -> Tensor:
+        is_plain = self.use_conv and self.interpolate and not self.use_conv_transpose and self.norm is None
+        conv = self.conv if self.name == "conv" else getattr(self, "Conv2d_0", None)
+        if not is_plain or output_size is not None or torch.is_grad_enabled() or not can_fuse(conv, hidden_states):
+            return super().forward(hidden_states, output_size, *args, **kwargs)
+        return run_fused(conv, hidden_states.contiguous(memory_format=LAST), Around(zoom=2))
+
+
+class FusedDownsample2D(Downsample2D):
+    """A kernel call that knows of the row and the column of zeros: the padded image is never written."""
+
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+        is_padded = self.use_conv and self.padding == 0 and self.norm is None
+        if not is_padded or torch.is_grad_enabled() or not can_fuse(self.conv, hidden_states):
+            return super().forward(hidden_states, *args, **kwargs)
+        return run_fused(self.conv, hidden_states, Around(window=(*window_of(self.conv)[:4], 0, 1, 0, 1)))
+
+
+FUSED = {
+    ResnetBlock2D: FusedResnetBlock2D, Attention: FusedAttention, Upsample2D: FusedUpsample2D, Downsample2D: FusedDownsample2D,
+}  # fmt: skip
+PLAIN = {fused: plain for plain, fused in FUSED.items()}
+
+
+def fuse(denoiser: nn.Module) -> None:
+    """Makes the blocks of a packed denoiser fuse what they can. Parameters, names and everything saved stay as they are."""
+    _change(denoiser, FUSED)
+
+
+def unfuse(denoiser: nn.Module) -> None:
+    """Makes them run as diffusers wrote them."""
+    _change(denoiser, PLAIN)
+
+
+def _change(denoiser: nn.Module, kinds: dict[type, type]) -> None:
+    for module in denoiser.modules():
+        module.__class__ = kinds.get(type(module), type(module))
+
+
+def _sum(bias: Tensor | None, time: Tensor) -> Tensor:
+    return time if bias is None else bias + time
+
+
+def images(x: Tensor) -> Tensor:
+    """(N, C, H, W) as (N, H, W, C)."""
+    return x.permute(0, 2, 3, 1)
+
+
+def is_free(*norms: nn.Module) -> bool:
+    """Whether nobody wants gradients or watches these norms."""
+    is_watched = any(norm._forward_hooks or norm._forward_pre_hooks for norm in norms)
+    return not is_watched and not torch.is_grad_enabled() and all(norm.weight.dtype == torch.float32 for norm in norms)
+
+
+def is_training(dropout: nn.Module) -> bool:
+    return dropout.training and dropout.p > 0

@@ -1,0 +1,90 @@
+"""Group norm on images channels last (N, H, W, C), in two steps: its moments, then what a kernel does to each value it reads.
+
+A group norm is a gain and an offset for each channel of each image. A kernel applies them, and SiLU behind them, to what it is
+about to quantize (ops.multiply), so that no normalized image is ever written. `normalize` writes one, by the same C: it is what
+kernels are compared with.
+"""
+
+import ctypes
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from dmquant.kernels import catalogue, compiler
+from dmquant.kernels.catalogue import AVX2, AVX512, FLAGS_256, FLAGS_512, Kernel
+from dmquant.kernels.compiler import CannotCompile
+
+VARIANTS = (Kernel("normal", AVX512, FLAGS_512), Kernel("normal", AVX2, FLAGS_256), Kernel("normal"))  # best first
+POINTERS = ("x", "weight", "bias", "gain", "offset", "sums", "factor", "out")
+NUMBERS = ("images", "pixels", "channels", "groups", "activate", "threads")
+
+
+class Norm(ctypes.Structure):
+    """The structure of csrc/normal.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in POINTERS), *((name, ctypes.c_int64) for name in NUMBERS),
+        ("epsilon", ctypes.c_double),
+    ]  # fmt: skip
+
+
+def moments(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Gain and offset (N, C) of a group norm over x (N, H, W, C): x * gain + offset is what it gives."""
+    x = x.contiguous()
+    images, channels = len(x), x.shape[-1]
+    gain, offset = x.new_empty(images, channels), x.new_empty(images, channels)
+    sums = x.new_empty(images, 2, channels, dtype=torch.float64)
+    if x.numel():
+        library().dmquant_moments(ctypes.byref(_norm((x, weight, bias, gain, offset, sums, None, None), groups, False, epsilon)))
+    return gain, offset
+
+
+def normalize(x: Tensor, gain: Tensor, offset: Tensor, *, factor: Tensor | None = None, activate: bool = False) -> Tensor:
+    """f(x * gain + offset) * factor with f = SiLU if `activate`: (N, H, W, C)."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    if x.numel():
+        library().dmquant_normalize(ctypes.byref(_norm((x, None, None, gain, offset, None, factor, out), 1, activate, 0.0)))
+    return out
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """Raises CannotCompile where there is none."""
+    missing = "no variant"
+    for variant in VARIANTS:
+        try:
+            if variant.needs & ~catalogue.instruction_sets():
+                continue
+            loaded = compiler.load(variant.name, variant.flags)
+        except CannotCompile as error:
+            missing = str(error)
+            continue
+        for function in (loaded.dmquant_moments, loaded.dmquant_normalize):
+            function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_int
+        return loaded
+    raise CannotCompile(missing)
+
+
+def _norm(tensors: tuple[Tensor | None, ...], groups: int, activate: bool, epsilon: float) -> Norm:
+    x = tensors[0]
+    pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
+    pixels = x.numel() // (len(x) * x.shape[-1])
+    return Norm(*pointers, len(x), pixels, x.shape[-1], groups, activate, torch.get_num_threads(), epsilon)
+
+
+@torch.library.custom_op("dmquant::moments", mutates_args=())
+def moments_op(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, epsilon: float) -> tuple[Tensor, Tensor]:
+    return moments(x, weight, bias, groups, epsilon)
+
+
+@moments_op.register_fake
+def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, epsilon: float) -> tuple[Tensor, Tensor]:
+    return x.new_empty(len(x), x.shape[-1]), x.new_empty(len(x), x.shape[-1])
+
+
+def moments_of(norm: nn.GroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Gain and offset (N, C) of a layer over x (N, H, W, C)."""
+    act = moments_op if torch.compiler.is_compiling() else moments
+    return act(x, norm.weight, norm.bias, norm.num_groups, norm.eps)

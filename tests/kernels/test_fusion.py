@@ -1,0 +1,207 @@
+"""Fused blocks give what diffusers' own give, and step back wherever anything is out of the ordinary."""
+
+import copy
+
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor, nn
+
+from dmquant.kernels import fusion, normal
+from dmquant.packed import pack_model
+from dmquant.quantizers.dilated import Divide
+from tests.kernels.test_ops import error, make_layer
+from tests.test_packed import run, tiny_unet
+
+
+@pytest.fixture(autouse=True)
+def automatic(monkeypatch):
+    monkeypatch.setenv("DMQUANT_KERNELS", "auto")
+    with torch.no_grad():
+        torch.manual_seed(0)
+        yield
+
+
+class NormAndActivate(nn.GroupNorm):
+    """The norm and the activation of a block by the C that kernels run: what is left to differ is the order of sums."""
+
+    is_active = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        last = (x.unsqueeze(2) if x.dim() == 3 else x).permute(0, 2, 3, 1)
+        made = normal.normalize(last, *normal.moments_of(self, last), activate=self.is_active).permute(0, 3, 1, 2)
+        return made.squeeze(2) if x.dim() == 3 else made
+
+
+class Alone(NormAndActivate):
+    is_active = False
+
+
+def pack_layers(block: nn.Module, weight_bits: int = 2, act_bits: int = 4) -> nn.Module:
+    """Every layer of a block packed at random; norms with weights that are not one."""
+    for name, layer in list(block.named_modules()):
+        if isinstance(layer, nn.GroupNorm):
+            nn.init.normal_(layer.weight), nn.init.normal_(layer.bias)
+        if type(layer) in (nn.Conv2d, nn.Linear):
+            options = {"stride": layer.stride, "padding": layer.padding} if isinstance(layer, nn.Conv2d) else {}
+            packed = make_layer(layer.weight.shape, weight_bits, act_bits, **options)
+            packed.weight.scale.mul_(layer.weight[0].numel() ** -0.5)
+            packed.bias = layer.bias
+            parent, _, leaf = name.rpartition(".")
+            setattr(block.get_submodule(parent), leaf, packed)
+    return block.eval()
+
+
+def resnet(**options) -> nn.Module:
+    options = {"in_channels": 12, "out_channels": 20, "temb_channels": 16, "groups": 4, **options}
+    return pack_layers(ResnetBlock2D(**options))
+
+
+def stepwise(block: nn.Module, kind: type, *inputs: Tensor) -> Tensor:
+    """The block as diffusers wrote it, on the norms of the kernels."""
+    other = copy.deepcopy(block)
+    fusion.unfuse(other)
+    for module in other.modules():
+        if type(module) is nn.GroupNorm:
+            module.__class__ = kind
+    if kind is NormAndActivate:
+        time = other.nonlinearity  # of the time alone; of images it is done
+        other.nonlinearity = nn.Identity()
+        if inputs[1] is not None and not other.skip_time_act:
+            inputs = (inputs[0], time(inputs[1]))
+    other(*inputs)
+    return other(*inputs)
+
+
+BLOCKS = [
+    {}, {"temb_channels": None}, {"out_channels": 12, "output_scale_factor": 2.0}, {"skip_time_act": True},
+    {"in_channels": 70, "out_channels": 36, "groups": 2},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", BLOCKS, ids=str)
+def test_a_fused_block_is_its_steps(options):
+    block, x = resnet(**options), torch.randn(3, options.get("in_channels", 12), 6, 5)
+    time = None if options.get("temb_channels", 16) is None else torch.randn(3, 16)
+    plain = block(x, time)
+    fusion.fuse(block)
+    assert block._can_fuse(x)
+    found, wanted = block(x, time), stepwise(block, NormAndActivate, x, time)
+    # a value that lies between two codes may fall to either side where a bias is added first: few do, and by one step
+    assert (found - wanted).abs().median() < 1e-6 and error(found, wanted) < 0.1
+    assert (found - plain).abs().median() < 1e-5 and error(found, plain) < 0.1
+    if time is None:
+        assert torch.equal(found, wanted)
+
+
+def test_normalized_images_are_those_of_torch():
+    for shape, groups in (((3, 5, 7, 48), 16), ((2, 1, 2, 6), 1), ((1, 9, 9, 130), 26)):
+        x = torch.randn(shape) * 3 + 100 * torch.randn(shape[-1])  # means far from zero
+        norm = nn.GroupNorm(groups, shape[-1])
+        nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+        wanted = copy.deepcopy(norm).double()(x.permute(0, 3, 1, 2).double()).permute(0, 2, 3, 1)
+        gain, offset = normal.moments_of(norm, x)
+        assert error(normal.normalize(x, gain, offset), wanted) < 1e-6
+        assert error(normal.normalize(x, gain, offset, activate=True), nn.functional.silu(wanted)) < 1e-6
+
+
+def test_silu_is_that_of_float64_over_its_whole_range():
+    x = torch.cat([torch.linspace(-87, 87, 20001), torch.tensor([-1e30, -100.0, 100.0, 1e30, 0.0])]).view(1, 1, -1, 1)
+    found = normal.normalize(x, torch.ones(1, 1), torch.zeros(1, 1), activate=True)
+    wanted = nn.functional.silu(x.double())
+    assert ((found - wanted).abs() <= 3e-6 * wanted.abs() + 1e-7).all()
+
+
+def test_a_constant_image_has_no_variance_and_no_harm_is_done():
+    x = torch.full((1, 4, 4, 8), 3.0)
+    assert normal.normalize(x, *normal.moments_of(nn.GroupNorm(2, 8), x)).abs().max() < 1e-3
+
+
+def test_scales_and_shifts_by_the_time_are_fused():
+    block, x, time = resnet(time_embedding_norm="scale_shift"), torch.randn(3, 12, 6, 5), torch.randn(3, 16)
+    plain = block(x, time)
+    fusion.fuse(block)
+    assert (block(x, time) - plain).abs().median() < 1e-5 and error(block(x, time), plain) < 0.1
+
+
+def test_attention_reads_normalized_tokens_and_adds_its_residual():
+    block = pack_layers(Attention(24, heads=2, dim_head=12, norm_num_groups=4, residual_connection=True, bias=True))
+    x = torch.randn(2, 24, 5, 3)
+    plain = block(x)
+    fusion.fuse(block)
+    assert block._can_fuse(x) and torch.allclose(block(x), stepwise(block, Alone, x), atol=1e-5)
+    assert (block(x) - plain).abs().median() < 1e-5
+    context = torch.randn(2, 4, 24)
+    assert torch.equal(block(x.flatten(2).transpose(1, 2), context), stepwise(block, nn.GroupNorm, x.flatten(2).mT, context))
+
+
+@pytest.mark.parametrize(
+    "make, size",
+    [
+        (lambda: Upsample2D(12, use_conv=True, out_channels=20), (3, 5)),
+        (lambda: Downsample2D(12, use_conv=True, padding=0), (6, 9)),
+    ],
+    ids=["upsampling", "downsampling"],
+)
+@pytest.mark.parametrize("bits", [(1, 4), (1, 6), (4, 8)])
+def test_images_are_enlarged_and_padded_bit_for_bit(make, size, bits):
+    block, x = pack_layers(make(), *bits), torch.randn(2, 12, *size)
+    plain = block(x)
+    fusion.fuse(block)
+    assert torch.equal(block(x), plain) and torch.equal(block(x.contiguous(memory_format=torch.channels_last)), plain)
+
+
+def test_channels_that_are_divided_are_divided_after_the_norm():
+    block, x, time = resnet(temb_channels=None), torch.randn(3, 12, 6, 5), None
+    for layer in (block.conv1, block.conv2):
+        layer.divide = Divide(layer.in_channels, 2)
+        layer.divide.reciprocal.uniform_(0.5, 2)
+    block(x, time)
+    fusion.fuse(block)
+    assert torch.equal(block(x, time), stepwise(block, NormAndActivate, x, time))
+
+
+def test_a_block_whose_layers_are_watched_or_trained_runs_as_it_was():
+    block, x, time = resnet(), torch.randn(1, 12, 4, 4), torch.randn(1, 16)
+    plain, seen = block(x, time), []
+    fusion.fuse(block)
+    hook = block.norm2.register_forward_hook(lambda *_: seen.append(1))
+    assert torch.equal(block(x, time), plain) and seen
+    hook.remove()
+    with torch.enable_grad():
+        assert not block._can_fuse(x)
+    assert not block._can_fuse(x.double()) and block._can_fuse(x)
+
+
+def test_fusing_changes_classes_only_and_back():
+    packed = pack_model(tiny_unet())
+    names, kinds = list(packed.state_dict()), [type(module) for module in packed.modules()]
+    fusion.fuse(packed)
+    assert list(packed.state_dict()) == names and any(type(module) in fusion.PLAIN for module in packed.modules())
+    run(packed)
+    assert torch.isfinite(run(copy.deepcopy(packed))).all()
+    fusion.unfuse(packed)
+    assert [type(module) for module in packed.modules()] == kinds
+
+
+def test_without_kernels_a_fused_model_is_the_reference_bit_for_bit(monkeypatch):
+    monkeypatch.setenv("DMQUANT_KERNELS", "torch")
+    packed = pack_model(tiny_unet())
+    wanted = run(packed)
+    fusion.fuse(packed)
+    assert torch.equal(run(packed), wanted)
+
+
+def test_a_fused_block_compiles_to_one_graph():
+    block, x, time = resnet(), torch.randn(2, 12, 4, 4), torch.randn(2, 16)
+    block(x, time)
+    fusion.fuse(block)
+    wanted = block(x, time)
+    assert torch.equal(torch.compile(block, backend="eager", fullgraph=True)(x, time), wanted)
+
+
+def test_the_moments_tell_their_shape_without_computing():
+    torch.library.opcheck(normal.moments_op, (torch.randn(2, 3, 4, 6), torch.randn(6), None, 3, 1e-5))
