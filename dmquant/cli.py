@@ -72,6 +72,9 @@ def quantize(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would become of each layer, and stop.")] = False,
     max_steps: Annotated[int | None, typer.Option(help="Optimiser steps at most.", min=0, **HIDDEN)] = None,
     data: Annotated[Path | None, typer.Option(help="Images to fine-tune on; default: data-free.", **HIDDEN)] = None,
+    prompts: Prompts = None,
+    class_labels: Labels = None,
+    guidance_scale: Guidance = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was interrupted.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a result, and a run that was interrupted.")] = False,
 ) -> None:
@@ -89,6 +92,7 @@ def quantize(
         planned = {"bits": quantization.plan(pipeline, chosen), "attention_bits": chosen.attention_bits}
         _show_coverage(pipeline, chosen.weight_bits, chosen.act_bits, **planned)
         return
+    conditioning = arguments.read_conditioning(prompts, class_labels, guidance_scale)
     denoiser.locate(model)
     if ranks.is_first():
         storage.check_target(folder, force=force)
@@ -97,7 +101,8 @@ def quantize(
         interruption.resumable(folder, context.obj, resume=resume, force=force) as run,
     ):
         pipeline = arguments.open_model(model, device)
-        quantized = quantization.quantize(pipeline, chosen, seed=seed, data=data, run=run, track=console.Tracker())
+        how = {"conditioning": conditioning, "run": run, "track": console.Tracker()}
+        quantized = quantization.quantize(pipeline, chosen, seed=seed, data=data, **how)
         if ranks.is_first():
             checkpoint.save(quantized, folder, force=force)
             _sum_up(quantized, folder)

@@ -17,7 +17,7 @@ from dmquant.denoising import Denoising, open_denoising
 from dmquant.distill import Distillation, weigh
 from dmquant.effort import Meter
 from dmquant.errors import InputError
-from dmquant.generation import Conditioning
+from dmquant.generation import Conditioning, complete
 from dmquant.layers import find_layers
 from dmquant.methods.base import Method
 from dmquant.packed import FLOAT_BITS, pack_model
@@ -35,7 +35,8 @@ def quantize(
 
     `method` is a name with its `settings` (weight_bits=4, act_bits=8, ...) or a Method. `data` names images to train on
     instead of the teacher's own samples; `samples` is a recording to share between methods; `run`, a SavedRun, survives
-    interruption. What comes back computes what dmquant.load gives after dmquant.save. Raises InputError for what cannot be
+    interruption; `conditioning` is what is recorded of a conditional pipeline: prompts or classes, and at which guidance. What
+    comes back computes what dmquant.load gives after dmquant.save. Raises InputError for what cannot be
     quantized as asked.
     """
     method = resolve(method, settings)
@@ -45,6 +46,9 @@ def quantize(
     student = make_student(pipeline, method, meter=meter, **how)
     packed, trained = pack_model(student), count_trained(pipeline, student)
     packed.dmquant_record = describe_run(pipeline, method, seed) | trained
+    if samples is None:
+        asked = complete(pipeline, conditioning).describe()
+        packed.dmquant_record |= {name: value for name, value in asked.items() if value is not None}
     packed.dmquant_effort = meter.sum_up(**trained, is_whole=not run.is_continued)
     hf.mark(packed)
     return with_denoiser(pipeline, find_denoiser(pipeline)[0], packed)

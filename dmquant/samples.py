@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dmquant.clock import find_timestep_name
 from dmquant.denoiser import evaluating, find_denoiser
-from dmquant.generation import Conditioning, generate
+from dmquant.generation import Conditioning, complete, generate
 from dmquant.progress import Track, plain
 
 # far from the small seeds that people draw and evaluate with; torch's CPU generator reads 32 bits of a seed and no more
@@ -31,6 +31,7 @@ class Samples:
     conditioning: dict[str, Tensor]  # one row per sample; nested arguments are written "outer.inner"
     shared: dict[str, Tensor]  # arguments that have no batch dimension, the same for every sample
     names: tuple[str, str] = ("sample", "timestep")  # what the denoiser calls x and timestep
+    guidance: float | None = None  # scale at which the sampler mixes answers with and without condition, where it asks for both
 
     def __len__(self) -> int:
         return len(self.x)
@@ -49,7 +50,7 @@ class Samples:
         return [self[slice(start, start + batch)] for start in range(0, len(self), batch)]
 
     def on(self, device: torch.device) -> Self:
-        moved = {f.name: _move(getattr(self, f.name), device) for f in fields(self) if f.name != "names"}
+        moved = {f.name: _move(getattr(self, f.name), device) for f in fields(self) if f.name not in ("names", "guidance")}
         return replace(self, **moved)
 
     def call(self, denoiser: nn.Module) -> Tensor:
@@ -64,7 +65,7 @@ def record(
     conditioning: Conditioning = Conditioning(), track: Track = plain,
 ) -> Samples:
     """Every denoiser call of `trajectories` runs of the pipeline's own sampler with `steps` steps."""
-    denoiser, recorder = find_denoiser(pipeline)[1], Recorder()
+    denoiser, recorder, conditioning = find_denoiser(pipeline)[1], Recorder(), complete(pipeline, conditioning)
     seeds, how = recording_seeds(seed, trajectories), dict(steps=steps, batch=batch, conditioning=conditioning, track=track)
     hook = denoiser.register_forward_hook(recorder.note, with_kwargs=True)
     try:
@@ -73,7 +74,7 @@ def record(
                 pass  # the hook keeps what is wanted
     finally:
         hook.remove()
-    return recorder.samples()
+    return replace(recorder.samples(), guidance=conditioning.guidance)
 
 
 def recording_seeds(seed: int, count: int) -> range:

@@ -55,6 +55,8 @@ def test_the_run_is_named_after_model_method_and_bits(tiny_folder, tmp_path, cap
     assert (tmp_path / "runs" / "tiny-lsq-w2a32" / "model_index.json").is_file()
     out, err = capsys.readouterr()
     assert out == "" and "runs/tiny-lsq-w2a32" in err
+    assert re.search(r"trained [\d.]+ M parameters \(1\d\d.\d%\) in \d+ s: recording \d+, calibration \d+, fine-tuning \d+", err)
+    assert json.loads((tmp_path / "runs" / "tiny-lsq-w2a32" / "effort.json").read_text())["is_whole"]
     assert 1 < float(re.search(r"MB on disk, 1/([\d.]+) of float32", err)[1]) < 16
 
 

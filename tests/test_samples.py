@@ -3,7 +3,10 @@ import torch
 from torch import nn
 
 from dmquant.denoiser import find_denoiser, open_pipeline
+from dmquant.generation import Conditioning
+from dmquant.runs import SavedRun
 from dmquant.samples import Recorder, Samples, record, recording_seeds
+from tests.text import make_text_pipeline
 
 
 @pytest.fixture
@@ -86,6 +89,17 @@ def test_a_spread_misses_no_timestep_whatever_the_counts():
         empty = torch.zeros(len(timestep), 1)
         samples = Samples(empty, timestep, empty, {}, {})
         assert len(samples.spread(count).timestep.unique()) == steps
+
+
+def test_the_guidance_of_a_recording_goes_wherever_its_samples_go(tmp_path):
+    run, samples = SavedRun(tmp_path / "run"), record(make_text_pipeline(), 1, steps=2, seed=0, conditioning=Conditioning(("a",)))
+    assert samples.guidance == samples[:2].guidance == samples.spread(2).on(torch.device("cpu")).guidance == 7.5
+    run.open({}, {})
+    run.recall(lambda: samples)
+    run._save(1, {})
+    again = SavedRun(tmp_path / "run")
+    again.open({}, {})
+    assert again.recall(lambda: None).guidance == 7.5
 
 
 def test_a_sampler_that_reuses_its_tensors_does_not_change_the_recording():

@@ -49,7 +49,6 @@ class EfficientDM(Method):
     trajectory: Literal["cached", "sequential"] = setting(
         "cached", "optimiser steps draw any recorded calls, or go along trajectories, one denoising step each (paper)"
     )
-    guidance: float = setting(1.5, "guidance scale of the loss where calls were recorded with and without condition")
     learning_rate: float = setting(1e-4, "AdamW rate of all adapters with scale_aware=false")
     quantizer_rate: float = setting(5e-3, "AdamW rate of activation scales and zeros, relative to each one's size at the start")
     weight_scale_rate: float = setting(5e-4, "AdamW rate of weight scales, relative to each one's size at the start")
@@ -65,8 +64,6 @@ class EfficientDM(Method):
             raise ValueError(f"adapter_divisor must be above 0, got {self.adapter_divisor}")
         if not 0 <= self.weight_scale_rate < math.inf:
             raise ValueError(f"weight_scale_rate must be 0 or more, got {self.weight_scale_rate}")
-        if not math.isfinite(self.guidance):
-            raise ValueError(f"guidance must be a number, got {self.guidance}")
 
     def plan(self, denoiser: nn.Module) -> dict[str, tuple[int, int]]:
         plan = super().plan(denoiser)
@@ -117,8 +114,7 @@ class EfficientDM(Method):
     def follow(self, objective: Objective) -> Objective:
         """The objective along trajectories and under guidance; one on images stays as it is."""
         if isinstance(objective, Distillation):
-            in_sequence = self.trajectory == "sequential"
-            return follow(objective.samples, objective.weight, guidance=self.guidance, in_sequence=in_sequence)
+            return follow(objective.samples, objective.weight, in_sequence=self.trajectory == "sequential")
         if self.trajectory == "sequential":
             raise InputError("trajectory=sequential follows recorded trajectories; leave --data out, or set trajectory=cached")
         return objective

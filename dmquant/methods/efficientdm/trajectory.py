@@ -46,11 +46,11 @@ class Following:
         return here[(first + torch.arange(count)) % len(here)]
 
 
-def follow(samples: Samples, weight: Tensor, *, guidance: float, in_sequence: bool) -> Following:
-    """The objective over a recording; `guidance` is used where it was made with and without condition."""
-    pairs = find_pairs(samples)
+def follow(samples: Samples, weight: Tensor, *, in_sequence: bool) -> Following:
+    """The objective over a recording, guided as the recording was where it was made with and without condition."""
+    pairs = None if samples.guidance is None else find_pairs(samples)
     calls = torch.arange(len(samples)).unsqueeze(1) if pairs is None else pairs
-    shares = (1.0,) if pairs is None else (1 - guidance, guidance)
+    shares = (1.0,) if pairs is None else (1 - samples.guidance, samples.guidance)
     if pairs is not None and has_condition_first(samples):
         shares = shares[::-1]
     return Following(samples, weight, calls, shares, order_calls(samples.timestep[calls[:, 0]]) if in_sequence else ())
