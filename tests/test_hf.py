@@ -71,7 +71,7 @@ def make_packed(kind: type[ModelMixin] = UNet2DModel, timesteps: list[float] | N
     def choose(name: str, layer: nn.Module) -> tuple[nn.Module, nn.Module]:
         bits = 8 if "time" in name or name.endswith(("_in", "_out")) else 4
         weight = Uniform(bits, num_channels=len(layer.weight), ndim=layer.weight.ndim, init="minmax")
-        grid = Uniform(8, symmetric=False, init="minmax") if clock is None else TemporalStep(8, clock)
+        grid = Uniform(8, symmetric=False, init="minmax") if clock is None else TemporalStep(8, clock, init="minmax")
         weight.observe(layer.weight)
         with nullcontext() if clock is None else clock.at(clock.timesteps, len(clock.timesteps)):
             grid.observe(torch.randn(len(timesteps or [0]), 200))

@@ -46,10 +46,15 @@ def quantizers(layer: nn.Module, weight_bits: int, act_bits: int, x: torch.Tenso
     return weight, grid
 
 
-def tiny_unet(bits: dict[str, tuple[int, int]] | None = None) -> nn.Module:
+TWO_LEVELS = dict(
+    block_out_channels=(8, 16), down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D")
+)
+ONE_LEVEL = dict(block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))  # attention between
+
+
+def tiny_unet(bits: dict[str, tuple[int, int]] | None = None, levels: dict[str, tuple] = TWO_LEVELS) -> nn.Module:
     torch.manual_seed(0)
-    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
-    unet = UNet2DModel(8, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1, attention_head_dim=8, **blocks)
+    unet = UNet2DModel(8, norm_num_groups=4, layers_per_block=1, attention_head_dim=8, **levels)
     swap(unet, lambda name, layer: quantizers(layer, *(bits or {}).get(name, (4, 8)), torch.randn(100)))
     return unet.eval()
 
@@ -128,7 +133,7 @@ def test_a_packed_model_can_be_copied_and_has_no_float_weight_of_its_layers():
 
 
 def test_a_packed_model_compiles_to_one_graph():
-    packed = pack_model(tiny_unet())
+    packed = pack_model(tiny_unet(levels=ONE_LEVEL))
     compiled = torch.compile(packed, backend="eager", fullgraph=True)
     assert torch.equal(run(compiled), run(packed))
 

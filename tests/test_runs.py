@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,27 @@ def pipeline(tiny_folder):
     return open_pipeline(tiny_folder)
 
 
+@pytest.fixture(scope="module")
+def whole(pipeline):
+    """The weights of a run that never stopped. Read them; do not change them."""
+    return weights(quantize(pipeline, **QUICK))
+
+
+@pytest.fixture(scope="module")
+def stopped(pipeline, tmp_path_factory):
+    """The folder of a run stopped after two steps, its state saved. Read it; do not write into it."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.raises(Interrupted, match="stopped before step 2"):
+        quantize(pipeline, run=SavedRun(folder, should_stop=after(2)), **QUICK)
+    return folder
+
+
+@pytest.fixture
+def folder(stopped, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(stopped, tmp_path / "run")
+
+
 def weights(pipeline):
     return find_denoiser(pipeline)[1].state_dict()
 
@@ -42,18 +64,12 @@ def after(count):
     return lambda: next(asked) >= count
 
 
-def interrupt(pipeline, folder, *, count=2, **settings):
-    """A run stopped after `count` steps, its state saved."""
-    with pytest.raises(Interrupted, match=f"stopped before step {count}"):
-        quantize(pipeline, run=SavedRun(folder, should_stop=after(count)), **{**QUICK, **settings})
-
-
 # Continuing
 
 
 @pytest.mark.parametrize(("stops", "settings"), [((3,), {}), ((0, 1, 4), {"ema_decay": 0.9})], ids=["once", "thrice"])
-def test_a_stopped_run_ends_with_the_weights_of_one_that_never_stopped(stops, settings, pipeline, tmp_path):
-    expected = weights(quantize(pipeline, **QUICK, **settings))
+def test_a_stopped_run_ends_with_the_weights_of_one_that_never_stopped(stops, settings, pipeline, whole, tmp_path):
+    expected = weights(quantize(pipeline, **QUICK, **settings)) if settings else whole
     for taken in stops:
         with pytest.raises(Interrupted):
             quantize(pipeline, run=SavedRun(tmp_path / "run", should_stop=after(taken)), **QUICK, **settings)
@@ -62,7 +78,7 @@ def test_a_stopped_run_ends_with_the_weights_of_one_that_never_stopped(stops, se
     assert_equal(weights(quantize(pipeline, run=SavedRun(tmp_path / "run"), **QUICK, **settings)), expected)
 
 
-def test_an_interrupt_in_the_middle_of_a_step_costs_the_steps_since_the_last_save(pipeline, tmp_path, monkeypatch):
+def test_an_interrupt_in_the_middle_of_a_step_costs_the_steps_since_the_last_save(pipeline, whole, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "SHARE", math.inf)
 
     def press(steps, label):
@@ -74,13 +90,12 @@ def test_an_interrupt_in_the_middle_of_a_step_costs_the_steps_since_the_last_sav
     with pytest.raises(KeyboardInterrupt):
         quantize(pipeline, run=SavedRun(tmp_path / "run", period_s=0), track=press, **QUICK)
     assert json.loads((tmp_path / "run" / "state" / "step.json").read_text()) == 3
-    assert_equal(weights(quantize(pipeline, run=SavedRun(tmp_path / "run"), **QUICK)), weights(quantize(pipeline, **QUICK)))
+    assert_equal(weights(quantize(pipeline, run=SavedRun(tmp_path / "run"), **QUICK)), whole)
 
 
-def test_samples_are_recorded_once(pipeline, tmp_path, monkeypatch):
-    interrupt(pipeline, tmp_path / "run")
+def test_samples_are_recorded_once(pipeline, folder, monkeypatch):
     monkeypatch.setattr("dmquant.quantization.record", None)
-    quantize(pipeline, run=SavedRun(tmp_path / "run"), **QUICK)
+    quantize(pipeline, run=SavedRun(folder), **QUICK)
 
 
 class Line(torch.nn.Module):
@@ -164,12 +179,11 @@ def test_a_killed_run_continues_with_the_same_weights(pipeline, tiny_folder, tmp
 # Refusing
 
 
-def test_other_facts_are_refused_by_name(pipeline, tmp_path, monkeypatch):
+def test_other_facts_are_refused_by_name(pipeline, folder, tmp_path, monkeypatch):
     def refuses(match, pipeline=pipeline, **settings):
         with pytest.raises(InputError, match=match):
-            quantize(pipeline, run=SavedRun(tmp_path / "run"), **{**QUICK, **settings})
+            quantize(pipeline, run=SavedRun(folder), **{**QUICK, **settings})
 
-    interrupt(pipeline, tmp_path / "run")
     refuses("seed was 0, now 1", seed=1)
     refuses("batch was 2, now 3; learning_rate was .*, now 0.1", batch=3, learning_rate=0.1)
     (tmp_path / "data").mkdir()
@@ -185,26 +199,24 @@ def test_other_facts_are_refused_by_name(pipeline, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["state/optimizer.safetensors", "state/step.json", "start/samples.safetensors"])
-def test_a_damaged_state_is_refused_and_can_be_removed(name, pipeline, tmp_path):
-    interrupt(pipeline, tmp_path / "run")
-    file = tmp_path / "run" / name
+def test_a_damaged_state_is_refused_and_can_be_removed(name, pipeline, folder):
+    file = folder / name
     file.write_bytes(file.read_bytes()[:-1])
-    run = SavedRun(tmp_path / "run")
+    run = SavedRun(folder)
     with pytest.raises(DamagedFile, match=f"{file.name} is damaged.*--force"):
         quantize(pipeline, run=run, **QUICK)
     run.remove()
     assert not run.is_there() and not run.folder.exists()
 
 
-def test_what_somebody_else_put_there_is_not_removed(pipeline, tmp_path):
-    interrupt(pipeline, tmp_path / "run")
-    (tmp_path / "run" / "diary.txt").write_text("mine")
-    SavedRun(tmp_path / "run").remove()
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["diary.txt"]
-    (tmp_path / "run" / "state").mkdir()
-    (tmp_path / "run" / "state" / "diary.txt").write_text("mine too")
+def test_what_somebody_else_put_there_is_not_removed(folder):
+    (folder / "diary.txt").write_text("mine")
+    SavedRun(folder).remove()
+    assert [path.name for path in folder.iterdir()] == ["diary.txt"]
+    (folder / "state").mkdir()
+    (folder / "state" / "diary.txt").write_text("mine too")
     with pytest.raises(InputError, match="does not delete"):
-        SavedRun(tmp_path / "run").remove()
+        SavedRun(folder).remove()
 
 
 # Saving
@@ -224,9 +236,7 @@ def test_an_interrupt_before_the_first_step_leaves_no_files(pipeline, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_save_that_fails_leaves_the_state_before_it(pipeline, tmp_path, monkeypatch):
-    expected = weights(quantize(pipeline, **QUICK))
-    interrupt(pipeline, tmp_path / "run")
+def test_a_save_that_fails_leaves_the_state_before_it(pipeline, whole, folder, monkeypatch):
     save, done = runs.save_file, []
     while True:
         calls = iter(range(1 << 30))
@@ -238,14 +248,14 @@ def test_a_save_that_fails_leaves_the_state_before_it(pipeline, tmp_path, monkey
 
         monkeypatch.setattr(runs, "save_file", fail)
         try:
-            quantize(pipeline, run=SavedRun(tmp_path / "run", should_stop=after(1)), **QUICK)
+            quantize(pipeline, run=SavedRun(folder, should_stop=after(1)), **QUICK)
         except Interrupted:
             break
         except DmquantError as error:
             done.append(str(error))
     assert len(done) == 3 and all("No space left" in text for text in done)
-    assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
-    assert_equal(weights(quantize(pipeline, run=SavedRun(tmp_path / "run"), **QUICK)), expected)
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    assert_equal(weights(quantize(pipeline, run=SavedRun(folder), **QUICK)), whole)
 
 
 def test_a_large_state_is_saved_less_often(tmp_path, monkeypatch):
@@ -284,9 +294,8 @@ def test_a_run_that_another_rank_is_about_to_remove_is_not_continued(tmp_path, m
     assert not run.is_there() and (tmp_path / "run" / "state").is_dir()
 
 
-def test_files_follow_the_umask_and_hold_no_pickle(pipeline, tmp_path):
-    interrupt(pipeline, tmp_path / "run")
-    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+def test_files_follow_the_umask_and_hold_no_pickle(stopped):
+    files = [path for path in stopped.rglob("*") if path.is_file()]
     assert {path.suffix for path in files} == {".json", ".safetensors"}
     assert {oct(path.stat().st_mode & 0o777) for path in files} == {oct(0o666 & ~_umask())}
 
