@@ -1,8 +1,13 @@
 """Tiny pipelines, made in memory: everything that runs them takes a fraction of a second on one core."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# threads of so small a model mostly wait for each other; processes that tests start inherit this
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TINY_UNET = dict(
     sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=8,
@@ -10,15 +15,17 @@ TINY_UNET = dict(
 )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+@pytest.fixture(autouse=True, scope="session")
+def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No test may reach a hub, nor see the caches, the Inception weights or the debug switch of the person who runs it."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    # most tests compare packed and quantized layers bit for bit, which holds of the reference; tests/kernels has its own
-    monkeypatch.setenv("DMQUANT_KERNELS", "torch")
-    monkeypatch.setenv("DMQUANT_CACHE", str(tmp_path_factory.getbasetemp() / "images"))
-    for name in ("DMQUANT_DEBUG", "DMQUANT_INCEPTION_WEIGHTS", "NO_COLOR", "FORCE_COLOR"):
-        monkeypatch.delenv(name, raising=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        # most tests compare packed and quantized layers bit for bit, which holds of the reference; tests/kernels has its own
+        patch.setenv("DMQUANT_KERNELS", "torch")
+        patch.setenv("DMQUANT_CACHE", str(tmp_path_factory.getbasetemp() / "images"))
+        for name in ("DMQUANT_DEBUG", "DMQUANT_INCEPTION_WEIGHTS", "NO_COLOR", "FORCE_COLOR"):
+            patch.delenv(name, raising=False)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from dmquant.experiments import FLOAT, Experiment, Plan, estimate_minutes, parse
 from dmquant.methods import get
 from dmquant.report import Report
 
-SMALL = {"trajectories": 1, "sampling_steps": 2, "calibration_samples": 2, "batch": 2}
+SMALL = {"trajectories": 1, "sampling_steps": 2, "calibration_samples": 2, "batch": 2, "init": "minmax"}
 PROTOCOL = {"num_images": 4, "steps": 2, "batch": 2}
 
 
@@ -33,9 +33,7 @@ def said():
 def whole(tiny_folder, tmp_path_factory):
     """The plan, done. Copy it before changing it."""
     folder = tmp_path_factory.mktemp("plan")
-    with pytest.MonkeyPatch.context() as patch:  # the arithmetic of all tests: kernels round in their own ways
-        patch.setenv("DMQUANT_KERNELS", "torch")
-        return folder, run(PLAN, folder, tiny_folder)
+    return folder, run(PLAN, folder, tiny_folder)
 
 
 @pytest.fixture
