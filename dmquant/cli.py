@@ -90,6 +90,7 @@ def quantize(
     if dry_run:
         pipeline = arguments.open_model(model, "cpu")
         planned = {"bits": quantization.plan(pipeline, chosen), "attention_bits": chosen.attention_bits}
+        planned["notes"] = chosen.notes(denoiser.find_denoiser(pipeline)[1])
         _show_coverage(pipeline, chosen.weight_bits, chosen.act_bits, **planned)
         return
     conditioning = arguments.read_conditioning(prompts, class_labels, guidance_scale)
@@ -208,13 +209,14 @@ def fetch(resource: Annotated[Literal["inception", "clip"], typer.Argument(help=
 
 
 def _show_coverage(
-    pipeline: "DiffusionPipeline", weight_bits: int, act_bits: int, *, bits: dict | None = None, attention_bits: int | None = None
-) -> None:
+    pipeline: "DiffusionPipeline", weight_bits: int, act_bits: int, *, bits: dict | None = None, attention_bits: int | None = None,
+    notes: dict | None = None,
+) -> None:  # fmt: skip
     from dmquant import coverage
     from dmquant.cost import measure_cost
     from dmquant.denoiser import find_denoiser
 
-    cost = measure_cost(find_denoiser(pipeline)[1], bits=bits, attention_bits=attention_bits)
+    cost = measure_cost(find_denoiser(pipeline)[1], bits=bits, notes=notes, attention_bits=attention_bits)
     rows = coverage.tabulate(cost, weight_bits=weight_bits, act_bits=act_bits)
     console.show_table(coverage.HEADINGS, rows, align="lllrrrl", notes=["", *coverage.summarize(cost)])
 

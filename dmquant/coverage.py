@@ -2,11 +2,14 @@
 
 from dmquant.cost import FLOAT_BITS, Cost, LayerCost
 
-HEADINGS = ("layer", "role", "shape", "W bits", "A bits", "MACs, M", "why")
+HEADINGS = ("layer", "role", "shape", "W bits", "A bits", "MACs, M", "notes")
 
 
 def tabulate(cost: Cost, *, weight_bits: int, act_bits: int) -> list[list[str]]:
-    """One row per layer, under HEADINGS; the bits are those asked for, and a layer that got others says why."""
+    """One row per layer, under HEADINGS; the bits are those asked for, and a layer that got others says why.
+
+    Behind that stands what the method has to say of the layer.
+    """
     return [
         [
             layer.name,
@@ -15,7 +18,7 @@ def tabulate(cost: Cost, *, weight_bits: int, act_bits: int) -> list[list[str]]:
             str(layer.weight_bits),
             str(layer.act_bits),
             f"{layer.macs / 1e6:.2f}",
-            layer.note or _explain(layer, weight_bits, act_bits),
+            "; ".join(text for text in (_explain(layer, weight_bits, act_bits), layer.note) if text),
         ]
         for layer in cost.layers
     ]

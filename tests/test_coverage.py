@@ -1,5 +1,7 @@
 """Each layer is listed with its bits, and one that got others than asked for says why."""
 
+from dataclasses import replace
+
 from dmquant.cost import Cost, LayerCost
 from dmquant.coverage import HEADINGS, summarize, tabulate
 from dmquant.denoiser import Role
@@ -22,3 +24,9 @@ def test_layers_that_differ_from_what_was_asked_say_why():
 def test_the_summary_counts_layers_and_compares_with_float():
     text = " ".join(summarize(COST))
     assert "2 of 3 quantized" in text and "1/4.00 of 0.00 MB" in text
+
+
+def test_what_a_method_says_of_a_layer_stands_behind_why_its_bits_differ():
+    noted = replace(COST, layers=tuple(replace(layer, note="3 of 4 channels dilated") for layer in COST.layers))
+    rows = tabulate(noted, weight_bits=4, act_bits=8)
+    assert [row[-1] for row in rows[:2]] == ["first: kept at 8/8; 3 of 4 channels dilated", "3 of 4 channels dilated"]

@@ -132,6 +132,10 @@ class Method:
         """Weight and activation bits of every layer by name."""
         return {name: self.bits(role) for name, role in find_roles(denoiser).items()}
 
+    def notes(self, denoiser: nn.Module) -> dict[str, str]:
+        """What a plan should say of layers beside their bits, by name; of a float denoiser, without samples."""
+        return {}
+
     def weight_quantizer(self, layer: nn.Module, bits: int) -> nn.Module:
         """LSQ with a step per output channel. A symmetric one-bit grid would be {-s, 0}: one bit is a sign and a scale."""
         if bits == FLOAT_BITS:

@@ -1,5 +1,6 @@
 """Weight dilation: by how much each input channel of a weight can grow before the range of an output channel does."""
 
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 
 from dmquant.calibration import run_float
 from dmquant.layers import quantized_layers
+from dmquant.methods.dilatequant.folding import apply_fold, find_folds, share
 from dmquant.quantizers.base import Quantizer
 from dmquant.quantizers.dilated import DilatedInput, DilatedWeight
 from dmquant.samples import Samples
@@ -60,13 +62,13 @@ def dilated_layers(student: nn.Module) -> dict[str, nn.Module]:
     return {name: layer for name, layer in quantized_layers(student).items() if isinstance(layer.weight_quantizer, DilatedWeight)}
 
 
-def dilate(student: nn.Module) -> None:
-    """Sets the factors of every layer from its weight."""
-    for layer in dilated_layers(student).values():
-        set_factors(layer, find_factors(layer.weight, getattr(layer, "groups", 1)))
+def dilate(student: nn.Module, *, fold: bool) -> None:
+    """Sets the factors of every layer from its weight, and folds them where that is exact."""
+    layers = dilated_layers(student)
+    set_all(student, {name: find_factors(layer.weight, getattr(layer, "groups", 1)) for name, layer in layers.items()}, fold=fold)
 
 
-def smooth(student: nn.Module, samples: Samples, *, batch: int) -> None:
+def smooth(student: nn.Module, samples: Samples, *, batch: int, fold: bool) -> None:
     """Sets the factors of every layer from its weight and what it reads in the float model."""
     layers = dilated_layers(student)
     peaks = {name: Peak(layer.weight.ndim - 2) for name, layer in layers.items()}
@@ -74,9 +76,23 @@ def smooth(student: nn.Module, samples: Samples, *, batch: int) -> None:
         for name, layer in layers.items():
             hooks.callback(layer.register_forward_pre_hook(peaks[name].note).remove)
         run_float(student, samples.split(batch))
-    for name, layer in layers.items():
-        if peaks[name].magnitude is not None:  # a layer that never runs has nothing to smooth
-            set_factors(layer, find_smooth_factors(layer.weight, peaks[name].magnitude, getattr(layer, "groups", 1)))
+    # a layer that never runs has nothing to smooth
+    ran = {name: layer for name, layer in layers.items() if peaks[name].magnitude is not None}
+    factors = {
+        name: find_smooth_factors(layer.weight, peaks[name].magnitude, getattr(layer, "groups", 1)) for name, layer in ran.items()
+    }
+    set_all(student, factors, fold=fold)
+
+
+def set_all(student: nn.Module, factors: Mapping[str, Tensor], *, fold: bool) -> None:
+    """Dilates layers by name. A factor that is folded is part of the weight from then on, and nothing is left to divide."""
+    folds = find_folds(student, factors) if fold else []
+    shared, folded = share(factors, folds), {reader for fold in folds for reader in fold.readers}
+    for each in folds:
+        apply_fold(student, each, shared[each.readers[0]])
+    for name in factors:
+        if name not in folded:
+            set_factors(student.get_submodule(name), shared[name])
 
 
 class Peak:
@@ -96,7 +112,10 @@ def set_factors(layer: nn.Module, factor: Tensor) -> None:
     layer.input_quantizer.divide.reciprocal.copy_(factor.reciprocal())
 
 
-def count_dilated(student: nn.Module) -> dict[str, tuple[int, int]]:
-    """Dilated input channels and all input channels of each layer that can be dilated, by name."""
-    factors = {name: layer.weight_quantizer.factor for name, layer in dilated_layers(student).items()}
-    return {name: (int((factor != 1).sum()), len(factor)) for name, factor in factors.items()}
+def describe_dilation(denoiser: nn.Module, names: Collection[str], *, fold: bool) -> dict[str, str]:
+    """How many input channels of these layers of a float model would be dilated, in words, by name."""
+    layers = {name: denoiser.get_submodule(name) for name in names}
+    folds = find_folds(denoiser, names) if fold else []
+    factors = share({name: find_factors(layer.weight, getattr(layer, "groups", 1)) for name, layer in layers.items()}, folds)
+    counts = {name: f"{int((factor != 1).sum())} of {len(factor)} channels dilated" for name, factor in factors.items()}
+    return counts | {reader: f"{counts[reader]}, folded" for fold in folds for reader in fold.readers}

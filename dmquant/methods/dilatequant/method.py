@@ -12,11 +12,12 @@ from dmquant.clock import Clock, Timed, attach
 from dmquant.denoiser import Role, find_roles
 from dmquant.distill import Distillation, Objective
 from dmquant.errors import InputError
-from dmquant.layers import quantized_inputs
+from dmquant.layers import find_layers, quantized_inputs
 from dmquant.methods.base import Method, setting
 from dmquant.methods.dilatequant.concatenation import find_places
-from dmquant.methods.dilatequant.dilation import dilate, smooth, wrap_layers
+from dmquant.methods.dilatequant.dilation import describe_dilation, dilate, smooth, wrap_layers
 from dmquant.methods.dilatequant.reconstruction import reconstruct
+from dmquant.packed import FLOAT_BITS
 from dmquant.progress import Track
 from dmquant.quantizers.base import Quantizer
 from dmquant.quantizers.split import Split
@@ -35,6 +36,7 @@ class DilateQuant(Method):
     dilation: Literal["weights", "smooth", "none"] = setting(
         "weights", "factors of input channels: the largest that no weight range forbids, SmoothQuant's within them, or none"
     )
+    fold: bool = setting(True, "factors are folded into what precedes, where that is exact; false: always divided before rounding")
     temporal: bool = setting(True, "inputs and attention products have a grid per timestep (TPQ); false: one for all")
     lookup: Literal["nearest", "linear"] = setting("nearest", "grid at an uncalibrated timestep: the nearest, or a mean of two")
     first_grid: Literal["temporal", "static"] = setting(
@@ -56,6 +58,15 @@ class DilateQuant(Method):
             raise ValueError(f"block_samples must be at least 1, got {self.block_samples}")
         if not 0 < self.cache_gib < math.inf:
             raise ValueError(f"cache_gib must be above 0, got {self.cache_gib}")
+
+    def notes(self, denoiser: nn.Module) -> dict[str, str]:
+        """How many channels of each layer are dilated; with dilation=smooth, which needs samples, those that may be."""
+        swappable = find_layers(denoiser)
+        names = [name for name, bits in self.plan(denoiser).items() if name in swappable and max(bits) < FLOAT_BITS]
+        if self.dilation == "none":
+            return {}
+        counts = describe_dilation(denoiser, names, fold=self.fold)
+        return counts if self.dilation == "weights" else {name: f"at most {text}" for name, text in counts.items()}
 
     def prepare(self, student: nn.Module, clock: Clock) -> None:
         """LSQ's layers, dilated; a grid per timestep for each input but the time embedding's, which follow from the timestep."""
@@ -79,9 +90,9 @@ class DilateQuant(Method):
     def calibrate(self, student: nn.Module, samples: Samples, *, track: Track) -> None:
         """Factors first: grids are those of dilated weights and divided inputs."""
         if self.dilation == "weights":
-            dilate(student)
+            dilate(student, fold=self.fold)
         elif self.dilation == "smooth":
-            smooth(student, samples.spread(self.calibration_samples), batch=self.batch)
+            smooth(student, samples.spread(self.calibration_samples), batch=self.batch, fold=self.fold)
         super().calibrate(student, samples, track=track)
 
     def finetune(

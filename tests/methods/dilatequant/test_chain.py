@@ -26,7 +26,7 @@ MOST = 32  # tokens: a denoiser's own number of them would cost minutes and show
 def calls_of(network, count=5):
     """Calls of a denoiser on few random tokens at random timesteps, as a recording has them."""
     torch.manual_seed(0)
-    arguments = _randomized(example_inputs(network, batch=count, device="cpu"))
+    arguments = randomized(example_inputs(network, batch=count, device="cpu"))
     recorder = Recorder()
     network.register_forward_hook(recorder.note, with_kwargs=True)
     network(**arguments)
@@ -35,9 +35,9 @@ def calls_of(network, count=5):
     return recorder.samples()
 
 
-def _randomized(value):
+def randomized(value):
     if isinstance(value, dict):
-        return {name: _randomized(inner) for name, inner in value.items()}
+        return {name: randomized(inner) for name, inner in value.items()}
     if not torch.is_tensor(value):
         return value
     few = value[tuple(slice(MOST) for _ in value.shape)]

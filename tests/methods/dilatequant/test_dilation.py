@@ -8,7 +8,7 @@ from torch import nn
 
 from dmquant.layers import swap
 from dmquant.methods.dilatequant.dilation import (
-    LARGEST, count_dilated, dilated_layers, find_factors, find_smooth_factors, set_factors, wrap_layers,
+    LARGEST, describe_dilation, dilated_layers, find_factors, find_smooth_factors, set_factors, wrap_layers,
 )
 from dmquant.quantizers.dilated import spread
 from dmquant.quantizers.uniform import LearnedStep
@@ -99,11 +99,23 @@ def test_smooth_factors_follow_the_inputs_within_the_bound_of_dilation():
     assert (find_smooth_factors(weight, torch.zeros(12)) == 1).all()
 
 
-def test_layers_of_codes_by_codes_are_wrapped_and_counted():
+def test_layers_of_codes_by_codes_are_wrapped():
     model = nn.Sequential(nn.Linear(8, 2), nn.Conv2d(8, 2, 3), nn.Linear(2, 2))
     inputs = [LearnedStep(4, symmetric=False), LearnedStep(4, symmetric=False), nn.Identity()]
     swap(model, lambda name, layer: (LearnedStep(4, num_channels=2, ndim=layer.weight.ndim), inputs[int(name)]))
     wrap_layers(model)
-    assert list(dilated_layers(model)) == ["0", "1"] and count_dilated(model) == {"0": (0, 8), "1": (0, 8)}
-    set_factors(model[0], torch.tensor([1.0, 2, 1, 1, 3, 1, 1, 1]))
-    assert count_dilated(model)["0"] == (2, 8)
+    assert list(dilated_layers(model)) == ["0", "1"]
+    factor = torch.tensor([1.0, 2, 1, 1, 3, 1, 1, 1])
+    set_factors(model[0], factor)
+    assert torch.equal(model[0].weight_quantizer.factor, factor)
+    assert torch.equal(model[0].input_quantizer.divide.reciprocal, 1 / factor)
+
+
+def test_dilated_channels_are_counted_in_a_float_model():
+    model = nn.ModuleDict({"first": nn.Linear(4, 2), "second": nn.Conv2d(4, 2, 1)})
+    weight = torch.tensor([[4.0, -1.0, 0.5, 0.0], [1.0, -2.0, -1.0, 0.0]])
+    model["first"].weight.data = weight
+    model["second"].weight.data = torch.ones(2, 4, 1, 1)
+    assert describe_dilation(model, ["first", "second"], fold=True) == {
+        "first": "1 of 4 channels dilated", "second": "0 of 4 channels dilated"
+    }  # fmt: skip

@@ -7,13 +7,13 @@ import torch
 from PIL import Image
 
 import dmquant
-from dmquant import checkpoint
+from dmquant import checkpoint, cli
 from dmquant.attention import QuantInput
 from dmquant.clock import Clock
 from dmquant.denoiser import Role, find_denoiser, find_roles, with_denoiser
 from dmquant.errors import DamagedFile, InputError
 from dmquant.layers import quantized_layers
-from dmquant.methods.dilatequant.dilation import count_dilated, find_factors
+from dmquant.methods.dilatequant.dilation import find_factors
 from dmquant.methods.dilatequant.method import DilateQuant
 from dmquant.packed import packed_layers, read_layout
 from dmquant.quantization import make_student, quantize
@@ -52,14 +52,34 @@ def test_each_part_can_be_left_out(pipeline):
 
 @pytest.mark.parametrize("dilation", ["weights", "smooth"])
 def test_factors_are_those_of_the_teachers_weights(pipeline, samples, dilation):
-    student = make_student(pipeline, DilateQuant(**{**QUICK, "max_steps": 0}, dilation=dilation), samples=samples)
-    teacher = find_denoiser(pipeline)[1]
+    student = make_student(pipeline, DilateQuant(**{**QUICK, "max_steps": 0}, dilation=dilation, fold=False), samples=samples)
+    teacher, dilated = find_denoiser(pipeline)[1], 0
     for name, layer in quantized_layers(student).items():
         factor, limit = layer.weight_quantizer.factor, find_factors(teacher.get_submodule(name).weight)
         assert (factor >= 1).all() and (factor <= limit).all()
         assert dilation == "smooth" or torch.equal(factor, limit)
         assert torch.equal(layer.input_quantizer.divide.reciprocal, factor.reciprocal())
-    assert sum(dilated for dilated, _ in count_dilated(student).values()) > 10
+        dilated += int((factor != 1).sum())
+    assert dilated > 10
+
+
+def test_a_plan_says_how_many_channels_of_each_layer_are_dilated(pipeline, samples):
+    student = make_student(pipeline, DilateQuant(**{**QUICK, "max_steps": 0}, keep=(Role.ATTENTION,), fold=False), samples=samples)
+    teacher = find_denoiser(pipeline)[1]
+    notes = DilateQuant(keep=(Role.ATTENTION,)).notes(teacher)
+    assert notes.keys() == quantized_layers(student).keys()
+    for name, layer in quantized_layers(student).items():
+        factor = layer.weight_quantizer.factor
+        assert notes[name] == f"{(factor != 1).sum()} of {len(factor)} channels dilated"
+    assert DilateQuant(dilation="none").notes(teacher) == {}
+    folded = DilateQuant(dilation="smooth").notes(teacher)["mid_block.attentions.0.to_q"]
+    assert folded.startswith("at most ") and folded.endswith("of 8 channels dilated, folded")
+
+
+def test_a_dry_run_shows_it(tiny_folder, capsys):
+    assert cli.run(["quantize", str(tiny_folder), "--method", "dilatequant", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("channels dilated") > 20 and "channels dilated, folded" in shown and "first: kept at 8/8; 0 of 3" in shown
 
 
 @pytest.mark.parametrize(
