@@ -127,7 +127,8 @@ def draw_scale(heat: Mapping[float, Values], top: float) -> tuple[str, float]:
     least, said = find_least(heat), "range of a layer's input, as a share of its widest:"
     x = LEFT + LETTER * len(said)
     cells = [
-        f'<rect x="{x + 44 + 14 * step:.0f}" y="{top + 4}" width="14" height="12" fill="{COLOURS[0]}" fill-opacity="{step / 9:.2f}"/>'
+        f'<rect x="{x + 44 + 14 * step:.0f}" y="{top + 4}" width="14" height="12" fill="{COLOURS[0]}"'
+        f' fill-opacity="{step / 9:.2f}"/>'
         for step in range(10)
     ]
     ends = write(x + 38, top + 14, f"{least:.0%}", "end") + write(x + 190, top + 14, "100%", "start")
@@ -161,7 +162,7 @@ def draw_names(row: Row, top: float) -> tuple[str, float]:
 
 
 def draw_bands(bands: Sequence[Band], title: str) -> str:
-    """What a layer reads from timestep to timestep: the whole range, and in it darker the bulk."""
+    """What a layer reads from timestep to timestep: the whole range, and in it stronger the bulk."""
     bands = sorted(bands, key=lambda band: band.timestep)
     x_axis = make_axis("timestep", [band.timestep for band in bands], LEFT - 16, SMALL_WIDTH - 20, may_be_log=False)
     ends = [value for band in bands for value in (band.least, band.largest)]

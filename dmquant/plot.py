@@ -58,7 +58,9 @@ def scatter(points: Sequence[Point], *, x_title: str, y_title: str) -> str:
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{point.colour}"/>')
         is_right = x > (LEFT + WIDTH) / 2
         height = _free(taken, x, y)
-        parts.append(write(x + (-9 if is_right else 9), height + 4, point.label, "end" if is_right else "start"))
+        # above on the right, below on the left: the line that joins the points falls from left to right
+        place = (x - 7, height + 13) if is_right else (x + 7, height - 4)
+        parts.append(write(*place, point.label, "end" if is_right else "start"))
     return wrap(parts, f"{y_title} against {x_title}")
 
 
