@@ -1,6 +1,7 @@
 """Attention products on integer grids: the factors of q k^T and p v are no layers, so their quantizers live in the processor."""
 
 from collections.abc import Callable
+from functools import partial
 
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
@@ -77,11 +78,11 @@ def find_attentions(denoiser: nn.Module) -> dict[str, Attention]:
     }  # fmt: skip
 
 
-def quantize_products(denoiser: nn.Module, make: Callable[[], nn.Module]) -> None:
-    """Gives every attention a processor with quantizers made by `make`."""
+def quantize_products(denoiser: nn.Module, make: Callable[[int], nn.Module]) -> None:
+    """Gives every attention a processor with quantizers made by `make`, which is told the number of heads."""
     for attention in find_attentions(denoiser).values():
         device = next(attention.parameters()).device
-        attention.set_processor(QuantAttention(make, attention.processor).to(device))
+        attention.set_processor(QuantAttention(partial(make, attention.heads), attention.processor).to(device))
 
 
 def restore_products(denoiser: nn.Module) -> None:

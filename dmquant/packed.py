@@ -25,14 +25,14 @@ from dmquant.layers import find_layers, quantized_layers
 from dmquant.packing import check_bits, pack, unpack
 from dmquant.quantizers.base import BasisCodes, Codes, FixedGrid, Quantizer
 from dmquant.quantizers.dilated import DILATED, Divide, spread
-from dmquant.quantizers.split import SPLIT, SplitGrid, is_split, split_place
+from dmquant.quantizers.split import HEADS, SPLIT, HeadGrids, SplitGrid, is_split, split_place
 from dmquant.quantizers.temporal import TEMPORAL, TemporalGrid
 
 FLOAT_BITS = 32
 SLICES = WeakTensorKeyDictionary()  # codes of a weight whose input is split -> their version, and a layer for each part
 Bits = tuple[int, int]  # of weights, of activations
 BASES = "bases"  # every bit plane of the weight is a binary basis with a scale of its own
-KINDS = (BASES, TEMPORAL, DILATED, SPLIT)
+KINDS = (BASES, TEMPORAL, DILATED, SPLIT, HEADS)
 
 
 class Format(NamedTuple):
@@ -296,7 +296,7 @@ def prepare_packed(denoiser: nn.Module, layout: Layout, *, dtype: torch.dtype) -
         attach(clock, denoiser)
     if layout.attention_bits != FLOAT_BITS:
         format = Format(FLOAT_BITS, layout.attention_bits, layout.attention_kinds)
-        quantize_products(denoiser, lambda: empty_grid(format, device="meta", clock=clock))
+        quantize_products(denoiser, lambda heads: empty_grid(format, device="meta", clock=clock, channels=heads))
 
 
 @torch.no_grad()
@@ -338,8 +338,10 @@ def empty_grid(format: Format, *, device: torch.device | str, clock: Clock | Non
     if format.act_bits == FLOAT_BITS:
         return nn.Identity()
     place = split_place(format.kinds)
+    whole = format._replace(kinds=tuple(kind for kind in format.kinds if kind != HEADS and not is_split(kind)))
+    if HEADS in format.kinds:
+        return HeadGrids([empty_grid(whole, device=device, clock=clock) for _ in range(channels)])
     if place is not None:
-        whole = format._replace(kinds=tuple(kind for kind in format.kinds if not is_split(kind)))
         return SplitGrid([empty_grid(whole, device=device, clock=clock) for _ in range(2)], (place, channels - place))
     return TemporalGrid(format.act_bits, clock, device) if TEMPORAL in format.kinds else FixedGrid(format.act_bits, device)
 

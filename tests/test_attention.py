@@ -61,7 +61,7 @@ def test_without_quantizers_it_is_the_attention_of_diffusers(name, has_mask):
 @torch.no_grad()
 def test_each_factor_is_rounded_to_its_grid():
     attention = Attention(query_dim=16, heads=2, dim_head=8).eval()
-    quantize_products(attention, lambda: FixedGrid(4))
+    quantize_products(attention, lambda heads: FixedGrid(4))
     factors = {name: getattr(attention.processor, name).input_quantizer for name in ("query", "key", "probability", "value")}
     seen = {}
     for name, grid in factors.items():

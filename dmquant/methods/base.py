@@ -166,7 +166,7 @@ class Method:
             if not find_attentions(student):
                 kind = type(student).__name__
                 raise InputError(f"attention_bits: {kind} has no attention products that dmquant knows; leave it at 32")
-            quantize_products(student, lambda: LearnedStep(self.attention_bits, symmetric=False))
+            quantize_products(student, lambda heads: LearnedStep(self.attention_bits, symmetric=False))
 
     def time_first(self, student: nn.Module, clock: Clock) -> None:
         """Gives the input of the first layer a grid per timestep.

@@ -13,6 +13,7 @@ from dmquant.clock import Clock
 from dmquant.quantizers.base import Codes, Quantizer
 
 SPLIT = "split"  # the kind of an input on two grids; where the second begins is written behind it: split:128
+HEADS = "heads"  # the kind of a factor of an attention product with a grid per head
 
 
 class Parts(nn.Module):
@@ -31,8 +32,12 @@ class Parts(nn.Module):
         return self.parts[0].bits
 
     @property
+    def kind(self) -> str:
+        return f"{SPLIT}:{self.channels[0]}"
+
+    @property
     def kinds(self) -> tuple[str, ...]:
-        return (*getattr(self.parts[0], "kinds", ()), f"{SPLIT}:{self.channels[0]}")
+        return (*getattr(self.parts[0], "kinds", ()), self.kind)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([part(piece) for part, piece in self.pairs(x)], 1)
@@ -75,6 +80,27 @@ class Split(Parts, Quantizer):
 
     def freeze(self) -> SplitGrid:
         return SplitGrid([part.freeze() for part in self.parts], self.channels)
+
+
+class HeadGrids(SplitGrid):
+    """A grid for each head of an attention, whose factors are (B, heads, N, C)."""
+
+    kind = HEADS
+
+    def __init__(self, parts: Sequence[nn.Module]):
+        super().__init__(parts, (1,) * len(parts))
+
+
+class Heads(Split):
+    """A quantizer for each head of an attention, whose factors are (B, heads, N, C)."""
+
+    kind = HEADS
+
+    def __init__(self, parts: Sequence[Quantizer]):
+        super().__init__(parts, (1,) * len(parts))
+
+    def freeze(self) -> HeadGrids:
+        return HeadGrids([part.freeze() for part in self.parts])
 
 
 def split_place(kinds: Iterable[str]) -> int | None:

@@ -9,7 +9,7 @@ from dmquant.clock import Clock
 from dmquant.layers import quantized
 from dmquant.packed import empty_layer, is_kind, layer_format, pack_layer, restore_float, slices_of
 from dmquant.quantizers.dilated import DILATED, DilatedInput, DilatedWeight
-from dmquant.quantizers.split import Split, SplitGrid, split_place
+from dmquant.quantizers.split import HEADS, Heads, Split, SplitGrid, split_place
 from dmquant.quantizers.temporal import TEMPORAL, TemporalStep
 from dmquant.quantizers.uniform import LearnedStep
 
@@ -105,6 +105,25 @@ def test_gradients_reach_both_parts_and_only_rows_in_use():
     assert x.grad.abs().flatten(2).amax(2).gt(0).all()
     for part in layer.input_quantizer.parts:
         assert part.log_scale.grad[1] != 0 and (part.log_scale.grad[[0, 2]] == 0).all()
+
+
+@torch.no_grad()
+def test_each_head_is_rounded_on_its_own_grid_for_inference_too():
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, 7, 5) * torch.tensor([1.0, 10, 0.1, 3]).view(4, 1, 1)
+    CLOCK.set(CLOCK.timesteps, 3)
+    heads = Heads([TemporalStep(8, CLOCK) for _ in range(4)])
+    heads.observe(x)
+    y, codes = heads(x), heads.encode(x)
+    assert torch.equal(y, codes.decode()) and codes.scale.shape == (3, 4, 1, 1) and heads.kinds == (TEMPORAL, HEADS)
+    assert torch.equal(heads.freeze()(x), y) and heads.freeze().kinds == (TEMPORAL, HEADS)
+    assert torch.equal(y[:, 2:3], heads.parts[2](x[:, 2:3])) and (codes.scale[:, 1] > 5 * codes.scale[:, 0]).all()
+    alone = []
+    for index, timestep in enumerate(CLOCK.timesteps):
+        CLOCK.set(timestep, 1)
+        alone.append(heads(x[index : index + 1].double()))
+    CLOCK.set(CLOCK.timesteps, 3)
+    assert torch.equal(heads(x.double()), torch.cat(alone))
 
 
 @pytest.mark.parametrize("text", ["split", "split:", "split:0", "split:-1", "split:x", "split:5.0", "other", "split:٣", 5, None])

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn
 
+from dmquant.attention import find_attentions
 from dmquant.clock import Clock, Timed, attach
 from dmquant.denoiser import Role, find_roles
 from dmquant.distill import Distillation, Objective
@@ -20,7 +21,7 @@ from dmquant.methods.dilatequant.reconstruction import reconstruct
 from dmquant.packed import FLOAT_BITS
 from dmquant.progress import Track
 from dmquant.quantizers.base import Quantizer
-from dmquant.quantizers.split import Split
+from dmquant.quantizers.split import Heads, Split
 from dmquant.quantizers.temporal import TemporalStep
 from dmquant.runs import Run
 from dmquant.samples import Samples
@@ -42,6 +43,7 @@ class DilateQuant(Method):
     first_grid: Literal["temporal", "static"] = setting(
         "temporal", "for temporal=false: whether the first layer has a grid per timestep"
     )
+    head_grids: bool = setting(False, "attention products have a grid per head; needs attention_bits below 32")
     split: Literal["skip", "all", "none"] = setting(
         "skip", "convolutions whose two inputs in one have a grid each: the 1x1 shortcuts of up blocks, all of up blocks, or none"
     )
@@ -54,6 +56,8 @@ class DilateQuant(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.head_grids and self.attention_bits == FLOAT_BITS:
+            raise ValueError("head_grids needs quantized attention products; set attention_bits to 2 to 8 too")
         if self.block_samples < 1:
             raise ValueError(f"block_samples must be at least 1, got {self.block_samples}")
         if not 0 < self.cache_gib < math.inf:
@@ -81,7 +85,11 @@ class DilateQuant(Method):
                 reader.input_quantizer = TemporalStep(reader.input_quantizer.bits, clock).to(device)
             if name in places:
                 sizes = (places[name], reader.in_channels - places[name])
-                reader.input_quantizer = Split([reader.input_quantizer, copy.deepcopy(reader.input_quantizer)], sizes)
+                reader.input_quantizer = Split(_repeat(reader.input_quantizer, 2), sizes)
+        if self.head_grids:
+            for attention in find_attentions(student).values():
+                for factor in quantized_inputs(attention.processor).values():
+                    factor.input_quantizer = Heads(_repeat(factor.input_quantizer, attention.heads))
         if self.dilation != "none":
             wrap_layers(student)
         if any(isinstance(module, Timed) for module in student.modules()):
@@ -109,3 +117,7 @@ class DilateQuant(Method):
             student, teacher, objective.samples[few], objective.weight[few], self.training(),
             cache_bytes=int(self.cache_gib * GIB), seed=seed, run=run, track=track,
         )  # fmt: skip
+
+
+def _repeat(quantizer: Quantizer, count: int) -> list[Quantizer]:
+    return [quantizer, *(copy.deepcopy(quantizer) for _ in range(count - 1))]

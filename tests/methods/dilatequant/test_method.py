@@ -18,7 +18,7 @@ from dmquant.methods.dilatequant.method import DilateQuant
 from dmquant.packed import packed_layers, read_layout
 from dmquant.quantization import make_student, quantize
 from dmquant.quantizers.dilated import DILATED, DilatedInput, Divide
-from dmquant.quantizers.split import Split, SplitGrid
+from dmquant.quantizers.split import HEADS, Heads, Split, SplitGrid
 from dmquant.quantizers.temporal import TEMPORAL, TemporalGrid, TemporalStep
 
 QUICK = dict(trajectories=4, sampling_steps=3, calibration_samples=12, max_steps=2, batch=4)
@@ -119,6 +119,20 @@ def test_what_a_file_gives_back_computes_what_was_trained(pipeline, samples, bit
     assert sum(isinstance(module, SplitGrid) for module in again.modules()) == {"skip": 2, "all": 4, "none": 0}[split]
 
 
+def test_attention_has_a_grid_per_head_where_it_is_asked_for(pipeline, samples, tmp_path):
+    method = DilateQuant(**QUICK, attention_bits=6, head_grids=True)
+    student = make_student(pipeline, method, samples=samples)
+    heads = [module for module in student.modules() if isinstance(module, Heads)]
+    assert len(heads) == 8 and all(len(module.parts) == 2 for module in heads)
+    assert all(isinstance(part, TemporalStep) and part.clock is student.clock for module in heads for part in module.parts)
+    assert all(not torch.equal(*(part.log_scale for part in module.parts)) for module in heads)
+    dmquant.save(with_denoiser(pipeline, "unet", student), tmp_path / "out")
+    again = find_denoiser(dmquant.load(tmp_path / "out"))[1]
+    assert read_layout(again).attention_kinds == (TEMPORAL, HEADS)
+    with torch.no_grad():
+        assert torch.equal(samples.call(again), samples.call(student))
+
+
 def test_kernels_multiply_what_was_divided_and_what_has_two_parts(pipeline, samples, monkeypatch):
     denoiser = find_denoiser(quantize(pipeline, "dilatequant", samples=samples, **QUICK, split="all"))[1]
     with torch.no_grad():
@@ -158,6 +172,7 @@ def test_training_on_images_is_for_the_whole_model(pipeline, samples, tmp_path):
         ({"dilation": "wide"}, "dilation"),
         ({"scope": "layer"}, "scope"),
         ({"split": "half"}, "split"),
+        ({"head_grids": "true"}, "head_grids needs quantized attention products"),
         ({"block_samples": 0}, "block_samples must be at least 1"),
         ({"cache_gib": 0}, "cache_gib must be above 0"),
         ({"cache_gib": "inf"}, "cache_gib must be above 0"),
