@@ -148,8 +148,11 @@ def run_parts(layer: PackedConv1d | PackedConv2d, x: Tensor) -> Tensor | None:
     """conv(cat(a, b)) = conv_a(a) + conv_b(b): each part of the input meets its own codes. None where no kernel multiplies."""
     if not isinstance(layer.weight, PackedWeight) or layer.groups > 1 or torch.compiler.is_compiling():
         return None
-    outputs = [kernels.run(part, piece) for part, (_, piece) in zip(slices_of(layer), layer.input.pairs(x))]
-    return None if any(output is None for output in outputs) else sum(outputs)
+    pairs = [(part, piece) for part, (_, piece) in zip(slices_of(layer), layer.input.pairs(x))]
+    outputs = [kernels.run(part, piece) for part, piece in pairs]
+    if all(output is None for output in outputs):
+        return None
+    return sum(part(piece) if output is None else output for output, (part, piece) in zip(outputs, pairs))
 
 
 def slices_of(layer: PackedConv1d | PackedConv2d) -> list[nn.Module]:
