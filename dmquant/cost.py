@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from dmquant import foreign
 from dmquant.attention import product_bits
 from dmquant.denoiser import Role, named_layers, find_roles
 from dmquant.errors import InputError
@@ -127,7 +128,8 @@ def measure_cost(
     text tokens.
     """
     roles = find_roles(denoiser)
-    bits = {name: layer_bits(layer) for name, layer in named_layers(denoiser).items()} if bits is None else bits
+    if bits is None:
+        bits = {name: foreign.layer_bits(layer) or layer_bits(layer) for name, layer in named_layers(denoiser).items()}
     unknown = sorted(set(bits) - set(roles))
     if unknown:
         raise InputError(f"the denoiser has no layer {unknown[0]!r} to give bits to")

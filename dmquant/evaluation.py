@@ -16,7 +16,7 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 
-from dmquant import __version__, ranks
+from dmquant import __version__, foreign, ranks
 from dmquant.cost import FLOAT_BITS, Cost, measure_cost
 from dmquant.denoiser import EMBEDDED as EMBEDDED_MODEL
 from dmquant.denoiser import find_denoiser, is_quantized, open_pipeline
@@ -255,8 +255,8 @@ def write_report(
     """Everything that was measured, with what a reader needs to compare it."""
     means = {name: sum(curve.values()) / len(curve) for name, curve in curves.items()}
     name, denoiser = find_denoiser(pipeline)
-    record, model = read_record(denoiser), name_model(pipeline)
-    size_bytes = measure_size(Path(model) / name, cost) if record else cost.float_size_bytes
+    record, model = read_record(denoiser) or foreign.describe(denoiser), name_model(pipeline)
+    size_bytes = measure_size(denoiser, Path(model) / name, cost) if record else cost.float_size_bytes
     return Report(
         model=model, method=record.get("method", FLOAT_METHOD), settings=record.get("settings", {}),
         weight_bits=record.get("weight_bits", FLOAT_BITS), act_bits=record.get("act_bits", FLOAT_BITS),
@@ -275,8 +275,12 @@ def name_model(pipeline: DiffusionPipeline) -> str:
     return str(pipeline.config.get("_name_or_path") or type(pipeline).__name__)
 
 
-def measure_size(folder: Path, cost: Cost) -> int:
-    """Bytes of a quantized denoiser: of its files where it was saved, else as counted."""
+def measure_size(denoiser: nn.Module, folder: Path, cost: Cost) -> int:
+    """Bytes of a quantized denoiser: of its files where it was saved, as it lies in memory where another tool made it, else
+    as counted.
+    """
+    if foreign.find_tool(denoiser):
+        return foreign.count_bytes(denoiser)
     is_saved = (folder.parent / "model_index.json").is_file() and is_quantized(folder.parent)
     if is_saved:
         return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

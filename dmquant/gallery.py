@@ -1,9 +1,9 @@
 """Images are drawn once: what a pipeline drew from some seeds is kept on disk and found again.
 
 One folder for all that decides what is drawn (weights, configs, prompts or classes, sampler, steps, kind of device, versions),
-and in it one file per batch of seeds with the images, the seconds that drawing took and a hash. So an interrupted evaluation goes on where it
-stopped, and one more metric costs no sampling. A file serves only the very seeds that were drawn together: in another batch an
-image may differ by a rounding, and a resumed evaluation shall be equal to one that never stopped.
+and in it one file per batch of seeds with the images, the seconds that drawing took and a hash. So an interrupted evaluation
+goes on where it stopped, and one more metric costs no sampling. A file serves only the very seeds that were drawn together: in
+another batch an image may differ by a rounding, and a resumed evaluation shall be equal to one that never stopped.
 """
 
 import hashlib
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from dmquant import __version__
 from dmquant.denoiser import find_denoiser
+from dmquant.foreign import stored_tensors
 from dmquant.generation import Conditioning, complete, generate
 from dmquant.kernels.catalogue import choice
 
@@ -102,9 +103,9 @@ def name_folder(pipeline: DiffusionPipeline, steps: int, conditioning: Condition
     denoiser = find_denoiser(pipeline)[1]
     asked = {"kind": conditioning.kind, "entries": conditioning.sha256, "guidance": conditioning.guidance}
     facts = {
-        "asked": asked,
         "pipeline": hash_pipeline(pipeline), "steps": steps, "device": denoiser.device.type, "dtype": str(denoiser.dtype),
-        "versions": [__version__, *(version(package) for package in list_packages(pipeline))], "sources": hash_sources(), "kernels": choice(),
+        "versions": [__version__, *(version(package) for package in list_packages(pipeline))], "sources": hash_sources(),
+        "kernels": choice(), "asked": asked,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -140,9 +141,11 @@ def hash_pipeline(pipeline: DiffusionPipeline) -> str:
 
 def _hash_module(module: nn.Module, digest: "hashlib._Hash") -> None:
     digest.update(repr(module).encode())  # the classes of its layers: packed and fake-quantized ones round differently
-    for name, tensor in module.state_dict().items():
+    tensors = {name: tensor for name, tensor in module.state_dict().items() if isinstance(tensor, Tensor)}
+    for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        for part in stored_tensors(tensor):
+            digest.update(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def _public(config: Any) -> dict[str, Any]:

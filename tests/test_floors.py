@@ -13,7 +13,7 @@ FLOORS = (
      "silence"},
     {"quantizers", "kernels", "comparison"},
     {"layers", "attention", "packed"},
-    {"denoiser", "blocks", "generation", "samples", "calibration", "distill", "denoising", "runs"},
+    {"denoiser", "foreign", "blocks", "generation", "samples", "calibration", "distill", "denoising", "runs"},
     {"methods"},
     {"quantization", "checkpoint", "hf", "metrics", "cost", "gallery"},
     {"evaluation", "coverage", "environment", "page", "sheet", "cards"},
@@ -26,7 +26,8 @@ FLOORS = (
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 # Same floor, one way: the first may import the second.
 NEIGHBOURS = {
-    ("blocks", "denoiser"), ("generation", "denoiser"), ("samples", "denoiser"), ("samples", "generation"),
+    ("blocks", "denoiser"), ("foreign", "denoiser"),
+    ("generation", "denoiser"), ("samples", "denoiser"), ("samples", "generation"),
     ("calibration", "samples"),
     ("distill", "samples"), ("distill", "runs"), ("runs", "samples"), ("denoising", "denoiser"), ("denoising", "generation"),
     ("packed", "layers"), ("packed", "attention"), ("quantization", "hf"), ("checkpoint", "hf"), ("failures", "console"),
