@@ -20,7 +20,7 @@ from dmquant.quantizers.base import FixedGrid
 from dmquant.quantizers.uniform import LearnedStep
 from dmquant.samples import record
 
-QUICK = dict(trajectories=4, sampling_steps=3, calibration_samples=8, max_steps=3, batch=4)
+QUICK = dict(trajectories=4, sampling_steps=3, calibration_samples=8, max_steps=3, batch=4, init="minmax")
 KINDS = {
     "plain": dict(query_dim=16, heads=2, dim_head=8),
     "of an image, with norm and residual": dict(

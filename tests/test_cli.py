@@ -15,7 +15,7 @@ from PIL import Image
 from dmquant import cli, measuring
 from dmquant.report import Report
 
-SMALL = ("trajectories=1", "sampling_steps=2", "calibration_samples=2", "batch=2")
+SMALL = ("trajectories=1", "sampling_steps=2", "calibration_samples=2", "batch=2", "init=minmax")
 QUICK = ["--max-steps=1", *(f"--set={pair}" for pair in SMALL)]
 
 

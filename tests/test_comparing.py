@@ -9,7 +9,7 @@ from dmquant import cli, experiments
 from dmquant.cards import MARK
 from dmquant.report import Report
 
-SMALL = "trajectories=1,sampling_steps=2,calibration_samples=2,batch=2,max_steps=1"
+SMALL = "trajectories=1,sampling_steps=2,calibration_samples=2,batch=2,max_steps=1,init=minmax"
 QUICK = ["--metrics", "psnr", "--num-images", 4, "--steps", 2, "--batch", 2, "--device", "cpu"]
 
 
@@ -50,7 +50,8 @@ def test_runs_are_done_and_shown_and_done_once(tiny_folder, capsys):
 
 
 def test_a_list_in_a_file_brings_its_protocol(tiny_folder, capsys):
-    settings = {key: int(value) for key, value in (pair.split("=") for pair in SMALL.split(","))}
+    pairs = (pair.split("=") for pair in SMALL.split(","))
+    settings = {key: int(value) if value.isdigit() else value for key, value in pairs}
     protocol = {"num_images": 4, "steps": 2, "batch": 2}
     plan = {"protocol": protocol, "metrics": ["psnr"], "runs": [{"name": "a", "method": "lsq", **settings}]}
     Path("list.json").write_text(json.dumps(plan))

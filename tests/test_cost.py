@@ -1,4 +1,5 @@
 import math
+from functools import cache
 
 import pytest
 import safetensors.torch
@@ -50,6 +51,7 @@ def bits_of(denoiser: nn.Module, weight_bits: int, act_bits: int, edges: tuple[i
     return {name: edges if role in EDGES else (weight_bits, act_bits) for name, role in find_roles(denoiser).items()}
 
 
+@cache
 def cost_at(denoiser: nn.Module, weight_bits: int, act_bits: int, edges: tuple[int, int] = (8, 8)) -> Cost:
     return measure_cost(denoiser, bits=bits_of(denoiser, weight_bits, act_bits, edges))
 

@@ -6,7 +6,7 @@ import sys
 
 from dmquant import cli, console, ranks
 
-SMALL = ("trajectories=1", "sampling_steps=2", "calibration_samples=2", "batch=2")
+SMALL = ("trajectories=1", "sampling_steps=2", "calibration_samples=2", "batch=2", "init=minmax")
 QUICK = ["--device=cpu", "--max-steps=2", *(f"--set={pair}" for pair in SMALL)]
 
 
