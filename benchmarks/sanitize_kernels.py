@@ -12,6 +12,7 @@ import random
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 SANITIZERS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
@@ -33,7 +34,7 @@ def start_again() -> int:
     with tempfile.TemporaryDirectory() as folder:
         environment = {
             **os.environ, "CC": compiler, "DMQUANT_SANITIZED": "1", "LD_PRELOAD": library, "XDG_CACHE_HOME": folder,
-            "ASAN_OPTIONS": "detect_leaks=0", "PYTHONMALLOC": "malloc",
+            "ASAN_OPTIONS": "detect_leaks=0", "PYTHONMALLOC": "malloc", "PYTHONPATH": str(Path(__file__).parents[1]),
         }  # fmt: skip
         return subprocess.run([sys.executable, *sys.argv], env=environment).returncode
 
@@ -65,9 +66,29 @@ def check(cases: int, seed: int) -> None:
             if each.fits(1 if bases else weight_bits, act_bits):
                 layer.weight.block(each.name)
                 found = dispatch.apply(layer, layer.weight.blocked, x)
-                layer.weight.release()
                 assert error(found, wanted) < 1e-5, (case, each.name, layer, tuple(x.shape))
+                check_fused(layer, x, draw)
+                layer.weight.release()
     print(f"{cases} cases without a finding")
+
+
+def check_fused(layer, x, draw: random.Random) -> None:
+    """A norm, an activation, factors, a bias for each image, a residual and an enlargement, against the same step by step."""
+    import torch
+
+    from dmquant.kernels import dispatch, normal
+
+    zoom, last = draw.choice([1, 1, 2, 3]), x.permute(0, 2, 3, 1)
+    groups = draw.choice([1, x.shape[1]])
+    gain, offset = normal.moments(last, *torch.randn(2, x.shape[1]).unbind(), groups, 1e-5)
+    normal_only = {"gain": gain, "offset": offset, "activate": draw.random() < 0.5, "factor": torch.rand(x.shape[1])}
+    around = dispatch.Around(**normal_only, bias=torch.randn(len(x), layer.out_channels), zoom=zoom)
+    made = normal.normalize(last, gain, offset, factor=around.factor, activate=around.activate).permute(0, 3, 1, 2)
+    made = made.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    wanted = dispatch.apply(layer, layer.weight.blocked, made, dispatch.Around(bias=around.bias))
+    residual = torch.randn_like(wanted)
+    found = dispatch.apply(layer, layer.weight.blocked, x, dispatch.replace(around, residual=residual))
+    assert torch.equal(found, wanted + residual), (layer, tuple(x.shape), zoom)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ class BlockedCodes(Float32Buffers):
     shape: torch.Size
     bits: int
     blocked: Blocked | None = None
+    is_left_alone = False  # where nobody is faster than the reference, or nobody can
 
     def block(self, kernel: str) -> None:
         """Puts the codes in the order of a kernel."""
@@ -45,7 +46,7 @@ class BlockedCodes(Float32Buffers):
 
     def release(self) -> None:
         """Puts the codes in the order of the file again."""
-        self._buffers["codes"], self.blocked = self.codes, None
+        self._buffers["codes"], self.blocked, self.is_left_alone = self.codes, None, False
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
@@ -56,7 +57,7 @@ class BlockedCodes(Float32Buffers):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles hold the stored order and choose their own kernel."""
-        return {**self.__dict__, "blocked": None, "_buffers": {**self._buffers, "codes": self.codes}}
+        return {**self.__dict__, "blocked": None, "is_left_alone": False, "_buffers": {**self._buffers, "codes": self.codes}}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.release()  # the device to which it goes may have other kernels

@@ -1,4 +1,8 @@
-"""Which kernel multiplies a packed layer: by capability, a check against the reference, and a short race."""
+"""Which kernel multiplies a packed layer: by capability, a check against the reference, and a short race.
+
+Those of C give the same bits, so that the fastest may win. oneDNN and the reference itself round otherwise: they join the race
+where they hold no more bytes than are stored, and win by a margin only, or images would depend on chance.
+"""
 
 import threading
 from collections.abc import Iterator
@@ -22,9 +26,10 @@ def run(layer: nn.Module, x: Tensor) -> Tensor | None:
     """The output of a packed layer, or None where the reference has to compute it."""
     if not is_supported(layer, x):
         return None
-    if layer.weight.blocked is None and not torch.compiler.is_compiling():
+    weight = layer.weight
+    if weight.blocked is None and not weight.is_left_alone and not torch.compiler.is_compiling():
         prepare(layer, x)
-    blocked = layer.weight.blocked
+    blocked = weight.blocked
     if blocked is None or (blocked.kernel == onednn.NAME and torch.compiler.is_compiling()):
         return None
     return apply(layer, blocked, x)
@@ -45,25 +50,27 @@ def is_supported(layer: nn.Module, x: Tensor) -> bool:
 
 
 def prepare(layer: nn.Module, x: Tensor) -> None:
-    """Puts the weight of a layer in the order of the kernel that is fastest on inputs of this shape."""
+    """Puts the weight of a layer in the order of the kernel that is fastest on inputs of this shape, or leaves it alone."""
     if choice() == "torch":
         return
     with LOCK:
         weight, window = layer.weight, window_of(layer)
-        if weight.blocked is not None or weight.shape[1:].numel() >= LARGEST_SUM or not has_whole_zeros(layer):
+        is_settled = weight.blocked is not None or weight.is_left_alone
+        if is_settled or weight.shape[1:].numel() >= LARGEST_SUM or not has_whole_zeros(layer):
             return
         is_uniform = "zero" in weight._buffers
         format = trial.Format(weight.bits if is_uniform else 1, 1 if is_uniform else weight.bits, layer.input.bits)
-        found = tuple(candidates(format))
-        if found:
-            shape = (*as_images(layer, x).shape, weight.shape[0])
-            weight.block(trial.fastest(found, format, shape, window, torch.get_num_threads()))
-        if found == (onednn.NAME,) and (weight.blocked.is_shifted or isinstance(layer.input, TemporalGrid)):
-            weight.release()  # it knows neither
+        ours, shape = tuple(candidates(format)), (*as_images(layer, x).shape, weight.shape[0])
+        others = tuple(rivals(layer, format, is_alone=not ours))
+        winner = trial.fastest(ours, others, format, shape, window, torch.get_num_threads())
+        if winner == trial.REFERENCE:
+            weight.is_left_alone = True
+        else:
+            weight.block(winner)
 
 
 def candidates(format: trial.Format) -> Iterator[str]:
-    """Names of the kernels that can multiply this format here and agree with the reference."""
+    """Names of the C kernels that can multiply this format here and agree with the reference."""
     wanted, outdone = choice(), set()
     for kernel in KERNELS if wanted in ("auto", "c") else ():
         is_wanted = kernel.name not in outdone and kernel.fits(format.bits, format.act_bits)
@@ -72,10 +79,19 @@ def candidates(format: trial.Format) -> Iterator[str]:
         if is_wanted and not catalogue.state(kernel) and not trial.check(kernel.name, format):
             outdone.update(kernel.outdoes)
             yield kernel.name
-    if outdone or wanted not in ("auto", "onednn") or format.planes > 1 or onednn.state():
-        return
-    if not trial.check(onednn.NAME, format):
+
+
+def rivals(layer: nn.Module, format: trial.Format, *, is_alone: bool) -> Iterator[str]:
+    """What else may multiply a layer: oneDNN by bytes, unless fewer are stored and somebody reads those; the reference."""
+    wanted = choice()
+    is_wanted = wanted == "onednn" or wanted == "auto" and (is_alone or format.bits == 8)
+    is_known = format.planes == 1 and type(layer.input) is FixedGrid and onednn.is_centered(layer.weight)
+    if is_wanted and is_known and not onednn.state() and not trial.check(onednn.NAME, format):
         yield onednn.NAME
+        if wanted == "onednn":
+            return
+    if wanted != "c" or is_alone:
+        yield trial.REFERENCE
 
 
 def has_whole_zeros(layer: nn.Module) -> bool:
@@ -194,5 +210,5 @@ def survey() -> dict[str, str]:
         if not found[kernel.name]:
             outdone |= dict.fromkeys(set(kernel.outdoes) - set(outdone), kernel.name)
     reason = f"DMQUANT_KERNELS={wanted}" if wanted in ("c", "torch") else ""
-    found[onednn.NAME] = reason or ("not needed beside the others" if outdone else onednn.state())
+    found[onednn.NAME] = reason or onednn.state()
     return found

@@ -7,7 +7,7 @@ twice: as they were stored, and as oneDNN wants them.
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dmquant.quantizers.base import quantize
@@ -27,6 +27,12 @@ def state() -> str:
 def levels(bits: int) -> tuple[int, int]:
     """Level = step * code + least: without a shift on symmetric grids, for it knows none."""
     return (2, -1) if bits == 1 else (1, -(1 << (bits - 1)))
+
+
+def is_centered(weight: nn.Module) -> bool:
+    """Whether the zeros of codes are those of signed bytes: oneDNN knows no other."""
+    zero = weight._buffers.get("zero")
+    return zero is not None and bool((zero == (0.5 if weight.bits == 1 else 1 << (weight.bits - 1))).all())
 
 
 def arrange(levels: Tensor) -> Tensor:

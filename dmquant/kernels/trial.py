@@ -2,22 +2,26 @@
 
 import time
 import warnings
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from dmquant.kernels import normal, ops
+from dmquant.kernels import normal, onednn, ops
 from dmquant.kernels.blocked import arrange
 from dmquant.kernels.blocking import fill_up
 from dmquant.kernels.catalogue import BY_NAME
 from dmquant.kernels.compiler import CannotCompile
+from dmquant.packing import pack, unpack
 from dmquant.quantizers.base import quantize
 
 TOLERANCE = 1e-5  # of the largest output
 PIXELS = 4096  # of the input of a race, about
 REPEATS = 3
+REFERENCE = "torch"  # weights made float for each product
+MARGIN = 1.25  # how much faster somebody must be who rounds otherwise
 WINDOWS = ((3, 3, 1, 1, 1, 1, 1, 1), (3, 3, 2, 2, 0, 1, 0, 1), (1, 1, 1, 1, 0, 0, 0, 0))
 
 
@@ -56,29 +60,58 @@ def check_fusion(kernel: str, act_bits: int) -> str:
 
 
 @cache
-def fastest(kernels: tuple[str, ...], format: Format, shape: tuple[int, ...], window: tuple[int, ...], threads: int) -> str:
-    """The kernel that takes the least time on inputs like this one: shape is (N, H, W, C, O). They all give the same floats."""
-    if len(kernels) == 1:
-        return kernels[0]
+def fastest(
+    kernels: tuple[str, ...], rivals: tuple[str, ...], format: Format, shape: tuple[int, ...], window: tuple[int, ...],
+    threads: int,
+) -> str:  # fmt: skip
+    """Who takes the least time on inputs like this one: shape is (N, H, W, C, O). Kernels give the same floats, rivals others."""
+    if len(kernels) + len(rivals) == 1:
+        return (*kernels, *rivals)[0]
     images, height, width, channels, outputs = shape
     x = torch.zeros(max(1, min(images, PIXELS // (height * width))), height, width, channels)
-    return min(kernels, key=lambda kernel: _seconds(kernel, format, x, outputs, window))
+    taken = {name: _seconds(name, format, x, outputs, window) for name in (*kernels, *rivals)}
+    best = min(kernels or rivals, key=taken.__getitem__)
+    other = min(rivals or kernels, key=taken.__getitem__)
+    return other if taken[other] * MARGIN < taken[best] else best
 
 
-def _seconds(kernel: str, format: Format, x: Tensor, outputs: int, window: tuple[int, ...]) -> float:
+@torch.no_grad()
+def _seconds(name: str, format: Format, x: Tensor, outputs: int, window: tuple[int, ...]) -> float:
     """The least of some repeats, on a weight of zeros: the time does not depend on values."""
-    filled = fill_up(outputs, 32) * fill_up(x.shape[-1], BY_NAME[kernel].block_for(x.shape[-1])) * window[0] * window[1]
-    weight = torch.zeros(format.planes, filled * format.bits // 8, dtype=torch.uint8)
-    total, scale = torch.zeros(format.planes, outputs, dtype=torch.int32), torch.ones(format.planes, outputs)
-    act_scale, act_zero = torch.ones(()), torch.zeros(())
+    run = _reference(format, x, outputs, window) if name == REFERENCE else _product(name, format, x, outputs, window)
     taken = []
     for _ in range(REPEATS + 1):  # the first one warms up
         started = time.perf_counter()
-        ops.multiply(
-            x, weight, total, scale, None, None, act_scale, act_zero, kernel, (format.bits, 0, format.act_bits), window
-        )  # fmt: skip
+        run()
         taken.append(time.perf_counter() - started)
     return min(taken[1:])
+
+
+def _product(kernel: str, format: Format, x: Tensor, outputs: int, window: tuple[int, ...]) -> Callable[[], Tensor]:
+    channels, taps = x.shape[-1], window[0] * window[1]
+    if kernel == onednn.NAME:
+        weight = torch.zeros(1, outputs, channels, taps, dtype=torch.int8)
+    else:
+        filled = fill_up(outputs, 32) * fill_up(channels, BY_NAME[kernel].block_for(channels)) * taps
+        weight = torch.zeros(format.planes, filled * format.bits // 8, dtype=torch.uint8)
+    total, scale = torch.zeros(format.planes, outputs, dtype=torch.int32), torch.ones(format.planes, outputs)
+    grid, form = (torch.ones(()), torch.zeros(())), (format.bits, 0, format.act_bits)
+    return lambda: ops.multiply(x, weight, total, scale, None, None, *grid, kernel, form, window)
+
+
+def _reference(format: Format, x: Tensor, outputs: int, window: tuple[int, ...]) -> Callable[[], Tensor]:
+    """What a packed layer does without a kernel: unpack, make float, quantize the input, multiply."""
+    shape, bits = (outputs, x.shape[-1], *window[:2]), format.bits * format.planes
+    planes, one, zero = pack(torch.zeros(shape, dtype=torch.uint8), bits), torch.ones(()), torch.zeros(())
+    top, bottom, left, right = window[4:]
+    padded = nn.functional.pad(x.permute(0, 3, 1, 2), (left, right, top, bottom))
+
+    def run() -> Tensor:
+        weight = unpack(planes, torch.Size(shape)).to(torch.float32).sub_(zero).mul_(one)
+        a = quantize(padded, one, zero, format.act_bits).sub_(zero).mul_(one)
+        return nn.functional.conv2d(a, weight, stride=window[2:4])
+
+    return run
 
 
 def _error(kernel: str, format: Format, window: tuple[int, ...], generator: torch.Generator) -> float:

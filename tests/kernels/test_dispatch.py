@@ -11,7 +11,7 @@ from torch import nn
 
 from dmquant import kernels
 from dmquant.clock import Clock
-from dmquant.kernels import catalogue, trial
+from dmquant.kernels import catalogue, dispatch, trial
 from dmquant.packed import pack_model, packed_layers
 from dmquant.quantizers.temporal import TemporalGrid
 from tests.kernels.test_ops import error, expected, make_layer
@@ -145,6 +145,23 @@ def test_a_kernel_that_is_wrong_is_disabled_with_a_warning(monkeypatch):
             assert kernels.run(conv(), torch.randn(2, 70, 6, 5)) is None
     finally:
         trial.check.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "slow, winner", [((), "scalar"), (("scalar",), "onednn"), (("scalar", "onednn"), None)], ids=["C", "oneDNN", "torch"]
+)
+def test_nobody_runs_who_is_slower_than_the_others(monkeypatch, slow, winner):
+    monkeypatch.setenv("DMQUANT_KERNELS", "auto")
+    monkeypatch.setattr(dispatch, "candidates", lambda format: iter(["scalar"]))
+    monkeypatch.setattr(trial, "_seconds", lambda name, *_: 1.3 if name in slow else 1.0)
+    trial.fastest.cache_clear()
+    try:
+        layer, x = conv(8, 8), torch.randn(2, 70, 6, 5)
+        found = layer(x)
+        assert error(found, expected(layer, x)) < 1e-5 and torch.equal(layer(x), found)
+        assert getattr(layer.weight.blocked, "kernel", None) == winner and layer.weight.is_left_alone == (winner is None)
+    finally:
+        trial.fastest.cache_clear()
 
 
 def test_threads_that_call_first_at_once_get_the_same():
