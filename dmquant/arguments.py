@@ -95,12 +95,12 @@ def require_new(file: Path, suffix: str) -> None:
     require_writable(file.absolute().parent)
 
 
-def open_model(model: str | None, device: str | None) -> "DiffusionPipeline":
-    """The pipeline that a command line names, on its device or on the best one here."""
+def open_model(model: str | None, device: str | None, *, any_tool: bool = False) -> "DiffusionPipeline":
+    """The pipeline that a command line names, on its device or on the best one here; of any tool, to look at it."""
     from dmquant import checkpoint
     from dmquant.denoiser import choose_device
 
-    return checkpoint.open_any(model, device=device or choose_device())
+    return checkpoint.open_any(model, device=device or choose_device(), any_tool=any_tool)
 
 
 def read_conditioning(prompts: Path | None, labels: str | None, guidance: float | None) -> "Conditioning":

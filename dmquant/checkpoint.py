@@ -49,12 +49,15 @@ def load(
 
 
 def open_any(
-    model: str | Path | None = None, *, device: str | None = None, dtype: torch.dtype | None = None
+    model: str | Path | None = None, *, device: str | None = None, dtype: torch.dtype | None = None, any_tool: bool = False
 ) -> DiffusionPipeline:
-    """A quantized or a float pipeline: a local folder, a hub id, or the embedded one (None)."""
+    """A quantized or a float pipeline: a local folder, a hub id, or the embedded one (None).
+
+    With `any_tool` also one that another tool quantized.
+    """
     folder = locate(model)
     if not is_quantized(folder):
-        return open_pipeline(model, device=device, dtype=dtype)
+        return open_pipeline(model, device=device, dtype=dtype, any_tool=any_tool)
     # a snapshot of the hub has hashes of its own, and no file that diffusers does not ask for
     return load(folder, device=device, dtype=dtype, verify=model is not None and Path(model).exists())
 

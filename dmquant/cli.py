@@ -167,7 +167,7 @@ def sample(
 
     rows, how = {}, {"steps": steps, "batch": batch, "conditioning": conditioning, "track": console.Tracker()}
     for name in dict.fromkeys([model, *(beside or ())]):
-        pipeline = arguments.open_model(name, device)
+        pipeline = arguments.open_model(name, device, any_tool=True)
         generation.set_sampler(pipeline, sampler)
         rows[name] = torch.cat(list(generation.generate(pipeline, range(seed, seed + count), **how)))
     picture = generation.beside(rows) if beside else generation.make_grid(rows[model], math.ceil(count**0.5))

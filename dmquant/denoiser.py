@@ -64,19 +64,23 @@ ROLES = [(role, re.compile(pattern)) for role, pattern in (
 
 
 def open_pipeline(
-    model: str | Path | None = None, *, device: str | None = None, dtype: torch.dtype | None = None
+    model: str | Path | None = None, *, device: str | None = None, dtype: torch.dtype | None = None, any_tool: bool = False
 ) -> DiffusionPipeline:
-    """A float pipeline, float32 unless a dtype is given: a local folder, a hub id "org/name", or the embedded one (None)."""
+    """A float pipeline, float32 unless a dtype is given: a local folder, a hub id "org/name", or the embedded one (None).
+
+    With `any_tool` also one that a tool known to diffusers has quantized, to look at: its weights are that tool's affair.
+    """
     folder = locate(model)
     tool = _find_quantizer(folder)
-    if tool is not None:
+    if tool == "dmquant" or (tool is not None and not any_tool):
         way_out = "open it with dmquant.load" if tool == "dmquant" else "give the float pipeline that it was made from"
         raise InputError(f"{folder}: this is a {tool} checkpoint; {way_out}")
     pipeline = load_folder(folder, dtype=dtype)
     pipeline.register_to_config(_name_or_path=EMBEDDED if model is None else str(model))  # not the cache folder behind it
     name, denoiser = find_denoiser(pipeline)
     _check_size(folder / name, denoiser)
-    _check_weights(folder / name, denoiser)
+    if tool is None:
+        _check_weights(folder / name, denoiser)
     return place(pipeline, device)
 
 

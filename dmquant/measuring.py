@@ -60,7 +60,7 @@ def evaluate(
     arguments.require_writable(file.parent)
     try:
         report = evaluation.evaluate(
-            arguments.open_model(model, device), metrics=metrics, num_images=num_images, seed=seed, steps=steps,
+            arguments.open_model(model, device, any_tool=True), metrics=metrics, num_images=num_images, seed=seed, steps=steps,
             sampler=sampler, batch=batch, conditioning=conditioning, extractor=extractor, inception_weights=inception_weights,
             reference=reference, clip=clip, cache=gallery.default_folder() if keep else None, track=console.Tracker(),
         )  # fmt: skip

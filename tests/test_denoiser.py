@@ -297,8 +297,14 @@ def test_quantized_folders_are_recognised_by_their_json(folder):
     assert not is_quantized(folder)
     with pytest.raises(InputError, match="this is a torchao checkpoint"):
         open_pipeline(folder)
+    # a tool may be asked for, and then it must be there
+    edit(folder / "unet/config.json", quantization_config={"quant_method": "quanto", "weights_dtype": "int8"})
+    with pytest.raises(MissingResource, match="pip install optimum-quanto"):
+        open_pipeline(folder, any_tool=True)
     edit(folder / "unet/config.json", quantization_config={"quant_method": "dmquant"})
     assert is_quantized(folder)
+    with pytest.raises(InputError, match="dmquant.load"):
+        open_pipeline(folder, any_tool=True)
     with pytest.raises(InputError, match="dmquant.load"):
         open_pipeline(folder)
 

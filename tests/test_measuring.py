@@ -1,6 +1,8 @@
 """eval, reference and compare as a user gives them: one process or several, with and without what was drawn before."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -199,3 +201,14 @@ def test_what_a_text_pipeline_lacks_is_one_line(painter, arguments, code, messag
     assert run("eval", painter / "painter", *QUICK, "--device", "cpu", *arguments) == code
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and message in err
+
+
+def test_a_folder_of_another_tool_is_evaluated_where_the_tool_is_and_refused_by_quantize(folder, tmp_path, capsys):
+    shutil.copytree(folder, "peer")
+    config = Path("peer/unet/config.json")
+    entry = {"quant_method": "quanto", "weights_dtype": "int8"}
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": entry}))
+    assert run("eval", "peer", *ALONE, *QUICK) == 3
+    assert "pip install optimum-quanto" in capsys.readouterr().err
+    assert run("quantize", "peer", "-o", "out") == 2
+    assert "this is a quanto checkpoint; give the float pipeline" in capsys.readouterr().err
