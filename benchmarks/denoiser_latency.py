@@ -3,7 +3,9 @@
     python benchmarks/denoiser_latency.py --models embedded cifar ldm4 -o benchmarks/results/denoiser_latency.json
 
 Times depend on shapes, not on values, so the weights are drawn and the grids are made up: W1 signs, other bits uniform codes.
-Ends and time embedding are at 8 bits, as every method has them by default. Read the ratios: rates fall when the machine is busy.
+Ends and time embedding are at 8 bits, as every method has them by default. Packed variants are fused as a loaded pipeline is, and
+each is also run as diffusers wrote it ("unfused"). Read the ratios: rates fall when the machine is busy. On a machine that
+is busy with other things, OMP_NUM_THREADS=1 and --processor-time leave out the time in which others ran.
 """
 
 import argparse
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 
 from dmquant import kernels, methods
 from dmquant.denoiser import ASSETS
+from dmquant.kernels import fusion
 from dmquant.packed import Format, empty_layer, layers_of, packed_layers
 
 UNETS = {
@@ -54,6 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=BATCHES, default=["embedded", "cifar"])
     parser.add_argument("--batch", type=int, help="images; default: one that suits the model")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--processor-time", action="store_true", help="of the one thread that runs, instead of passing time")
     parser.add_argument("--profile", action="store_true", help="also: where the time of W1A4 and of float goes")
     parser.add_argument("-o", "--output", type=Path)
     return parser.parse_args()
@@ -72,18 +76,20 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, object]:
     torch.manual_seed(0)
     denoiser, inputs = make_denoiser(name, args.batch or BATCHES[name])
     variants = {"fp32 NCHW": denoiser, "fp32 channels_last": copy.deepcopy(denoiser).to(memory_format=torch.channels_last)}
-    variants |= {f"W{weight}A{act}": pack_randomly(denoiser, weight, act) for weight, act in BITS}
+    for weight, act in BITS:
+        plain = variants[f"W{weight}A{act} unfused"] = pack_randomly(denoiser, weight, act)
+        fused = variants[f"W{weight}A{act}"] = copy.deepcopy(plain)
+        fusion.fuse(fused)
     calls = {variant: call(model, inputs, "channels_last" in variant) for variant, model in variants.items()}
-    seconds = time_in_turns(calls, args.repeats)
+    seconds = time_in_turns(calls, args.repeats, time.thread_time if args.processor_time else time.perf_counter)
     rows = {
         variant: {"median_ms": round(statistics.median(taken) * 1e3, 2), "min_ms": round(min(taken) * 1e3, 2)}
         for variant, taken in seconds.items()
     }
     for weight, act in BITS:
         row = rows[f"W{weight}A{act}"]
-        row["times_faster_than"] = {
-            other: round(rows[other]["median_ms"] / row["median_ms"], 2) for other in ("fp32 NCHW", "fp32 channels_last")
-        }
+        others = ("fp32 NCHW", "fp32 channels_last", f"W{weight}A{act} unfused")
+        row["times_faster_than"] = {other: round(rows[other]["median_ms"] / row["median_ms"], 2) for other in others}
         row["times_by_minimum"] = round(rows["fp32 channels_last"]["min_ms"] / row["min_ms"], 2)
         row["kernels"] = count_kernels(variants[f"W{weight}A{act}"])
     parameters = sum(parameter.numel() for parameter in denoiser.parameters())
@@ -138,15 +144,17 @@ def call(model: nn.Module, inputs: dict[str, Tensor], channels_last: bool) -> Ca
     return lambda: model(**inputs)
 
 
-def time_in_turns(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+def time_in_turns(
+    calls: dict[str, Callable[[], object]], repeats: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
     """Seconds of each call. The first turn warms up and, for the packed variants, chooses kernels."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
         for name, run in calls.items():
-            started = time.perf_counter()
+            started = clock()
             run()
             if turn:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(clock() - started)
     return seconds
 
 
