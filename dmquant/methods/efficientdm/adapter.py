@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from dmquant.layers import quantized_layers
 from dmquant.quantizers.base import BasisCodes, Codes, Quantizer
@@ -50,7 +51,18 @@ class QALoRA(Quantizer):
         self.inner.observe(self.merge(x))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.inner(self.merge(x))
+        merged = self.merge(x)
+        address = merged.data_ptr()
+        # the sum is made once more for the backward pass: kept for it, the sums would be a float copy of all weights
+        with saved_tensors_hooks(
+            lambda tensor: None if tensor.data_ptr() == address else tensor,
+            lambda kept: self._merge_again(x) if kept is None else kept,
+        ):
+            return self.inner(merged)
+
+    @torch.no_grad()
+    def _merge_again(self, weight: Tensor) -> Tensor:
+        return self.merge(weight)
 
     def encode(self, x: Tensor) -> Codes | BasisCodes:
         return self.inner.encode(self.merge(x))

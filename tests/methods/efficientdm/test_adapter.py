@@ -1,5 +1,7 @@
 """QALoRA: starts as calibrated, merges before rounding, trains nothing but itself."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -99,6 +101,31 @@ def test_gradients_reach_the_adapter_and_the_step_through_rounding():
     by_name = {name: parameter.grad for name, parameter in adapter.named_parameters()}
     assert set(by_name) == {"down", "up", "inner.scale"} and all(grad.abs().sum() > 0 for grad in by_name.values())
     assert layer.weight.grad is None
+
+
+@every_layer
+@pytest.mark.parametrize("bits", [1, 4])
+def test_the_sum_is_not_kept_for_the_backward_pass_and_gradients_are_those_of_one_that_is(name, bits, monkeypatch):
+    torch.manual_seed(3)
+    layer, sums = LAYERS[name][0]().requires_grad_(False), []
+    one, other = adapted(layer, bits), adapted(layer, bits)
+    other.load_state_dict(one.state_dict())
+    merge = QALoRA.merge
+
+    def noted(self, weight):
+        merged = merge(self, weight)
+        sums.append(weakref.ref(merged))
+        return merged
+
+    monkeypatch.setattr(QALoRA, "merge", noted)
+    weight = one(layer.weight)
+    assert [found() for found in sums] == [None], "nobody holds the sum"
+    weight.mul(weight.detach()).sum().backward()
+    assert len(sums) == 2
+    kept = other.inner(merge(other, layer.weight))
+    kept.mul(kept.detach()).sum().backward()
+    for ours, theirs in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
 
 
 def test_a_start_depends_on_its_generator_alone_and_is_as_wide_as_a_layer_of_torch():
