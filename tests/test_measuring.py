@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from dmquant import cli, gallery, ranks
+from dmquant.quantizers import uniform
 from dmquant.report import Report
 from tests.text import make_text_pipeline, save_clip
 
@@ -181,6 +182,22 @@ def test_a_text_pipeline_is_evaluated_and_sampled_by_a_file_of_prompts(painter, 
     assert Path("new/cats.png").is_file()
     assert run("compare", "text", "--html", "page.html", "--samples", 2, "--device", "cpu") == 0
     assert "of which a report has the hash only" in Path("page.html").read_text()
+
+
+@pytest.mark.filterwarnings("ignore")  # from inside transformers
+def test_a_text_pipeline_is_quantized_along_its_prompts_and_stands_beside_the_float_one(painter, capsys, monkeypatch):
+    monkeypatch.setattr(uniform, "SEARCH_STEPS", 4)
+    prompts = ["--prompts", painter / "prompts.txt", "--device", "cpu"]
+    settings = [part for pair in ("trajectories=2", "sampling_steps=2") for part in ("--set", pair)]
+    assert run("quantize", painter / "painter", "-o", "out", "--max-steps", 0, *settings, "--device", "cpu") == 2
+    assert "draws from text; give it prompts" in capsys.readouterr().err
+    assert run("quantize", painter / "painter", "-o", "out", "--max-steps", 0, *settings, *prompts) == 0
+    for model, name in ((painter / "painter", "float"), ("out", "packed")):
+        line = ["eval", model, "--clip-score", "--clip", painter / "clip", *QUICK, *prompts, "-o", name]
+        assert run(*line, *(["--psnr"] if name == "packed" else [])) == 0
+    capsys.readouterr()
+    assert run("compare", "float", "packed") == 0
+    assert "CLIP score" in capsys.readouterr().out and Report.load("packed").metrics["psnr"] > 10
 
 
 @pytest.mark.filterwarnings("ignore")  # from inside transformers

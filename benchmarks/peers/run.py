@@ -76,8 +76,10 @@ def quantize_by_quanto(denoiser: nn.Module, weight_bits: int, act_bits: int, bas
     """Linear layers, convolutions and, with activations, norms: everything quanto knows. Weights per channel."""
     from optimum import quanto
 
-    kinds = {bits: getattr(quanto, f"qint{bits}") for bits in (2, 4, 8)}
-    quanto.quantize(denoiser, weights=kinds[weight_bits], activations=kinds[act_bits] if act_bits < FLOAT_BITS else None)
+    if weight_bits not in (2, 4, 8) or act_bits not in (8, FLOAT_BITS):
+        raise InputError(f"quanto has weights of 2, 4 and 8 bits and activations of 8 or 32, not {weight_bits}/{act_bits}")
+    activations = quanto.qint8 if act_bits < FLOAT_BITS else None
+    quanto.quantize(denoiser, weights=getattr(quanto, f"qint{weight_bits}"), activations=activations)
     if act_bits < FLOAT_BITS:
         with quanto.Calibration():
             for part in record(base, TRAJECTORIES, steps=STEPS, seed=0).split(BATCH):
@@ -94,6 +96,8 @@ def quantize_by_torchao(denoiser: nn.Module, weight_bits: int, act_bits: int, ba
         (8, 8): lambda: quantization.Int8DynamicActivationInt8WeightConfig(),
         **{(bits, FLOAT_BITS): lambda bits=bits: intx_config(bits) for bits in range(1, 8)},
     }
+    if (weight_bits, act_bits) not in configs:
+        raise InputError(f"torchao has weights of 1 to 8 bits at 32 for activations, and 8/8, not {weight_bits}/{act_bits}")
     quantization.quantize_(denoiser, configs[weight_bits, act_bits]())
 
 
