@@ -111,7 +111,7 @@ def _affine(name: str, norm: nn.Module) -> tuple[Rows, ...]:
 
 
 def _modulation(name: str, block: BasicTransformerBlock, place: int) -> tuple[Rows, ...]:
-    """Shift and scale of adaLN-Zero, the chunks `place` and the next one of six that a linear layer makes for this block alone."""
+    """Shift and scale of adaLN-Zero: the chunks `place` and the next of six that a linear layer makes for this block alone."""
     if block.norm_type != "ada_norm_zero" or not isinstance(block.norm1, AdaLayerNormZero) or block.norm1.linear.bias is None:
         return ()
     dim, linear = block.norm1.linear.out_features // 6, block.norm1.linear

@@ -37,7 +37,7 @@ class DilateQuant(Method):
     dilation: Literal["weights", "smooth", "none"] = setting(
         "weights", "factors of input channels: the largest that no weight range forbids, SmoothQuant's within them, or none"
     )
-    fold: bool = setting(True, "factors are folded into what precedes, where that is exact; false: always divided before rounding")
+    fold: bool = setting(True, "factors are folded into what precedes, where that is exact; false: divided before rounding")
     temporal: bool = setting(True, "inputs and attention products have a grid per timestep (TPQ); false: one for all")
     lookup: Literal["nearest", "linear"] = setting("nearest", "grid at an uncalibrated timestep: the nearest, or a mean of two")
     first_grid: Literal["temporal", "static"] = setting(

@@ -64,8 +64,8 @@ def test_factors_are_those_of_the_teachers_weights(pipeline, samples, dilation):
 
 
 def test_a_plan_says_how_many_channels_of_each_layer_are_dilated(pipeline, samples):
-    student = make_student(pipeline, DilateQuant(**{**QUICK, "max_steps": 0}, keep=(Role.ATTENTION,), fold=False), samples=samples)
-    teacher = find_denoiser(pipeline)[1]
+    method = DilateQuant(**{**QUICK, "max_steps": 0}, keep=(Role.ATTENTION,), fold=False)
+    student, teacher = make_student(pipeline, method, samples=samples), find_denoiser(pipeline)[1]
     notes = DilateQuant(keep=(Role.ATTENTION,)).notes(teacher)
     assert notes.keys() == quantized_layers(student).keys()
     for name, layer in quantized_layers(student).items():
