@@ -1,6 +1,6 @@
 /* Products by vpmaddubsw and vpmaddwd: u8 codes times s8 levels in pairs, 4 pixels x 16 outputs in registers.
  *
- * A pair must fit 16 bits: all do but 8-bit codes times 8-bit levels, whose codes are split into two halves that are added.
+ * A pair must fit 16 bits: all do but 8-bit codes times 8-bit levels, which are widened before they are multiplied.
  * Where the products are small (4 bits times 4 to 7), the pairs of a whole block are added up in 16 bits before they are widened.
  * Needs AVX2 and FMA. */
 #define CELL 1
@@ -50,16 +50,17 @@ static const uint8_t *expand(const Job *job, const Shape *s, const uint8_t *plan
     return weights;
 }
 
-enum { NARROW, PAIRS, SPLIT };   /* what fits 16 bits: a block, a pair, half a code's pair */
+enum { NARROW, PAIRS, SINGLES };   /* what fits 16 bits: a block, a pair, a code */
 
 INLINE __m256i dot(__m256i acc, __m256i codes, __m256i levels, const int mode) {
     const __m256i ones = _mm256_set1_epi16(1);
     if (mode == NARROW) return _mm256_add_epi16(acc, _mm256_maddubs_epi16(codes, levels));
     if (mode == PAIRS) return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, levels), ones));
-    __m256i half = _mm256_and_si256(_mm256_srli_epi16(codes, 1), _mm256_set1_epi8(127));
-    __m256i first = _mm256_madd_epi16(_mm256_maddubs_epi16(half, levels), ones);
-    __m256i second = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_sub_epi8(codes, half), levels), ones);
-    return _mm256_add_epi32(acc, _mm256_add_epi32(first, second));
+    /* even channels, then odd ones: 16 bits each */
+    __m256i even = _mm256_and_si256(codes, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(codes, 8);
+    even = _mm256_madd_epi16(even, _mm256_srai_epi16(_mm256_slli_epi16(levels, 8), 8));
+    odd = _mm256_madd_epi16(odd, _mm256_srai_epi16(levels, 8));
+    return _mm256_add_epi32(acc, _mm256_add_epi32(even, odd));
 }
 
 /* One block of channels under one tap. */
@@ -123,5 +124,5 @@ static void row_of_tiles(const Row *row) {
     int64_t largest = job->act_max * -level_least(job->bits);
     if (largest * job->block / 2 <= 32767) walk(row, NARROW);
     else if (2 * largest <= 32767) walk(row, PAIRS);
-    else walk(row, SPLIT);
+    else walk(row, SINGLES);
 }

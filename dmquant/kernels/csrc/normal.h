@@ -41,7 +41,8 @@ static inline __attribute__((always_inline)) float silu(float x) {
 }
 
 /* Pixels of one image, channels last, into `out`. */
-static inline void normalize(const Normal *normal, const float *restrict x, int64_t pixels, int64_t channels, float *restrict out) {
+static inline void normalize(const Normal *normal, const float *restrict x, int64_t pixels, int64_t channels,
+                             float *restrict out) {
     const float *restrict gain = normal->gain, *restrict offset = normal->offset, *restrict factor = normal->factor;
     for (int64_t p = 0; p < pixels; p++, x += channels, out += channels) {
         if (normal->activate)
