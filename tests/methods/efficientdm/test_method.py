@@ -27,7 +27,7 @@ from dmquant.quantizers import uniform
 from dmquant.quantizers.temporal import TemporalGrid, TemporalStep
 from dmquant.quantizers.uniform import LearnedStep
 from dmquant.runs import SavedRun
-from dmquant.samples import Samples
+from dmquant.samples import Samples, record
 from tests.test_cost import LDM4_BEDS, LDM4_IMAGENET, LDM8_CHURCH, on_meta
 from tests.text import make_text_pipeline
 
@@ -244,6 +244,18 @@ def test_any_sampler_and_step_count_runs_on_grids_of_three_steps(pipeline, sampl
     for sampler, steps in (("ddim", 3), ("ddim", 7), ("heun", 4), ("dpm++", 5), ("euler", 3)):
         set_sampler(loaded, sampler)
         assert next(iter(generate(loaded, [0, 1], steps=steps))).shape == (2, 3, 8, 8)
+
+
+@pytest.mark.parametrize("lookup", ["nearest", "linear"])
+@pytest.mark.filterwarnings("ignore")  # of timesteps that were not calibrated: that is the matter here
+def test_trained_with_many_steps_and_asked_at_the_timesteps_of_few_it_does_not_collapse(pipeline, samples, lookup):
+    many = record(pipeline, 4, steps=10, seed=0)
+    method = EfficientDM(**{**QUICK, "sampling_steps": 10, "calibration_samples": 40, "max_steps": 2}, lookup=lookup)
+    student = make_student(pipeline, method, samples=many)
+    with torch.no_grad():
+        own, others = ((part.call(student) - part.target).square().mean() / part.target.var() for part in (many, samples))
+    assert not set(samples.timestep.tolist()) & set(many.timestep.tolist()) - {0}
+    assert others < 1.5 * own < 0.5
 
 
 @torch.no_grad()
