@@ -22,6 +22,7 @@ from dmquant.quantization import quantize
 from dmquant.report import Report
 
 QUICK = {"steps": 2, "batch": 4, "num_images": 6}
+SMALL = {"max_steps": 0, "trajectories": 2, "sampling_steps": 2, "init": "minmax"}
 
 
 def make_pipeline(seed: int = 0, size: int = 32) -> DDIMPipeline:
@@ -101,7 +102,7 @@ def test_a_pipeline_does_not_differ_from_itself_under_any_sampler(pipeline):
 def test_a_quantized_pipeline_is_compared_with_the_float_one_that_it_names(tmp_path, images):
     make_pipeline().save_pretrained(tmp_path)
     base = open_pipeline(tmp_path)
-    quantized = quantize(base, "lsq", weight_bits=4, act_bits=8, max_steps=0, trajectories=2, sampling_steps=2)
+    quantized = quantize(base, "lsq", weight_bits=4, act_bits=8, **SMALL)
 
     report = evaluate(quantized, metrics=["fid", "psnr"], reference=images, **QUICK)
 
@@ -116,7 +117,7 @@ def test_a_quantized_pipeline_is_compared_with_the_float_one_that_it_names(tmp_p
 def test_a_saved_pipeline_is_as_large_as_its_file(tmp_path, images):
     make_pipeline().save_pretrained(tmp_path / "float")
     base = open_pipeline(tmp_path / "float")
-    quantized = quantize(base, "lsq", weight_bits=2, act_bits=8, max_steps=0, trajectories=2, sampling_steps=2)
+    quantized = quantize(base, "lsq", weight_bits=2, act_bits=8, **SMALL)
     checkpoint.save(quantized, tmp_path / "packed")
 
     report = evaluate(checkpoint.load(tmp_path / "packed"), metrics=["fid", "psnr"], reference=images, **QUICK)
@@ -166,7 +167,7 @@ def test_only_a_pipeline_is_measured(pipeline):
 def test_a_float_model_that_is_gone_is_not_compared_with_unless_asked(tmp_path, images):
     make_pipeline().save_pretrained(tmp_path / "float")
     base = open_pipeline(tmp_path / "float")
-    quantized = quantize(base, "lsq", weight_bits=4, act_bits=8, max_steps=0, trajectories=2, sampling_steps=2)
+    quantized = quantize(base, "lsq", weight_bits=4, act_bits=8, **SMALL)
     (tmp_path / "float" / "model_index.json").unlink()
     assert set(evaluate(quantized, reference=images, **QUICK).metrics) == {"fd-resnet-cifar10"}
     with pytest.raises(InputError, match="the float model recorded in .*, '.*float', cannot be opened: .*model_index.json"):
