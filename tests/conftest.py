@@ -8,11 +8,19 @@ import pytest
 
 # threads of so small a model mostly wait for each other; processes that tests start inherit this
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+MAX_WORKERS = 4
 
 TINY_UNET = dict(
     sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=8,
     down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
 )  # fmt: skip
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """A process per core for the whole suite. One file or folder starts sooner without: each process imports torch anew."""
+    is_whole = config.args == config.getini("testpaths")
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(num_cores, MAX_WORKERS) if is_whole and num_cores > 1 else 0
 
 
 @pytest.fixture(autouse=True, scope="session")
