@@ -8,15 +8,15 @@ from dmquant.quantizers import uniform
 from dmquant.samples import record
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def coarse_search():
-    """No law here depends on how well grids are searched."""
+    """No law here depends on how well grids are searched; those of other folders do, so that it ends with each file."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(uniform, "SEARCH_STEPS", 6)
         yield
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def pipeline():
     """Two residual blocks that read concatenations, attention on the way down and in the middle."""
     with torch.random.fork_rng():
@@ -28,6 +28,6 @@ def pipeline():
     return DDIMPipeline(unet.eval(), DDIMScheduler())
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def samples(pipeline):
     return record(pipeline, 4, steps=3, seed=0)
