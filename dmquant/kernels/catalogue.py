@@ -35,6 +35,11 @@ class Kernel:
     must_ask: bool = False  # the operating system for permission
     is_portable: bool = False
 
+    @property
+    def is_wide(self) -> bool:
+        """Whether it has registers of 512 bits: nothing else was ever much faster then."""
+        return bool(self.needs & AVX512)
+
     def fits(self, weight_bits: int, act_bits: int) -> bool:
         return weight_bits <= self.max_weight_bits and act_bits <= self.max_act_bits
 

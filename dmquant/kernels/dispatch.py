@@ -1,7 +1,7 @@
 """Which kernel multiplies a packed layer: by capability, a check against the reference, and a short race.
 
-Those of C give the same bits, so that the fastest may win. oneDNN and the reference itself round otherwise: they join the race
-where they hold no more bytes than are stored, and win by a margin only, or images would depend on chance.
+Those of C give the same bits, so that the fastest may win. oneDNN and the reference itself round otherwise, and images would
+depend on chance: they join the race only where C has no 512-bit registers, and win by a margin only.
 """
 
 import threading
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dmquant.kernels import catalogue, onednn, ops, trial
 from dmquant.kernels.blocked import Blocked, BlockedCodes
-from dmquant.kernels.catalogue import KERNELS, choice
+from dmquant.kernels.catalogue import BY_NAME, KERNELS, choice
 from dmquant.quantizers.base import FixedGrid
 from dmquant.quantizers.dilated import Divide
 from dmquant.quantizers.temporal import TemporalGrid
@@ -61,7 +61,7 @@ def prepare(layer: nn.Module, x: Tensor) -> None:
         is_uniform = "zero" in weight._buffers
         format = trial.Format(weight.bits if is_uniform else 1, 1 if is_uniform else weight.bits, layer.input.bits)
         ours, shape = tuple(candidates(format)), (*as_images(layer, x).shape, weight.shape[0])
-        others = tuple(rivals(layer, format, is_alone=not ours))
+        others = () if any(BY_NAME[name].is_wide for name in ours) else tuple(rivals(layer, format, is_alone=not ours))
         winner = trial.fastest(ours, others, format, shape, window, torch.get_num_threads())
         if winner == trial.REFERENCE:
             weight.is_left_alone = True
