@@ -209,8 +209,8 @@ def fetch(resource: Annotated[Literal["inception", "clip"], typer.Argument(help=
 
 
 def _show_coverage(
-    pipeline: "DiffusionPipeline", weight_bits: int, act_bits: int, *, bits: dict | None = None, attention_bits: int | None = None,
-    notes: dict | None = None,
+    pipeline: "DiffusionPipeline", weight_bits: int, act_bits: int, *,
+    bits: dict | None = None, attention_bits: int | None = None, notes: dict | None = None,
 ) -> None:  # fmt: skip
     from dmquant import coverage
     from dmquant.cost import measure_cost

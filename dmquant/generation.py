@@ -163,7 +163,8 @@ def recall(pipeline: DiffusionPipeline, sha256: str | None, guidance: float | No
     is_text = "prompt" in _accepts(pipeline)
     own = Conditioning() if is_text else complete(pipeline, Conditioning(guidance=guidance))
     if is_text or (own.sha256 if own.entries else None) != sha256:
-        raise InputError(f"the images were drawn by {'prompts' if is_text else 'class labels'} of which a report has the hash only")
+        conditions = "prompts" if is_text else "class labels"
+        raise InputError(f"the images were drawn by {conditions} of which a report has the hash only")
     return own
 
 

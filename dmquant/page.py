@@ -53,7 +53,8 @@ def render(comparison: Comparison, reports: Sequence[Report], strips: Sequence[S
     return environment.get_template(TEMPLATE.name).render(
         version=__version__, headings=comparison.headings(), rows=lay_out(comparison), notes=comparison.notes,
         protocol=describe_protocol(reports), plots=[Markup(plot) for plot in draw_plots(comparison, reports)],
-        agreement=Markup(draw_agreement(reports)), layers=Markup(draw_profiles(reports)), bands=[Markup(plot) for plot in draw_ranges(reports)],
+        agreement=Markup(draw_agreement(reports)), layers=Markup(draw_profiles(reports)),
+        bands=[Markup(plot) for plot in draw_ranges(reports)],
         strips=[{**asdict(strip), "images": _embed(strip.images), "differences": _embed(strip.differences)} for strip in strips],
         runs=[describe_run(report) for report in reports],
     )

@@ -184,8 +184,11 @@ def test_timesteps_and_temporal_grids_stay_in_float32_when_the_model_is_loaded_i
 
 
 @pytest.mark.parametrize(
-    "timing", [None, ..., {"num_steps": 0, "lookup": "nearest"}, {"num_steps": True, "lookup": "nearest"}, {"num_steps": 2}, [2],
-               {"num_steps": 3, "lookup": "nearest"}, {"num_steps": 2, "lookup": "cubic"}, {"num_steps": 1 << 40, "lookup": "linear"}]
+    "timing",
+    [
+        None, ..., {"num_steps": 2}, [2], {"num_steps": 0, "lookup": "nearest"}, {"num_steps": True, "lookup": "nearest"},
+        {"num_steps": 3, "lookup": "nearest"}, {"num_steps": 2, "lookup": "cubic"}, {"num_steps": 1 << 40, "lookup": "linear"},
+    ],
 )  # fmt: skip
 def test_a_timing_that_is_missing_or_wrong_is_refused(tmp_path, timing):
     make_packed(UNet2DModel, [9.0, 1.0]).save_pretrained(tmp_path)

@@ -178,7 +178,8 @@ def test_a_text_pipeline_is_evaluated_and_sampled_by_a_file_of_prompts(painter, 
     assert "torchvision" not in err and "Loading" not in err
     assert run(*line, "--prompts", painter / "captions.csv", "-o", "table") == 0
     assert Report.load("text") == Report.load("table")
-    assert run("sample", painter / "painter", "-n", 2, "--steps", 2, "--prompts", painter / "prompts.txt", "-o", "new/cats.png") == 0
+    prompts = painter / "prompts.txt"
+    assert run("sample", painter / "painter", "-n", 2, "--steps", 2, "--prompts", prompts, "-o", "new/cats.png") == 0
     assert Path("new/cats.png").is_file()
     assert run("compare", "text", "--html", "page.html", "--samples", 2, "--device", "cpu") == 0
     assert "of which a report has the hash only" in Path("page.html").read_text()

@@ -114,7 +114,8 @@ def count_layers(denoiser: nn.Module) -> str:
     layers = named_layers(denoiser).values()
     left = [layer for layer in layers if layer_bits(layer) is None]
     kinds = sorted({type(layer).__name__ for layer in left})
-    return f"{len(layers) - len(left)} of {len(layers)} layers quantized" + (f"; left in float: {', '.join(kinds)}" if left else "")
+    rest = f"; left in float: {', '.join(kinds)}" if left else ""
+    return f"{len(layers) - len(left)} of {len(layers)} layers quantized{rest}"
 
 
 PEERS = {"quanto": quantize_by_quanto, "torchao": quantize_by_torchao}

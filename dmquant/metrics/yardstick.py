@@ -1,4 +1,4 @@
-"""What images are looked at with: the extractor and its reference, and CLIP. Each network runs once per batch, for all metrics."""
+"""What images are looked at with: the extractor and its reference, and CLIP. Each runs once per batch, for all metrics."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass

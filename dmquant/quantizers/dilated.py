@@ -7,7 +7,7 @@ DilateQuant (Liu et al., 2024), eq. 5-9.
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dmquant.clock import Clock
 from dmquant.quantizers.base import Codes, FixedGrid, Float32Buffers, Quantizer
