@@ -22,22 +22,22 @@ LAST = torch.channels_last
 
 
 class Fused:
-    """A block that runs by kernels where it can, else as the class behind it does."""
+    """A block that runs by kernels where it can, else as the class behind it does. Arguments have the names of that class."""
 
-    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        if not self.can_fuse(x, *args, **kwargs):
-            out = super().forward(x, *args, **kwargs)
+    def forward(self, *args: object, **kwargs: object) -> Tensor:
+        if not self.can_fuse(*args, **kwargs):
+            out = super().forward(*args, **kwargs)
             # a first call chooses the kernels; what it gives is what every later one gives
-            if not self.can_fuse(x, *args, **kwargs):
+            if not self.can_fuse(*args, **kwargs):
                 return out
-        return self.run(x, *args, **kwargs)
+        return self.run(*args, **kwargs)
 
 
 class FusedResnetBlock2D(Fused, ResnetBlock2D):
     """Two kernel calls: each normalizes, activates and quantizes what it reads, the second adds the residual."""
 
-    def run(self, x: Tensor, temb: Tensor | None, *args: object, **kwargs: object) -> Tensor:
-        x = x.contiguous(memory_format=LAST)
+    def run(self, input_tensor: Tensor, temb: Tensor | None, *args: object, **kwargs: object) -> Tensor:
+        x = input_tensor.contiguous(memory_format=LAST)
         time = None if self.time_emb_proj is None else self._embed(temb)
         gain, offset = moments_of(self.norm1, images(x))
         is_shifted = time is not None and self.time_embedding_norm == "default"
@@ -51,11 +51,11 @@ class FusedResnetBlock2D(Fused, ResnetBlock2D):
         out = run_fused(self.conv2, hidden, Around(gain, offset, True, residual=residual))
         return out if self.output_scale_factor == 1 else out / self.output_scale_factor
 
-    def can_fuse(self, x: Tensor, *args: object, **kwargs: object) -> bool:
+    def can_fuse(self, input_tensor: Tensor, *args: object, **kwargs: object) -> bool:
         is_plain = self.upsample is None and self.downsample is None and isinstance(self.nonlinearity, nn.SiLU)
         is_plain &= self.time_embedding_norm in ("default", "scale_shift") and not is_training(self.dropout)
         layers = (self.conv1, self.conv2)
-        return is_plain and is_free(self.norm1, self.norm2) and all(can_fuse(layer, x) for layer in layers)
+        return is_plain and is_free(self.norm1, self.norm2) and all(can_fuse(layer, input_tensor) for layer in layers)
 
     def _embed(self, temb: Tensor) -> Tensor:
         """What the time adds to each channel: (N, O)."""
@@ -65,8 +65,8 @@ class FusedResnetBlock2D(Fused, ResnetBlock2D):
 class FusedAttention(Fused, Attention):
     """Three kernel calls that normalize and quantize the tokens, torch's attention, and one that adds the residual."""
 
-    def run(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        tokens = images(x.contiguous(memory_format=LAST)).flatten(1, 2)  # (N, tokens, C)
+    def run(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+        tokens = images(hidden_states.contiguous(memory_format=LAST)).flatten(1, 2)  # (N, tokens, C)
         gain, offset = moments_of(self.group_norm, tokens.unsqueeze(1))
         query, key, value = (
             run_fused(layer, tokens, Around(gain, offset)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -75,29 +75,30 @@ class FusedAttention(Fused, Attention):
         answer = nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
         answer = run_fused(self.to_out[0], answer, Around(residual=tokens if self.residual_connection else None))
         answer = answer if self.rescale_output_factor == 1 else answer / self.rescale_output_factor
-        return answer.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+        return answer.unflatten(1, hidden_states.shape[2:]).permute(0, 3, 1, 2)
 
     def can_fuse(
-        self, x: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: object
-    ) -> bool:
-        if encoder_hidden_states is not None or attention_mask is not None or x.dim() != 4:
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: Tensor | None = None,
+        **kwargs: object,
+    ) -> bool:  # fmt: skip
+        if encoder_hidden_states is not None or attention_mask is not None or hidden_states.dim() != 4:
             return False
         is_plain = type(self.processor) in (AttnProcessor, AttnProcessor2_0) and self.spatial_norm is None
         is_plain &= self.group_norm is not None and self.norm_q is None and self.norm_k is None
         layers = (self.to_q, self.to_k, self.to_v, self.to_out[0])
         is_plain = is_plain and is_free(self.group_norm) and not is_training(self.to_out[1])
-        return is_plain and all(can_fuse(layer, x) for layer in layers)
+        return is_plain and all(can_fuse(layer, hidden_states) for layer in layers)
 
 
 class FusedUpsample2D(Fused, Upsample2D):
     """A kernel call that reads each pixel four times: the enlarged image is never written."""
 
-    def run(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        return run_fused(self._last_conv, x.contiguous(memory_format=LAST), Around(zoom=2))
+    def run(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+        return run_fused(self._last_conv, hidden_states.contiguous(memory_format=LAST), Around(zoom=2))
 
-    def can_fuse(self, x: Tensor, output_size: int | None = None, *args: object, **kwargs: object) -> bool:
+    def can_fuse(self, hidden_states: Tensor, output_size: int | None = None, *args: object, **kwargs: object) -> bool:
         is_plain = self.use_conv and self.interpolate and not self.use_conv_transpose and self.norm is None
-        return is_plain and output_size is None and not torch.is_grad_enabled() and can_fuse(self._last_conv, x)
+        return is_plain and output_size is None and not torch.is_grad_enabled() and can_fuse(self._last_conv, hidden_states)
 
     @property
     def _last_conv(self) -> nn.Module:
@@ -107,12 +108,12 @@ class FusedUpsample2D(Fused, Upsample2D):
 class FusedDownsample2D(Fused, Downsample2D):
     """A kernel call that knows of the row and the column of zeros: the padded image is never written."""
 
-    def run(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        return run_fused(self.conv, x, Around(window=(*window_of(self.conv)[:4], 0, 1, 0, 1)))
+    def run(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+        return run_fused(self.conv, hidden_states, Around(window=(*window_of(self.conv)[:4], 0, 1, 0, 1)))
 
-    def can_fuse(self, x: Tensor, *args: object, **kwargs: object) -> bool:
+    def can_fuse(self, hidden_states: Tensor, *args: object, **kwargs: object) -> bool:
         is_padded = self.use_conv and self.padding == 0 and self.norm is None
-        return is_padded and not torch.is_grad_enabled() and can_fuse(self.conv, x)
+        return is_padded and not torch.is_grad_enabled() and can_fuse(self.conv, hidden_states)
 
 
 FUSED = {

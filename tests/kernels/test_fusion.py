@@ -131,7 +131,7 @@ def test_the_first_call_which_chooses_the_kernels_gives_what_later_calls_give():
     block, x, time = resnet(), torch.randn(3, 12, 6, 5), torch.randn(3, 16)
     fusion.fuse(block)
     assert not block.can_fuse(x)
-    assert torch.equal(block(x, time), block(x, time)) and block.can_fuse(x)
+    assert torch.equal(block(x, time), block(temb=time, input_tensor=x)) and block.can_fuse(x)
 
 
 def test_attention_reads_normalized_tokens_and_adds_its_residual():
