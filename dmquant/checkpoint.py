@@ -17,7 +17,6 @@ from torch import nn
 from dmquant import hf, storage
 from dmquant.denoiser import DENOISERS, find_denoiser, is_quantized, load_folder, locate, open_pipeline, place, with_denoiser
 from dmquant.errors import DamagedFile, DmquantError, InputError
-from dmquant.kernels.fusion import fuse
 from dmquant.packed import pack_model, packed_layers, prepare_packed
 
 
@@ -89,7 +88,6 @@ def pack(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     if not packed_layers(packed):
         raise InputError("nothing in this pipeline is quantized; see dmquant.quantize")
     hf.mark(packed)
-    fuse(packed)
     return with_denoiser(pipeline, name, packed)
 
 

@@ -191,7 +191,8 @@ def register() -> None:
 
 
 def mark(model: nn.Module) -> None:
-    """Tells diffusers that a model packed in this process is quantized: it saves as one and refuses casts."""
+    """Makes a model packed in this process what a loaded one is: quantized to diffusers, which saves it as such and refuses casts,
+    and with fused blocks, so that both give the same floats."""
     run = dict(getattr(model, "dmquant_record", {}))
     bits = run.pop("weight_bits", None), run.pop("act_bits", None)
     layout = read_layout(model, None if None in bits else bits)
@@ -207,6 +208,7 @@ def mark(model: nn.Module) -> None:
     model.hf_quantizer = DmquantQuantizer(config, pre_quantized=True)
     model.is_quantized, model.quantization_method = True, config.quant_method
     model.dmquant_record = config.run
+    fuse(model)
 
 
 def check_tensor(module: nn.Module, leaf: str, tensor: Tensor, *, name: str) -> None:

@@ -10,6 +10,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
+import dmquant
 from dmquant.kernels import fusion, normal
 from dmquant.packed import pack_model
 from dmquant.quantizers.dilated import Divide
@@ -181,6 +182,13 @@ def test_a_block_whose_layers_are_watched_or_trained_runs_as_it_was():
     with torch.enable_grad():
         assert not block.can_fuse(x)
     assert not block.can_fuse(x.double()) and block.can_fuse(x)
+
+
+def test_a_quantized_pipeline_gives_what_its_folder_gives(tiny_folder, tmp_path):
+    quantized = dmquant.quantize(dmquant.load(tiny_folder), "lsq", max_steps=0, trajectories=1, sampling_steps=2)
+    dmquant.save(quantized, tmp_path / "out")
+    ours, theirs = (run(pipeline.unet) for pipeline in (quantized, dmquant.load(tmp_path / "out")))
+    assert torch.equal(ours, theirs) and any(type(module) in fusion.PLAIN for module in quantized.unet.modules())
 
 
 def test_fusing_changes_classes_only_and_back():
