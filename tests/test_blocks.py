@@ -6,8 +6,8 @@ import torch
 from diffusers import DiTTransformer2DModel, UNet2DModel
 
 from dmquant.blocks import find_blocks, find_ends
-from dmquant.cost import example_inputs
 from dmquant.denoiser import Role, find_roles, named_layers
+from dmquant.inputs import example_inputs
 from tests.conftest import TINY_UNET
 from tests.test_denoiser import TINY, every_denoiser, on_meta
 

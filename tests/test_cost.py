@@ -7,10 +7,11 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 
-from dmquant.cost import Cost, example_inputs, measure_cost
 from dmquant.blocks import find_ends
+from dmquant.cost import Cost, measure_cost
 from dmquant.denoiser import Role, find_roles, named_layers
 from dmquant.errors import InputError
+from dmquant.inputs import example_inputs
 from dmquant.layers import swap
 from dmquant.packed import pack_model
 from dmquant.quantizers.uniform import LearnedStep
@@ -147,23 +148,6 @@ def test_every_known_denoiser_is_counted_layer_by_layer(kind):
     assert cost.num_params == sum(value.numel() for value in denoiser.parameters())
 
 
-@every_denoiser
-def test_example_inputs_also_run_for_real(kind):
-    denoiser = kind(**TINY[kind]).eval()
-    with torch.no_grad():
-        output = denoiser(**example_inputs(denoiser, batch=2, device="cpu"), return_dict=False)[0]
-    assert len(output) == 2 and output.isfinite().all()
-
-
-LABELS = [{"num_class_embeds": 10}, {"class_embed_type": "timestep"}, {"class_embed_type": "identity"}]
-
-
-@pytest.mark.parametrize("settings", LABELS)
-def test_class_conditional_unets_are_given_labels(settings):
-    denoiser = on_meta(UNet2DModel, **TINY_UNET, **settings)
-    assert measure_cost(denoiser).macs > 0 and "class_labels" in example_inputs(denoiser)
-
-
 def test_a_weight_only_layer_computes_in_float(beds):
     cost = cost_at(beds, 1, 32)
     assert cost.scaled_size_bytes == cost_at(beds, 1, 4).scaled_size_bytes
@@ -179,11 +163,6 @@ def test_notes_stay_with_their_layers(beds):
 def test_bits_for_a_layer_that_is_not_there_are_refused(beds):
     with pytest.raises(InputError, match="no layer 'conv_inn'"):
         measure_cost(beds, bits={"conv_inn": (4, 4)})
-
-
-def test_an_unknown_denoiser_has_no_known_inputs():
-    with pytest.raises(InputError, match="Linear are not known"):
-        example_inputs(nn.Linear(1, 1))
 
 
 # Quantized and packed

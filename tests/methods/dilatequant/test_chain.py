@@ -10,8 +10,8 @@ from torch import nn
 
 from dmquant.blocks import find_blocks
 from dmquant.clock import Clock
-from dmquant.cost import example_inputs
 from dmquant.errors import DmquantError
+from dmquant.inputs import example_inputs
 from dmquant.layers import quantized_layers
 from dmquant.methods.dilatequant.chain import Block, Link, find_links, trace
 from dmquant.methods.dilatequant.method import DilateQuant

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 
-from dmquant.cost import example_inputs
+from dmquant.inputs import example_inputs
 from dmquant.methods.dilatequant.concatenation import find_places
 from tests.test_denoiser import TINY, every_denoiser, on_meta
 

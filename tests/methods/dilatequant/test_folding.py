@@ -3,8 +3,8 @@
 import torch
 from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, UNet2DConditionModel, UNet2DModel
 
-from dmquant.cost import example_inputs
 from dmquant.denoiser import find_denoiser
+from dmquant.inputs import example_inputs
 from dmquant.layers import bypassed, find_layers, quantized_layers
 from dmquant.methods.dilatequant.dilation import find_factors
 from dmquant.methods.dilatequant.folding import apply_fold, find_folds, share
