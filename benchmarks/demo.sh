@@ -11,7 +11,7 @@ run() { printf '\n$ dmquant %s\n' "$*" >&2; "$DMQUANT" "$@"; }
 
 mkdir -p "$OUT"
 run quantize --method lsq --wbits 4 --abits 8 --max-steps 100 --set trajectories=128 -o "$LSQ" --force
-run quantize --method binarydm --wbits 1 --abits 4 --max-steps 200 --set trajectories=128 -o "$BINARY" --force
+run quantize --method binarydm --wbits 1 --abits 4 --max-steps 260 --set trajectories=128 -o "$BINARY" --force
 run eval --fid --num-images "$NUM_IMAGES" -o "$OUT/float"
 run eval "$LSQ" --fid --psnr --num-images "$NUM_IMAGES"
 run eval "$BINARY" --fid --psnr --num-images "$NUM_IMAGES"
