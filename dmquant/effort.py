@@ -6,7 +6,7 @@ Measured, so no two runs agree: it lies beside a pipeline's published files and 
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -91,7 +91,8 @@ def _reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif device.type == "cpu" and RESET.exists():
-        RESET.write_text(RESET_PEAK)
+        with suppress(OSError):  # some containers forbid it: the peak is then that of the process so far
+            RESET.write_text(RESET_PEAK)
 
 
 def _read_memory(device: torch.device, *, peak: bool) -> int | None:
