@@ -23,7 +23,6 @@ from dmquant.methods.efficientdm.method import EfficientDM
 from dmquant.packed import FLOAT_BITS, packed_layers
 from dmquant.progress import plain
 from dmquant.quantization import make_student, quantize
-from dmquant.quantizers import uniform
 from dmquant.quantizers.temporal import TemporalGrid, TemporalStep
 from dmquant.quantizers.uniform import LearnedStep
 from dmquant.runs import SavedRun
@@ -39,14 +38,6 @@ def prepared(pipeline, **settings):
     student = copy.deepcopy(find_denoiser(pipeline)[1])
     EfficientDM(**{**QUICK, **settings}).prepare(student, Clock(TIMESTEPS))
     return student
-
-
-@pytest.fixture(scope="module", autouse=True)
-def coarse_search():
-    """Grids are chosen among few candidates: how they are found is tested with the quantizers."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(uniform, "SEARCH_STEPS", 4)
-        yield
 
 
 @pytest.fixture(scope="module")
