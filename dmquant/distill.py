@@ -45,7 +45,10 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class Distillation:
-    """Mean squared distance to the teacher's answers at recorded points of its own trajectories."""
+    """Mean squared distance to the teacher's answers at recorded points of its own trajectories.
+
+    Of the channels that its sampler uses: where a learned variance is dropped (DiT, PixArt), nothing is spent on following it.
+    """
 
     samples: Samples
     weight: Tensor  # (N,) how much each sample counts

@@ -105,7 +105,7 @@ class Bench:
     cache: Path | None
     begin: Callable[[Path], AbstractContextManager[Run]]
     track: Track
-    recall: Callable[[int, int, int], Samples]
+    recall: Callable[[int, int, float, int], Samples]
 
     def open(self) -> DiffusionPipeline:
         return checkpoint.open_any(self.model, device=self.device)
@@ -174,9 +174,9 @@ def estimate_minutes(experiments: Sequence[Experiment], float_report: Report) ->
     """Time to quantize and evaluate, by how fast the float model was; each recording counts once."""
     protocol = float_report.protocol
     call_s = float_report.seconds_per_image / protocol.steps
-    recordings = {(e.method.trajectories, e.method.sampling_steps, e.seed) for e in experiments}
+    recordings = {(e.method.trajectories, e.method.sampling_steps, e.method.eta, e.seed) for e in experiments}
     training = sum(CALLS_PER_SAMPLE * e.method.max_steps * e.method.batch for e in experiments)
-    recording = sum(trajectories * steps for trajectories, steps, _ in recordings)
+    recording = sum(trajectories * steps for trajectories, steps, *_ in recordings)
     evaluation = len(experiments) * protocol.num_images * float_report.seconds_per_image
     return (call_s * (training + recording) + evaluation) / 60
 
@@ -203,7 +203,7 @@ def run_experiment(experiment: Experiment, bench: Bench) -> Report:
     else:
         pipeline, method = bench.open(), experiment.method
         with bench.begin(folder) as run:
-            samples = bench.recall(method.trajectories, method.sampling_steps, experiment.seed)
+            samples = bench.recall(method.trajectories, method.sampling_steps, method.eta, experiment.seed)
             quantized = quantize(pipeline, method, seed=experiment.seed, samples=samples, run=run, track=bench.track)
             checkpoint.save(quantized, folder)
             find_denoiser(quantized)[1].dmquant_effort.save(folder)
@@ -229,11 +229,11 @@ def refuse_other(experiment: Experiment, folder: Path) -> None:
         raise InputError(f"{folder} holds another experiment: {'; '.join(differing)}. Give it another name, or remove the folder")
 
 
-def share_recording(model: str | None, device: str | None, track: Track) -> Callable[[int, int, int], Samples]:
-    """Records the float model's trajectories (their number, steps, seed) when first asked, and once."""
+def share_recording(model: str | None, device: str | None, track: Track) -> Callable[[int, int, float, int], Samples]:
+    """Records the float model's trajectories (their number, steps, eta, seed) when first asked, and once."""
     @cache
-    def recall(trajectories: int, steps: int, seed: int) -> Samples:
-        return record(checkpoint.open_any(model, device=device), trajectories, steps=steps, seed=seed, track=track)
+    def recall(trajectories: int, steps: int, eta: float, seed: int) -> Samples:
+        return record(checkpoint.open_any(model, device=device), trajectories, steps=steps, eta=eta, seed=seed, track=track)
 
     return recall
 

@@ -68,7 +68,7 @@ def make_student(
     objective = None if data is None else open_denoising(pipeline, data)
     run.open(list_facts(pipeline, method, seed, conditioning), list_tensors(teacher, objective, samples))
     if samples is None:
-        how = {"steps": method.sampling_steps, "seed": seed, "conditioning": conditioning}
+        how = {"steps": method.sampling_steps, "eta": method.eta, "seed": seed, "conditioning": conditioning}
         with meter.stage("recording"):
             samples = run.recall(lambda: record(pipeline, method.trajectories, **how, track=track))
     with meter.stage("calibration"):

@@ -161,7 +161,8 @@ class SavedRun(Run):
 
     def _refuse_others(self) -> None:
         saved, facts = json.loads((self._start / "facts.json").read_text(encoding="utf-8")), self._facts
-        names = [name for name in sorted(saved.keys() | facts.keys()) if saved.get(name) != facts.get(name)]
+        # a setting that came after the run was saved, and is off, changes nothing
+        names = [name for name in sorted(saved.keys() | facts.keys()) if (saved.get(name) or 0) != (facts.get(name) or 0)]
         if names:
             changes = "; ".join(f"{name} was {saved.get(name)}, now {facts.get(name)}" for name in names)
             raise InputError(f"{self.folder} holds another run: {changes}. Ask for the same, or start over with --force")

@@ -4,30 +4,39 @@ The timestep is in the sample, so no training code asks which step it is.
 """
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import wraps
 from typing import Any, Self
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 
 from dmquant.clock import find_timestep_name
 from dmquant.denoiser import evaluating, find_denoiser
+from dmquant.errors import InputError
 from dmquant.generation import Conditioning, complete, generate
 from dmquant.progress import Track, plain
 
 # far from the small seeds that people draw and evaluate with; torch's CPU generator reads 32 bits of a seed and no more
 FIRST_RECORDING_SEED = 1 << 31
+POSITIONS = ("img_ids", "txt_ids")  # Flux: places of tokens (N, 3), which may happen to be as many as samples
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Calls of a denoiser. Tensors live on the CPU; `on` moves a batch to a device."""
+    """Calls of a denoiser. Tensors live on the CPU; `on` moves a batch to a device.
+
+    Of the answers, recorded or new, only the channels count that the sampler uses. A denoiser that also learned a variance
+    answers with twice the channels (DiT, PixArt), and diffusers' pipelines for it drop the second half.
+    """
 
     x: Tensor  # (N, ...) noisy inputs
     timestep: Tensor  # (N,)
-    target: Tensor  # (N, ...) the teacher's answers
+    target: Tensor  # (N, C, ...) the teacher's answers, C channels of them
     conditioning: dict[str, Tensor]  # one row per sample; nested arguments are written "outer.inner"
     shared: dict[str, Tensor]  # arguments that have no batch dimension, the same for every sample
     names: tuple[str, str] = ("sample", "timestep")  # what the denoiser calls x and timestep
@@ -54,27 +63,60 @@ class Samples:
         return replace(self, **moved)
 
     def call(self, denoiser: nn.Module) -> Tensor:
-        """The denoiser's answer to these samples."""
+        """The denoiser's answer to these samples, in the channels of the target."""
         # by name: in some denoisers the second argument is not the timestep
         arguments = dict(zip(self.names, (self.x, self.timestep))) | _nest({**self.conditioning, **self.shared})
-        return denoiser(**arguments, return_dict=False)[0]
+        return denoiser(**arguments, return_dict=False)[0][:, :self.target.shape[1]]
 
 
 def record(
-    pipeline: DiffusionPipeline, trajectories: int, *, steps: int, seed: int, batch: int = 32,
+    pipeline: DiffusionPipeline, trajectories: int, *, steps: int, seed: int, batch: int = 32, eta: float = 0.0,
     conditioning: Conditioning = Conditioning(), track: Track = plain,
 ) -> Samples:
-    """Every denoiser call of `trajectories` runs of the pipeline's own sampler with `steps` steps."""
+    """Every denoiser call of `trajectories` runs of the pipeline's own sampler with `steps` steps.
+
+    `eta` is the share of fresh noise in each step, from 0, the sampler as it is, to 1, for samplers that take one (DDIM, eq.
+    16; Song et al., 2021); InputError for others.
+    """
     denoiser, recorder, conditioning = find_denoiser(pipeline)[1], Recorder(), complete(pipeline, conditioning)
     seeds, how = recording_seeds(seed, trajectories), dict(steps=steps, batch=batch, conditioning=conditioning, track=track)
-    hook = denoiser.register_forward_hook(recorder.note, with_kwargs=True)
-    try:
-        with evaluating(denoiser):
+    with evaluating(denoiser), stepping(pipeline.scheduler, eta) as given:
+        hook = denoiser.register_forward_hook(recorder.note, with_kwargs=True)
+        try:
             for _ in generate(pipeline, seeds, **how):
                 pass  # the hook keeps what is wanted
+        finally:
+            hook.remove()
+    samples = recorder.samples()
+    return replace(samples, target=keep_used(samples.target, given), guidance=conditioning.guidance)
+
+
+@contextmanager
+def stepping(scheduler: SchedulerMixin, eta: float) -> Iterator[set[torch.Size]]:
+    """While inside, the scheduler's steps take this eta; notes the shapes (C, ...) of what they are given.
+
+    The scheduler is told and not the pipeline, since some pipelines (DiT) hand no eta on.
+    """
+    own, given = scheduler.step, set()
+    if eta and "eta" not in inspect.signature(own).parameters:
+        raise InputError(f"eta of {eta:g}: {type(scheduler).__name__} takes none; leave it at 0, or use a pipeline with DDIM")
+
+    @wraps(own)  # pipelines look at its signature
+    def step(model_output: Tensor, *args: Any, **kwargs: Any) -> Any:
+        given.add(model_output.shape[1:])
+        return own(model_output, *args, **({**kwargs, "eta": eta} if eta else kwargs))
+
+    scheduler.step = step
+    try:
+        yield given
     finally:
-        hook.remove()
-    return replace(recorder.samples(), guidance=conditioning.guidance)
+        del scheduler.step
+
+
+def keep_used(answers: Tensor, given: set[torch.Size]) -> Tensor:
+    """Of answers (N, C, ...) the leading channels that the sampler was given; all where it was given something else."""
+    alike = {shape[0] for shape in given if shape[1:] == answers.shape[2:]}
+    return answers[:, :max(alike, default=None)].contiguous()
 
 
 def recording_seeds(seed: int, count: int) -> range:
@@ -94,7 +136,7 @@ class Recorder:
         name, x = next(iter(arguments.items()))
         clock = find_timestep_name(arguments)
         extra = _flatten({k: v for k, v in arguments.items() if k not in (name, clock)})
-        rows = {k: _keep(v) for k, v in extra.items() if v.ndim and len(v) == len(x) and not k.endswith("_ids")}
+        rows = {k: _keep(v) for k, v in extra.items() if v.ndim and len(v) == len(x) and not (k in POSITIONS and v.ndim == 2)}
         shared = {k: _keep(v) for k, v in extra.items() if k not in rows}
         timestep = torch.as_tensor(arguments[clock]).reshape(-1).expand(len(x))
         answer = output[0] if isinstance(output, tuple) else output.sample

@@ -58,6 +58,15 @@ def test_training_brings_the_student_nearer_to_the_teacher():
     assert len(losses) == 150 and distance(student, samples) < 0.5 * before
 
 
+def test_channels_that_the_sampler_drops_are_not_followed():
+    student, samples = make()
+    samples = replace(samples, target=samples.target[:, :4])
+    loss = follow(samples).loss(student, 8, step=0, generator=draw(0, 0, 0), device=torch.device("cpu"))
+    loss.backward()
+    seen = student.body.weight.grad.abs().sum(1)
+    assert seen[:4].all() and not seen[4:].any()
+
+
 def test_equal_seeds_train_alike_whatever_was_drawn_before():
     states = []
     for noise in (1, 2):

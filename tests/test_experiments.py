@@ -66,6 +66,14 @@ def test_the_cheapest_comes_first_and_reports_keep_the_order_of_the_list(tiny_fo
     assert results.reports[FLOAT].is_float
 
 
+def test_recordings_of_another_eta_are_not_shared(tiny_folder, tmp_path, monkeypatch):
+    recordings = count(monkeypatch, "record")
+    plan = replace(PLAN, experiments=(make("still"), make("noisy", eta=1.0), make("still-too", weight_bits=2)))
+    results = run(plan, tmp_path, tiny_folder)
+    assert not results.failures and len(recordings) == 2
+    assert checkpoint.read_record(tmp_path / "noisy")["settings"]["eta"] == 1.0
+
+
 def test_what_is_there_is_not_done_again(tiny_folder, done, said, monkeypatch):
     folder, first = done
     quantized, evaluated = count(monkeypatch, "quantize"), count(monkeypatch, "evaluate")

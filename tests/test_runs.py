@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dmquant import runs
+from dmquant import runs, storage
 from dmquant.denoiser import find_denoiser, open_pipeline
 from dmquant.distill import Step, Training, fit
 from dmquant.errors import DamagedFile, DmquantError, InputError, Interrupted
@@ -145,7 +145,7 @@ def test_the_guard_remembers_what_it_saw_before_the_stop(stop, tmp_path):
 
 CHILD = """
 import sys
-from dmquant import runs
+from dmquant import runs, storage
 from dmquant.denoiser import open_pipeline
 from dmquant.quantization import quantize
 runs.SHARE = float("inf")
@@ -196,6 +196,16 @@ def test_other_facts_are_refused_by_name(pipeline, folder, tmp_path, monkeypatch
     refuses("dmquant was .*, now 0.0.7")
     monkeypatch.setenv("WORLD_SIZE", "2")
     refuses("ranks was 1, now 2")
+
+
+def test_a_setting_that_came_after_the_run_was_saved_may_stay_off(pipeline, folder, whole):
+    facts = folder / "start" / "facts.json"
+    known = json.loads(facts.read_text())
+    assert known.pop("eta") == 0
+    facts.write_text(json.dumps(known))
+    (facts.parent / storage.MANIFEST).unlink()
+    storage.seal(facts.parent)
+    assert_equal(weights(quantize(pipeline, run=SavedRun(folder), **QUICK)), whole)
 
 
 @pytest.mark.parametrize("name", ["state/optimizer.safetensors", "state/step.json", "start/samples.safetensors"])

@@ -1,12 +1,14 @@
 import pytest
 import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
 from torch import nn
 
 from dmquant.denoiser import find_denoiser, open_pipeline
-from dmquant.generation import Conditioning
+from dmquant.errors import InputError
+from dmquant.generation import Conditioning, generate, set_sampler
 from dmquant.runs import SavedRun
-from dmquant.samples import Recorder, Samples, record, recording_seeds
-from tests.text import make_text_pipeline
+from dmquant.samples import Recorder, Samples, record, recording_seeds, stepping
+from tests.text import make_sdxl_pipeline, make_text_pipeline
 
 
 @pytest.fixture
@@ -119,3 +121,95 @@ def test_a_teacher_with_dropout_is_recorded_without_and_left_in_its_mode(tiny_fo
     denoiser.train()
     one, two = (record(pipeline, 1, steps=2, seed=0) for _ in range(2))
     assert torch.equal(one.target, two.target) and denoiser.training
+
+
+def make_dit(out_channels: int) -> DiTPipeline:
+    """A class-conditional transformer of 4 latent channels; with 8 out it has learned a variance."""
+    torch.manual_seed(0)
+    network = DiTTransformer2DModel(
+        num_layers=1, num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=out_channels, sample_size=4,
+        patch_size=2, num_embeds_ada_norm=1000,
+    ).eval()  # fmt: skip
+    return DiTPipeline(network, AutoencoderKL(latent_channels=4, block_out_channels=(4,), norm_num_groups=2), DDIMScheduler())
+
+
+@pytest.mark.parametrize("out_channels", [4, 8])
+def test_of_a_learned_variance_only_what_the_sampler_uses_is_followed(out_channels):
+    pipeline = make_dit(out_channels)
+    denoiser, samples = pipeline.transformer, record(make_dit(out_channels), 2, steps=2, seed=0)
+    assert samples.target.shape == samples.x.shape == (8, 4, 4, 4), "two steps, both halves of the guidance"
+    with torch.no_grad():
+        whole = denoiser(samples.x, timestep=samples.timestep, class_labels=samples.conditioning["class_labels"]).sample
+    assert whole.shape[1] == out_channels and torch.equal(samples.call(denoiser), whole[:, :4])
+    assert torch.allclose(samples.target, whole[:, :4], atol=1e-5)
+
+
+def test_a_variance_that_the_sampler_does_use_is_followed_too(tiny_folder):
+    pipeline = open_pipeline(tiny_folder)
+    pipeline.register_modules(unet=type(pipeline.unet)(**{**pipeline.unet.config, "out_channels": 6}))
+    pipeline.scheduler = DDPMScheduler(variance_type="learned_range")
+    assert record(pipeline, 2, steps=2, seed=0).target.shape == (4, 6, 8, 8)
+
+
+@pytest.mark.parametrize("make", [lambda: make_dit(8), make_text_pipeline], ids=["DiT", "Stable Diffusion"])
+def test_eta_reaches_the_sampler_whether_or_not_its_pipeline_takes_one(make):
+    pipeline = make()
+    asked = Conditioning(("a",)) if isinstance(make(), type(make_text_pipeline())) else Conditioning()
+    still, noisy, again, less = (
+        record(pipeline, 2, steps=3, seed=0, eta=eta, conditioning=asked).x for eta in (0.0, 1.0, 1.0, 0.5)
+    )
+    assert torch.equal(noisy, again) and torch.equal(still[:4], noisy[:4]), "the first step starts from the same noise"
+    assert not torch.allclose(still[4:], noisy[4:]) and not torch.allclose(less[4:], noisy[4:])
+
+
+def test_eta_draws_the_noise_of_its_steps_from_each_seed(pipeline):
+    one, two = (record(pipeline, 3, steps=3, seed=0, eta=1.0, batch=batch).x for batch in (1, 3))
+    assert torch.allclose(one.unflatten(0, (3, 3)).transpose(0, 1).flatten(0, 1), two, atol=1e-5)
+
+
+def test_steps_with_eta_one_add_noise_of_the_variance_in_ddims_equation_16():
+    scheduler, shape = DDIMScheduler(clip_sample=False), (1, 1, 500, 500)
+    scheduler.set_timesteps(10)
+    x, answer = torch.zeros(shape), torch.zeros(shape)
+    with stepping(scheduler, 1.0):
+        moved = scheduler.step(answer, 500, x, generator=torch.Generator().manual_seed(0)).prev_sample
+    now, before = scheduler.alphas_cumprod[500].double(), scheduler.alphas_cumprod[400].double()
+    assert moved.double().var().item() == pytest.approx(((1 - before) / (1 - now) * (1 - now / before)).item(), rel=0.02)
+
+
+def test_a_sampler_without_eta_is_refused_before_anything_is_drawn_and_every_sampler_is_left_as_it_was(pipeline):
+    before = torch.cat(list(generate(pipeline, range(2), steps=2)))
+    record(pipeline, 1, steps=2, seed=0, eta=1.0)
+    assert "step" not in vars(pipeline.scheduler)
+    assert torch.equal(torch.cat(list(generate(pipeline, range(2), steps=2))), before)
+    set_sampler(pipeline, "euler")
+    with pytest.raises(InputError, match="eta of 1: EulerDiscreteScheduler takes none; leave it at 0"):
+        record(pipeline, 1, steps=2, seed=0, eta=1.0, track=lambda *_: pytest.fail("an image was drawn"))
+    set_sampler(pipeline, "ddim")
+
+
+@pytest.mark.filterwarnings("ignore")  # from inside transformers
+def test_what_sdxl_is_told_of_each_image_stays_with_its_sample():
+    pipeline, asked = make_sdxl_pipeline(), Conditioning(("a red cat", "x"))
+    own, told = pipeline._get_add_time_ids, []
+
+    def tell(*args, **kwargs):  # a size of its own at each call: positive and negative differ, and so do batches
+        told.append(float(len(told)))
+        return own((told[-1], told[-1]), *args[1:], **kwargs)
+
+    pipeline._get_add_time_ids = tell
+    samples = record(pipeline, 3, steps=2, seed=0, batch=2, conditioning=asked)
+    times = samples.conditioning["added_cond_kwargs.time_ids"]
+    assert len(samples) == len(times) == 12 and not samples.shared
+    assert len(times[:, 0].unique()) > 1
+    for part in samples.split(5):  # no batch that was recorded
+        with torch.no_grad():
+            assert torch.allclose(part.call(pipeline.unet), part.target, atol=1e-5)
+
+
+def test_places_of_tokens_are_shared_even_where_there_are_as_many_as_samples():
+    recorder, network = Recorder(), nn.Identity()
+    network.forward = lambda hidden_states, timestep, img_ids, ids: None
+    x = torch.ones(2, 2, 3)
+    recorder.note(network, (x, torch.ones(2)), {"img_ids": torch.ones(2, 3), "ids": torch.ones(2, 2, 3)}, (x,))
+    assert set(recorder.samples().shared) == {"img_ids"} and set(recorder.samples().conditioning) == {"ids"}

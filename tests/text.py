@@ -4,8 +4,10 @@ import warnings
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from transformers import (
+    CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer,
+)  # fmt: skip
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 LETTERS = [chr(code) for code in range(ord("a"), ord("z") + 1)]
@@ -40,6 +42,23 @@ def make_text_pipeline(seed: int = 0) -> StableDiffusionPipeline:
     scheduler = DDIMScheduler(clip_sample=False, steps_offset=1)
     return StableDiffusionPipeline(
         vae, text_encoder, make_tokenizer(), unet, scheduler, None, None, requires_safety_checker=False
+    )
+
+
+def make_sdxl_pipeline(seed: int = 0) -> StableDiffusionXLPipeline:
+    """SDXL's parts: two text encoders, and six numbers about each image beside the pooled text."""
+    width, time_dim = SHAPE["hidden_size"], 2
+    conditions = {
+        "cross_attention_dim": 2 * width, "addition_embed_type": "text_time", "addition_time_embed_dim": time_dim,
+        "projection_class_embeddings_input_dim": 6 * time_dim + width,
+    }  # fmt: skip
+    sd = make_text_pipeline(seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        unet = UNet2DConditionModel(**{**UNET, **conditions}).eval()
+        second = CLIPTextModelWithProjection(CLIPTextConfig(**TEXT, projection_dim=width)).eval()
+    return StableDiffusionXLPipeline(
+        sd.vae, sd.text_encoder, second, sd.tokenizer, make_tokenizer(), unet, sd.scheduler, add_watermarker=False
     )
 
 

@@ -60,6 +60,7 @@ class Method:
     keep: tuple[Role, ...] = setting((), "roles left in float")
     trajectories: int = setting(256, "teacher trajectories to record")
     sampling_steps: int = setting(20, "denoising steps of each recorded trajectory")
+    eta: float = setting(0.0, "fresh noise in each recorded step, for samplers that take it: 0 as they are, 1 as EfficientDM's")
     calibration_samples: int = setting(128, "recorded samples that set the grids")
     bias_correction: bool = setting(True, "biases start with what rounding takes from each channel's mean")
     max_steps: int = setting(600, "optimiser steps of fine-tuning; 0 only calibrates")
@@ -90,6 +91,8 @@ class Method:
                 raise ValueError(f"{name} must be above 0 (a large number switches it off), got {getattr(self, name)}")
         if self.max_steps < 0:
             raise ValueError(f"max_steps must be 0 or more, got {self.max_steps}")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta must be in [0, 1], got {self.eta}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
 

@@ -52,6 +52,7 @@ def test_settings_survive_being_written_and_read(cls):
         ({"max_steps": "many"}, "max_steps"),
         ({"keep": "roof"}, "keep"),
         ({"learning_rate": -1}, "learning_rate must be 0 or more"),
+        ({"eta": 1.5}, "eta must be in"),
         ({"quantizer_rate": "nan"}, "quantizer_rate must be 0 or more"),
         ({"clip_norm": "inf"}, "clip_norm must be above 0"),
         ({"batch": 0}, "batch must be at least 1"),
