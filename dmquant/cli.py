@@ -21,6 +21,8 @@ from dmquant.options import HIDDEN, Batch, Device, GivenModel, Guidance, Labels,
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from dmquant.packed import Layout
+
 app = typer.Typer(
     name="dmquant",
     help="Extremely low-bit quantization of diffusion models: quantize, evaluate, compare.",
@@ -89,9 +91,9 @@ def quantize(
 
     if dry_run:
         pipeline = arguments.open_model(model, "cpu")
-        planned = {"bits": quantization.plan(pipeline, chosen), "attention_bits": chosen.attention_bits}
-        planned["notes"] = chosen.notes(denoiser.find_denoiser(pipeline)[1])
-        _show_coverage(pipeline, chosen.weight_bits, chosen.act_bits, **planned)
+        notes = chosen.notes(denoiser.find_denoiser(pipeline)[1])
+        layout = quantization.lay_out(pipeline, chosen)
+        _show_coverage(pipeline, chosen.weight_bits, chosen.act_bits, layout=layout, notes=notes)
         return
     conditioning = arguments.read_conditioning(prompts, class_labels, guidance_scale)
     denoiser.locate(model)
@@ -209,14 +211,13 @@ def fetch(resource: Annotated[Literal["inception", "clip"], typer.Argument(help=
 
 
 def _show_coverage(
-    pipeline: "DiffusionPipeline", weight_bits: int, act_bits: int, *,
-    bits: dict | None = None, attention_bits: int | None = None, notes: dict | None = None,
-) -> None:  # fmt: skip
+    pipeline: "DiffusionPipeline", weight_bits: int, act_bits: int, *, layout: "Layout | None" = None, notes: dict | None = None
+) -> None:
     from dmquant import coverage
     from dmquant.cost import measure_cost
     from dmquant.denoiser import find_denoiser
 
-    cost = measure_cost(find_denoiser(pipeline)[1], bits=bits, notes=notes, attention_bits=attention_bits)
+    cost = measure_cost(find_denoiser(pipeline)[1], layout=layout, notes=notes)
     rows = coverage.tabulate(cost, weight_bits=weight_bits, act_bits=act_bits)
     console.show_table(coverage.HEADINGS, rows, align="lllrrrl", notes=["", *coverage.summarize(cost)])
 

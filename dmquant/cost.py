@@ -8,14 +8,17 @@ bits, and OPs = BOPs / 64 + the MACs of float layers. Attention products (q.k, p
 in their numbers: they stand apart in `attention_macs`. One term is ours. The papers' 24.3, 12.3 and 6.3 G (W4A4, W2A4, W1A4
 on LDM-4) exceed their formula by 0.25 G each and no text says why. Counting the float work of the quantizers themselves
 (four operations per input, one per output) gives all three to the printed digit; it was chosen because it does, so those
-three are a fit and only the float model's 96.0 G is an independent check. The term is `quantizer_ops`, a part of `ops`.
+three are a fit and only the float model's 96.0 G is an independent check. The term is `quantizer_ops`, a part of `ops`. An
+input that is divided channel by channel (DilateQuant) costs one more; that a grid is looked up by timestep costs nothing.
+
+Bytes are those of the file: the same skeleton is given packed layers, whose tensors are the ones that are written.
 """
 
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,17 +27,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dmquant import foreign
-from dmquant.attention import product_bits
-from dmquant.denoiser import Role, named_layers, find_roles
+from dmquant.denoiser import Role, find_roles, named_layers
 from dmquant.errors import InputError
 from dmquant.inputs import example_inputs
-from dmquant.packed import FLOAT_BITS, layer_bits
+from dmquant.layers import find_layers
+from dmquant.packed import FLOAT, FLOAT_BITS, Bits, Format, Layout, layer_format, prepare_packed, read_layout
+from dmquant.quantizers.dilated import DILATED
 
 BINARY_OPS_PER_WORD = 64  # one-bit products that a 64-bit word does at once
 OPS_PER_INPUT = 4  # divide, round, clip below, clip above
 OPS_PER_OUTPUT = 1  # multiply by the step sizes
-ENTRY_BYTES = 62  # of one tensor in the header of a safetensors file, beside its name: dtype, shape, offsets as JSON
-SCALE_BYTES = 8  # float32 scale and zero: per output channel of the weight, once for the input
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8"}
+WIDEST_CODE = 8  # bits that packed layers hold
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class LayerCost:
     act_bits: int
     size_bytes: int
     note: str = ""
+    is_divided: bool = False  # its input, channel by channel, before it is quantized
 
     @property
     def is_integer(self) -> bool:
@@ -69,7 +74,8 @@ class LayerCost:
 
     @property
     def quantizer_ops(self) -> int:
-        return (OPS_PER_INPUT * self.num_inputs + OPS_PER_OUTPUT * self.num_outputs) if self.is_integer else 0
+        per_input = OPS_PER_INPUT + self.is_divided
+        return (per_input * self.num_inputs + OPS_PER_OUTPUT * self.num_outputs) if self.is_integer else 0
 
 
 @dataclass(frozen=True)
@@ -120,35 +126,33 @@ class Cost:
 
 
 def measure_cost(
-    denoiser: nn.Module, *, bits: Mapping[str, tuple[int, int]] | None = None, notes: Mapping[str, str] | None = None,
-    attention_bits: int | None = None, inputs: Mapping[str, Any] | None = None,
+    denoiser: nn.Module, *, bits: Mapping[str, Bits] | None = None, layout: Layout | None = None,
+    notes: Mapping[str, str] | None = None, inputs: Mapping[str, Any] | None = None,
 ) -> Cost:
-    """Cost of a denoiser at the bits given per layer name, (weight, activation); a layer not named is float.
+    """Cost of a denoiser in a layout, or with static uniform grids at the bits of each layer by name; one not named is float.
 
-    Without `bits` and `attention_bits` they are read off the denoiser. `inputs` replaces `example_inputs`: other sizes, more
-    text tokens.
+    Without both they are read off the denoiser. `inputs` replaces `example_inputs`: other sizes, more text tokens.
     """
     roles = find_roles(denoiser)
-    if bits is None:
-        bits = {name: foreign.layer_bits(layer) or layer_bits(layer) for name, layer in named_layers(denoiser).items()}
-    unknown = sorted(set(bits) - set(roles))
+    unknown = sorted(set(bits or ()) - set(roles))
     if unknown:
         raise InputError(f"the denoiser has no layer {unknown[0]!r} to give bits to")
+    if bits is not None:
+        layout = Layout(FLOAT, {name: Format(*pair) for name, pair in bits.items()})
+    layout = layout or _read_layout(denoiser)
     skeleton = build_skeleton(denoiser)
-    meter, attention_macs = _run(skeleton, example_inputs(skeleton) if inputs is None else inputs)
-    widths = _tensor_bytes(skeleton, denoiser)
-    costs = [
-        _cost_layer(name, role, bits.get(name, (FLOAT_BITS, FLOAT_BITS)), (notes or {}).get(name, ""), meter, widths)
-        for name, role in roles.items()
-    ]
-    inside = {f"{cost.name}.{leaf}" for cost in costs for leaf in ("weight", "bias")}
-    others = {name: width for name, width in widths.items() if name not in inside}
     num_params = sum(parameter.numel() for parameter in skeleton.parameters())
-    names = [*others, *chain.from_iterable(_tensor_names(cost, widths) for cost in costs)]
-    header_bytes = sum(len(name) + ENTRY_BYTES for name in names)
-    size_bytes = header_bytes + sum(others.values()) + sum(cost.size_bytes for cost in costs)
-    attention_bits = attention_bits or product_bits(denoiser) or FLOAT_BITS
-    return Cost(tuple(costs), num_params, size_bytes, header_bytes, attention_macs, attention_bits)
+    shapes = {name: layer.weight.shape for name, layer in named_layers(skeleton).items()}
+    meter, attention_macs = _run(skeleton, example_inputs(skeleton) if inputs is None else inputs)
+    _pack(skeleton, layout)
+    tensors = _list_tensors(skeleton, denoiser)
+    costs = tuple(
+        _cost_layer(name, role, layout.format(name), shapes[name], meter, tensors, (notes or {}).get(name, ""))
+        for name, role in roles.items()
+    )
+    header_bytes = _count_header(tensors)
+    size_bytes = header_bytes + sum(entry.size_bytes for entry in tensors.values())
+    return Cost(costs, num_params, size_bytes, header_bytes, attention_macs, layout.attention_bits)
 
 
 def build_skeleton(denoiser: nn.Module) -> nn.Module:
@@ -190,32 +194,59 @@ def _run(skeleton: nn.Module, inputs: Mapping[str, Any]) -> tuple[_Meter, int]:
     return meter, counter.get_total_flops() // 2 - meter.macs.total()  # products that belong to no layer
 
 
-def _tensor_bytes(skeleton: nn.Module, denoiser: nn.Module) -> dict[str, int]:
-    """Bytes of each float tensor by name, at the dtype that it has in the denoiser."""
+def _read_layout(denoiser: nn.Module) -> Layout:
+    """How each layer of a denoiser is stored; of one that another tool quantized, at which bits."""
+    layers, layout = named_layers(denoiser), read_layout(denoiser)
+    others = {name: bits for name, layer in layers.items() if (bits := foreign.layer_bits(layer))}
+    formats = {name: Format(*others[name]) if name in others else layer_format(layer) for name, layer in layers.items()}
+    return replace(layout, default=FLOAT, overrides=formats)
+
+
+def _pack(skeleton: nn.Module, layout: Layout) -> None:
+    """Gives the skeleton the layers that are written; layers of other tools that ours cannot stand for stay float."""
+    swappable = find_layers(skeleton)
+    widths = {name: [bits for bits in layout.format(name)[:2] if bits != FLOAT_BITS] for name in swappable}
+    formats = {name: layout.format(name) for name in swappable if max(widths[name], default=0) <= WIDEST_CODE}
+    prepare_packed(skeleton, replace(layout, default=FLOAT, overrides=formats), dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One tensor of the file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def _list_tensors(packed: nn.Module, denoiser: nn.Module) -> dict[str, _Entry]:
+    """What is written, by name; what stays float at the dtype that it has in the denoiser."""
     own = denoiser.state_dict()
-    return {name: value.numel() * own.get(name, value).element_size() for name, value in skeleton.state_dict().items()}
+    return {name: _Entry(own.get(name, value).dtype, tuple(value.shape)) for name, value in packed.state_dict().items()}
+
+
+def _count_header(tensors: Mapping[str, _Entry]) -> int:
+    """Bytes in front of the tensors of a safetensors file: its length, and their names, dtypes, shapes and places as JSON."""
+    header, begin = {"__metadata__": {"format": "pt"}}, 0
+    for name, entry in sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
+        end = begin + entry.size_bytes
+        header[name] = {"dtype": DTYPES.get(entry.dtype, "F32"), "shape": entry.shape, "data_offsets": [begin, end]}
+        begin = end
+    length = len(json.dumps(header, separators=(",", ":")))
+    return 8 + -(-length // 8) * 8
 
 
 def _cost_layer(
-    name: str, role: Role, bits: tuple[int, int], note: str, meter: _Meter, widths: Mapping[str, int]
+    name: str, role: Role, format: Format, shape: torch.Size, meter: _Meter, tensors: Mapping[str, _Entry], note: str
 ) -> LayerCost:
-    weight_bits, act_bits = bits
-    layer = meter.layers[name]
-    size_bytes = widths.get(f"{name}.bias", 0) + (SCALE_BYTES if act_bits < FLOAT_BITS else 0)
-    if weight_bits < FLOAT_BITS:  # bit planes [bits, ceil(n / 8)] and one scale and zero per output channel
-        size_bytes += weight_bits * -(-layer.weight.numel() // 8) + SCALE_BYTES * len(layer.weight)
-    else:
-        size_bytes += widths[f"{name}.weight"]
+    own = [entry for tensor, entry in tensors.items() if tensor.startswith(f"{name}.")]
+    bias = tensors.get(f"{name}.bias")
     return LayerCost(
-        name=name, role=role, shape=tuple(layer.weight.shape), params=sum(value.numel() for value in layer.parameters()),
+        name=name, role=role, shape=tuple(shape), params=shape.numel() + (math.prod(bias.shape) if bias else 0),
         macs=meter.macs[name], num_inputs=meter.num_inputs[name], num_outputs=meter.num_outputs[name],
-        weight_bits=weight_bits, act_bits=act_bits, size_bytes=size_bytes, note=note,
-    )
-
-
-def _tensor_names(cost: LayerCost, widths: Mapping[str, int]) -> list[str]:
-    """What a layer's tensors are called in the file."""
-    weight = ("weight",) if cost.weight_bits == FLOAT_BITS else ("weight.codes", "weight.scale", "weight.zero")
-    grid = () if cost.act_bits == FLOAT_BITS else ("input.scale", "input.zero")
-    bias = ("bias",) if f"{cost.name}.bias" in widths else ()
-    return [f"{cost.name}.{leaf}" for leaf in (*weight, *grid, *bias)]
+        weight_bits=format.weight_bits, act_bits=format.act_bits, size_bytes=sum(entry.size_bytes for entry in own),
+        note=note, is_divided=DILATED in format.kinds,
+    )  # fmt: skip

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from dmquant.errors import InputError
 from dmquant.generation import Conditioning, complete
 from dmquant.layers import find_layers
 from dmquant.methods.base import Method
-from dmquant.packed import FLOAT_BITS, pack_model
+from dmquant.packed import BASES, FLOAT, FLOAT_BITS, Bits, Format, Layout, pack_model, read_layout
 from dmquant.progress import Track, plain
 from dmquant.runs import Run
 from dmquant.samples import Samples, record
@@ -90,6 +90,22 @@ def plan(pipeline: DiffusionPipeline, method: str | Method = "lsq", **settings: 
     swappable = find_layers(denoiser)  # a subclass of Linear may do anything: it stays as it is
     bits = method.plan(denoiser).items()
     return {name: pair if name in swappable else (FLOAT_BITS, FLOAT_BITS) for name, pair in bits}
+
+
+def lay_out(pipeline: DiffusionPipeline, method: Method) -> Layout:
+    """How each layer of the result would be stored. What only samples decide (factors of dilation=smooth) is left out."""
+    bits, student = plan(pipeline, method), copy.deepcopy(find_denoiser(pipeline)[1])
+    method.prepare(student, Clock(torch.arange(method.sampling_steps), LINEAR))
+    method.adjust_weights(student)
+    layout = read_layout(student)
+    return replace(layout, default=FLOAT, overrides={name: _end_at(pair, layout.format(name)) for name, pair in bits.items()})
+
+
+def _end_at(bits: Bits, format: Format) -> Format:
+    """A prepared layer's format at the bits that it ends with: of two bases that become one, one."""
+    if bits == FLOAT[:2]:
+        return FLOAT
+    return Format(*bits, tuple(kind for kind in format.kinds if kind != BASES or bits == format[:2]))
 
 
 def resolve(method: str | Method, settings: Mapping[str, Any]) -> Method:

@@ -182,8 +182,12 @@ class Method:
                 layer.input_quantizer = TemporalStep(layer.input_quantizer.bits, clock).to(layer.weight.device)
                 attach(clock, student)
 
+    def adjust_weights(self, student: nn.Module) -> None:
+        """Changes weights as far as that follows from them alone; a plan does it too. `calibrate` calls it before all grids."""
+
     def calibrate(self, student: nn.Module, samples: Samples, *, track: Track) -> None:
         """Sets the grids from values; no gradients."""
+        self.adjust_weights(student)
         few = samples.spread(self.calibration_samples)
         observe_weights(student)
         observe_inputs(student, few, batch=self.batch, track=track)

@@ -5,14 +5,15 @@ import copy
 import pytest
 import torch
 
-from dmquant import methods
+from dmquant import checkpoint, methods
 from dmquant.clock import Clock
+from dmquant.cost import measure_cost
 from dmquant.denoiser import find_denoiser
 from dmquant.errors import InputError
 from dmquant.layers import quantized_layers
 from dmquant.methods.base import Method
 from dmquant.progress import plain
-from dmquant.quantization import make_student
+from dmquant.quantization import lay_out, make_student, quantize
 from dmquant.quantizers.base import Quantizer
 
 QUICK = dict(trajectories=4, sampling_steps=3, calibration_samples=8, max_steps=4, batch=4)
@@ -70,6 +71,15 @@ def test_preparing_looks_at_shapes_only_and_so_runs_on_meta(cls, pipeline, sampl
         cls().prepare(student, Clock(samples.timestep.unique()))
     assert {k: v.shape for k, v in empty.state_dict().items()} == {k: v.shape for k, v in real.state_dict().items()}
     assert set(denoiser.state_dict()) <= set(real.state_dict())
+
+
+@pytest.mark.parametrize("attention_bits", [32, 8])
+def test_what_a_plan_counts_is_what_is_written_to_the_byte(cls, pipeline, samples, attention_bits, tmp_path):
+    method = cls.parse({**QUICK, "act_bits": 4, "attention_bits": attention_bits})
+    planned = measure_cost(find_denoiser(pipeline)[1], layout=lay_out(pipeline, method))
+    folder = checkpoint.save(quantize(pipeline, method, samples=samples), tmp_path / "out")
+    assert planned.size_bytes == (folder / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
+    assert planned == measure_cost(find_denoiser(checkpoint.load(folder))[1])
 
 
 def test_the_law_holds_for_every_quantizer_of_a_finished_run(student):

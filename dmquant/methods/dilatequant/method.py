@@ -95,11 +95,13 @@ class DilateQuant(Method):
         if any(isinstance(module, Timed) for module in student.modules()):
             attach(clock, student)
 
-    def calibrate(self, student: nn.Module, samples: Samples, *, track: Track) -> None:
-        """Factors first: grids are those of dilated weights and divided inputs."""
+    def adjust_weights(self, student: nn.Module) -> None:
         if self.dilation == "weights":
             dilate(student, fold=self.fold)
-        elif self.dilation == "smooth":
+
+    def calibrate(self, student: nn.Module, samples: Samples, *, track: Track) -> None:
+        """Factors first: grids are those of dilated weights and divided inputs."""
+        if self.dilation == "smooth":
             smooth(student, samples.spread(self.calibration_samples), batch=self.batch, fold=self.fold)
         super().calibrate(student, samples, track=track)
 

@@ -92,10 +92,13 @@ class EfficientDM(Method):
             attach(clock, student)
 
     @torch.no_grad()
-    def calibrate(self, student: nn.Module, samples: Samples, *, track: Track) -> None:
+    def adjust_weights(self, student: nn.Module) -> None:
         if self.half_base:
             for layer in light_layers(student):
                 layer.weight.copy_(layer.weight.half())  # now, so that no code changes when training begins
+
+    @torch.no_grad()
+    def calibrate(self, student: nn.Module, samples: Samples, *, track: Track) -> None:
         super().calibrate(student, samples, track=track)
         if self.base == "rounded":
             for layer in adapted_layers(student):
