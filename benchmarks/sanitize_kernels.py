@@ -69,6 +69,7 @@ def check(cases: int, seed: int) -> None:
                 assert error(found, wanted) < 1e-5, (case, each.name, layer, tuple(x.shape))
                 check_fused(layer, x, draw)
                 layer.weight.release()
+        check_attention(draw)
     print(f"{cases} cases without a finding")
 
 
@@ -89,6 +90,24 @@ def check_fused(layer, x, draw: random.Random) -> None:
     residual = torch.randn_like(wanted)
     found = dispatch.apply(layer, layer.weight.blocked, x, dispatch.replace(around, residual=residual))
     assert torch.equal(found, wanted + residual), (layer, tuple(x.shape), zoom)
+
+
+def check_attention(draw: random.Random) -> None:
+    """Every variant on factors of a random shape, against float64 and against each other."""
+    import torch
+
+    from dmquant.kernels import attention, catalogue
+    from tests.kernels.test_attention import factors, grids
+
+    bits, size = draw.randint(1, 8), [draw.randint(1, largest) for largest in (2, 3, 40, 150, 130)]
+    arguments = (*factors(*size), *grids(*size[:2], bits), bits, draw.random())
+    usable = [number for number, kernel in enumerate(attention.VARIANTS) if not catalogue.state(kernel)]
+    found, wanted = [attention.attend(*arguments, number) for number in usable], attention.reference(*arguments)
+    assert all(torch.equal(other, found[0]) for other in found), (size, bits)
+    # now and then a probability lies between two codes and falls to the other one
+    step = arguments[3][2].max() * arguments[3][3].max() * (1 << bits)
+    difference = (found[0] - wanted).abs()
+    assert difference.median() <= 1e-6 * wanted.abs().max() and difference.max() <= 2 * step, (size, bits)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,9 @@ from functools import partial
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 
+from dmquant.kernels import attention
+from dmquant.kernels.attention import Products
+
 PLAIN = (AttnProcessor, AttnProcessor2_0)  # the processors whose arithmetic is the one below
 
 
@@ -20,10 +23,11 @@ class QuantInput(nn.Module):
         return self.input_quantizer(x)
 
 
-class QuantAttention(nn.Module):
+class QuantAttention(Products):
     """An attention processor of diffusers that quantizes query, key, probabilities and value before they are multiplied.
 
-    The softmax is exact, in float32. Projections are layers of their own and not this module's business.
+    The softmax is exact, in float32. Projections are layers of their own and not this module's business. A kernel multiplies the
+    codes where there is one.
     """
 
     def __init__(self, make: Callable[[], nn.Module], replaces: AttnProcessor | AttnProcessor2_0):
@@ -53,7 +57,7 @@ class QuantAttention(nn.Module):
         return answer / attn.rescale_output_factor
 
     def attend(self, attn: Attention, tokens: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
-        """softmax(q k^T * scale + mask) v over the heads: (B, N, C)."""
+        """The products of all heads, projections and norms of queries and keys before them: (B, N, C)."""
         query, key, value = (
             layer(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (B, heads, N, C / heads)
             for layer, x in ((attn.to_q, tokens), (attn.to_k, context), (attn.to_v, context))
@@ -62,10 +66,22 @@ class QuantAttention(nn.Module):
             query = attn.norm_q(query)
         if attn.norm_k is not None:
             key = attn.norm_k(key)
-        scores = self.query(query) @ self.key(key).transpose(-1, -2) * attn.scale
         if mask is not None:
             mask = attn.prepare_attention_mask(mask, context.shape[1], len(context))
-            scores = scores + mask.view(len(context), attn.heads, -1, mask.shape[-1])
+            mask = mask.view(len(context), attn.heads, -1, mask.shape[-1])
+        return self.multiply(query, key, value, attn.scale, mask)
+
+    def multiply(self, query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+        """softmax(q k^T * scale + mask) v of factors (B, heads, N, C / heads): (B, N, C)."""
+        factors = (self.query, self.key, self.probability, self.value)
+        is_watched = any(factor._forward_hooks or factor._forward_pre_hooks for factor in factors)
+        if mask is None and not is_watched:
+            found = attention.run(query, key, value, [factor.input_quantizer for factor in factors], scale)
+            if found is not None:
+                return found
+        scores = self.query(query) @ self.key(key).transpose(-1, -2) * scale
+        if mask is not None:
+            scores = scores + mask
         probability = scores.float().softmax(-1).to(value.dtype)
         return (self.probability(probability) @ self.value(value)).transpose(1, 2).flatten(2)
 

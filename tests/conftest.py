@@ -48,3 +48,19 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pipelines") / "tiny"
     pipeline.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_folder):
+    """The tiny pipeline, opened."""
+    from dmquant.denoiser import open_pipeline
+
+    return open_pipeline(tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def samples(pipeline):
+    """Four calls recorded along each of its trajectories of three steps."""
+    from dmquant.samples import record
+
+    return record(pipeline, 4, steps=3, seed=0)

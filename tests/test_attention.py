@@ -12,13 +12,11 @@ import dmquant
 from dmquant.attention import QuantAttention, find_attentions, product_bits, quantize_products, restore_products
 from dmquant.clock import Clock
 from dmquant.cost import measure_cost
-from dmquant.denoiser import open_pipeline
 from dmquant.errors import InputError
 from dmquant.methods.lsq.method import LSQ
 from dmquant.quantization import make_student, quantize
 from dmquant.quantizers.base import FixedGrid
 from dmquant.quantizers.uniform import LearnedStep
-from dmquant.samples import record
 
 QUICK = dict(trajectories=4, sampling_steps=3, calibration_samples=8, max_steps=3, batch=4, init="minmax")
 KINDS = {
@@ -72,16 +70,6 @@ def test_each_factor_is_rounded_to_its_grid():
         assert torch.equal(y, factors[name](x)) and not torch.equal(x, y)
     assert seen["query"][0].shape == (2, 2, 7, 8) and seen["probability"][0].shape == (2, 2, 7, 7)
     assert torch.allclose(seen["probability"][0].sum(-1), torch.ones(2, 2, 7))
-
-
-@pytest.fixture(scope="module")
-def pipeline(tiny_folder):
-    return open_pipeline(tiny_folder)
-
-
-@pytest.fixture(scope="module")
-def samples(pipeline):
-    return record(pipeline, 4, steps=3, seed=0)
 
 
 def test_products_are_calibrated_trained_and_come_back_from_the_file(pipeline, samples, tmp_path):

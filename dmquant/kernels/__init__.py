@@ -7,7 +7,8 @@ quantized or not float32, other devices than the CPU, gradients, autocast, group
 
 The CPU kernels are C, compiled when first needed (compiler.py). All of them are exact in integers and end with one float
 expression, so that the same seed gives the same image whichever runs. oneDNN and the reference round otherwise; they take a
-layer where they are a quarter faster. Not done: AVX-VNNI of 256 bits, ARM, kernels for weights in groups, attention products.
+layer where they are a quarter faster. Attention whose factors are quantized is multiplied by codes as well (attention.py). Not
+done: AVX-VNNI of 256 bits, ARM, kernels for weights in groups.
 
 A pipeline that is loaded also gets its blocks fused (fusion.py): norm, activation, residual, enlargement and padding are done by
 the kernels on the way.

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from dmquant.kernels import catalogue, onednn, ops, trial
+from dmquant.kernels import attention, catalogue, onednn, ops, trial
 from dmquant.kernels.blocked import Blocked, BlockedCodes
 from dmquant.kernels.catalogue import BY_NAME, KERNELS, choice
 from dmquant.quantizers.base import FixedGrid
@@ -211,4 +211,5 @@ def survey() -> dict[str, str]:
             outdone |= dict.fromkeys(set(kernel.outdoes) - set(outdone), kernel.name)
     reason = f"DMQUANT_KERNELS={wanted}" if wanted in ("c", "torch") else ""
     found[onednn.NAME] = reason or onednn.state()
+    found[attention.NAME] = attention.survey()
     return found

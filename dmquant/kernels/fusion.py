@@ -4,8 +4,8 @@
 has no kernel, is watched by a hook, or anything else is out of the ordinary, the block runs as diffusers wrote it.
 
 Not fused: the norm and the activation before the last convolution (they belong to the root), transformer blocks, processors of
-attention other than the plain ones, concatenations. The products of attention stay with torch. Query, key and value each
-quantize the tokens for themselves: they have grids of their own.
+attention other than the plain ones and ours, concatenations. Query, key and value each quantize the tokens for themselves: they
+have grids of their own.
 """
 
 import torch
@@ -15,6 +15,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
+from dmquant.kernels.attention import Products
 from dmquant.kernels.dispatch import Around, can_fuse, run_fused, window_of
 from dmquant.kernels.normal import moments_of
 
@@ -63,7 +64,7 @@ class FusedResnetBlock2D(Fused, ResnetBlock2D):
 
 
 class FusedAttention(Fused, Attention):
-    """Three kernel calls that normalize and quantize the tokens, torch's attention, and one that adds the residual."""
+    """Three kernel calls that normalize and quantize the tokens, the products of attention, and one that adds the residual."""
 
     def run(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
         tokens = images(hidden_states.contiguous(memory_format=LAST)).flatten(1, 2)  # (N, tokens, C)
@@ -72,7 +73,7 @@ class FusedAttention(Fused, Attention):
             run_fused(layer, tokens, Around(gain, offset)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for layer in (self.to_q, self.to_k, self.to_v)
         )
-        answer = nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        answer = self._multiply(query, key, value)
         answer = run_fused(self.to_out[0], answer, Around(residual=tokens if self.residual_connection else None))
         answer = answer if self.rescale_output_factor == 1 else answer / self.rescale_output_factor
         return answer.unflatten(1, hidden_states.shape[2:]).permute(0, 3, 1, 2)
@@ -83,11 +84,17 @@ class FusedAttention(Fused, Attention):
     ) -> bool:  # fmt: skip
         if encoder_hidden_states is not None or attention_mask is not None or hidden_states.dim() != 4:
             return False
-        is_plain = type(self.processor) in (AttnProcessor, AttnProcessor2_0) and self.spatial_norm is None
+        is_plain = isinstance(self.processor, (AttnProcessor, AttnProcessor2_0, Products)) and self.spatial_norm is None
         is_plain &= self.group_norm is not None and self.norm_q is None and self.norm_k is None
         layers = (self.to_q, self.to_k, self.to_v, self.to_out[0])
         is_plain = is_plain and is_free(self.group_norm) and not is_training(self.to_out[1])
         return is_plain and all(can_fuse(layer, hidden_states) for layer in layers)
+
+    def _multiply(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The products of the heads: (N, tokens, C)."""
+        if isinstance(self.processor, Products):
+            return self.processor.multiply(query, key, value, self.scale)
+        return nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
 
 
 class FusedUpsample2D(Fused, Upsample2D):

@@ -3,11 +3,8 @@
  * Cells lie one behind the other over the whole band, so a tile may run over the end of a row: what it computes of the padding
  * is thrown away, and images of 4 or 8 pixels still fill it. Blocks of 64 channels only.
  * Needs AMX-TILE and AMX-INT8, AVX-512 F, BW, VL, DQ for what stands around them, and Linux, which is asked for the tiles. */
-#define _GNU_SOURCE
 #define TILE_BYTES (int64_t)sizeof(Tile)
 #include <stdint.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 typedef struct {
     int32_t position, image;        /* of its first cell, in cells */
@@ -16,22 +13,7 @@ typedef struct {
 
 #include "codes512.h"
 #include "epilogue.h"
-
-/* May this process use the tiles? 0 if so. */
-int dmquant_ready(void) {
-    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
-    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) != 0;
-}
-
-static void configure(void) {
-    struct {
-        uint8_t palette, start, reserved[14];
-        uint16_t row_bytes[16];
-        uint8_t rows[16];
-    } __attribute__((packed)) config = {.palette = 1};
-    for (int i = 0; i < 8; i++) config.row_bytes[i] = 64, config.rows[i] = 16;
-    _tile_loadconfig(&config);
-}
+#include "tiles.h"
 
 /* Which cells go into which tile; also the sums of a under each pixel. */
 static int64_t lay_tiles(const Band *band, Tile *tiles) {
@@ -69,9 +51,6 @@ static void put_tile(const Band *band, const Tile *tile, const int32_t *sums, in
         put(job, &o, band->plane, sum, band->scratch->box + pixel, first + pixel * job->outputs);
     }
 }
-
-/* gcc's tile instructions do not say that they read and write memory */
-#define SETTLE __asm__ volatile("" ::: "memory")
 
 /* Two tiles of cells against 32 outputs. */
 static void multiply_pair(const Band *band, const Tile *tiles, const uint8_t *levels, int64_t block) {

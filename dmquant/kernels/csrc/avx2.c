@@ -1,11 +1,11 @@
 /* Products by vpmaddubsw and vpmaddwd: u8 codes times s8 levels in pairs, 4 pixels x 16 outputs in registers.
  *
- * A pair must fit 16 bits: all do but 8-bit codes times 8-bit levels, which are widened before they are multiplied.
  * Where the products are small (4 bits times 4 to 7), the pairs of a whole block are added up in 16 bits before they are widened.
  * Needs AVX2 and FMA. */
 #define CELL 1
 #define ALWAYS_SUMS(job) 0
 #include "half.h"
+#include "pairs.h"
 
 static void fill(const Job *job, float zero, int64_t k, int64_t count, uint8_t *cells) {
     int64_t real = least(job->block, job->channels - k * job->block);
@@ -50,35 +50,6 @@ static const uint8_t *expand(const Job *job, const Shape *s, const uint8_t *plan
     return weights;
 }
 
-enum { NARROW, PAIRS, SINGLES };   /* what fits 16 bits: a block, a pair, a code */
-
-INLINE __m256i dot(__m256i acc, __m256i codes, __m256i levels, const int mode) {
-    const __m256i ones = _mm256_set1_epi16(1);
-    if (mode == NARROW) return _mm256_add_epi16(acc, _mm256_maddubs_epi16(codes, levels));
-    if (mode == PAIRS) return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, levels), ones));
-    /* even channels, then odd ones: 16 bits each */
-    __m256i even = _mm256_and_si256(codes, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(codes, 8);
-    even = _mm256_madd_epi16(even, _mm256_srai_epi16(_mm256_slli_epi16(levels, 8), 8));
-    odd = _mm256_madd_epi16(odd, _mm256_srai_epi16(levels, 8));
-    return _mm256_add_epi32(acc, _mm256_add_epi32(even, odd));
-}
-
-/* One block of channels under one tap. */
-INLINE void multiply_block(__m256i acc[4][2], const uint8_t *cells, int64_t step, const uint8_t *levels, int64_t groups,
-                           const int P, const int mode) {
-    for (int64_t g = 0; g < groups; g++, levels += 128) {
-        __m256i w0 = _mm256_loadu_si256((const __m256i *)levels), w1 = _mm256_loadu_si256((const __m256i *)(levels + 32));
-#pragma GCC unroll 4
-        for (int p = 0; p < P; p++) {
-            int32_t four;
-            memcpy(&four, cells + p * step + 4 * g, 4);
-            __m256i codes = _mm256_set1_epi32(four);
-            acc[p][0] = dot(acc[p][0], codes, w0, mode);
-            acc[p][1] = dot(acc[p][1], codes, w1, mode);
-        }
-    }
-}
-
 INLINE void tile(const Row *row, int64_t block, int half, int64_t pixel, const int P, const int mode) {
     const uint8_t *levels = row->weights + (block - row->from) * row->shape->weight_bytes + 64 * half;
     int64_t step = row->job->stride_w * row->shape->cell_bytes, groups = row->job->block / 4;
@@ -88,12 +59,12 @@ INLINE void tile(const Row *row, int64_t block, int half, int64_t pixel, const i
     for (int p = 0; p < P; p++) acc[p][0] = acc[p][1] = _mm256_setzero_si256();
     for (int64_t i = 0; i < row->count; i++, levels += 128 * groups) {
         if (mode != NARROW) {
-            multiply_block(acc, first + row->offsets[i], step, levels, groups, P, mode);
+            multiply_groups(acc, first + row->offsets[i], step, levels, groups, P, mode);
             continue;
         }
 #pragma GCC unroll 4
         for (int p = 0; p < P; p++) narrow[p][0] = narrow[p][1] = _mm256_setzero_si256();
-        multiply_block(narrow, first + row->offsets[i], step, levels, groups, P, mode);
+        multiply_groups(narrow, first + row->offsets[i], step, levels, groups, P, mode);
 #pragma GCC unroll 4
         for (int p = 0; p < P; p++)
             for (int v = 0; v < 2; v++)

@@ -11,29 +11,23 @@
  */
 #ifndef DMQUANT_BAND_H
 #define DMQUANT_BAND_H
-#include <stdlib.h>
-#include <string.h>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 #include "job.h"
+#include "memory.h"
 #include "normal.h"
 
 #ifndef TILE_BYTES
 #define TILE_BYTES 0
 #endif
-#define INLINE static inline __attribute__((always_inline))
-#define LINE 64                     /* bytes of a cache line */
 #define OUTPUTS 32                  /* outputs of a block of weights */
 #define CELLS_BYTES (768 << 10)     /* of a band: it stays in a second-level cache */
 #define BAND_PIXELS 4096
 #define WEIGHTS_BYTES (512 << 10)   /* of expanded weights */
 #define SLACK 16                    /* cells behind the last one that a wide tile may read and ignore */
 
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int needs_sums(const Job *job) { return job->zero || ALWAYS_SUMS(job); }
-INLINE int64_t up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
 typedef struct {
     int64_t channel_blocks, output_blocks, taps;
@@ -87,32 +81,23 @@ static Shape measure(const Job *job) {
     return s;
 }
 
-/* One block of memory for each thread, kept for its next call: pages that come and go cost more than the arithmetic. */
 static int reserve(const Job *job, const Shape *s, Scratch *scratch) {
-    static _Thread_local uint8_t *memory;
-    static _Thread_local size_t held;
-    size_t cells = up(s->plane_bytes * s->channel_blocks + SLACK * s->cell_bytes * job->stride_w, LINE);
-    size_t weights = up(s->weight_bytes * s->group, LINE);
-    size_t sums = up(s->band_slots * s->cells_wide * 4, LINE), box = up(s->band_rows * job->out_width * 4, LINE);
-    size_t tops = up(s->band_rows * 4, LINE), offsets = up(s->channel_blocks * s->taps * 4, LINE);
-    size_t tiles = up(s->band_rows * job->out_width * TILE_BYTES, LINE);
-    size_t normalized = job->gain ? up(job->width * job->channels * 4, LINE) : 0;
-    size_t need = cells + weights + sums + box + tops + offsets + tiles + normalized;
-    if (need > held) {
-        free(memory);
-        memory = aligned_alloc(LINE, need);
-        held = memory ? need : 0;
-        if (!memory) return 1;
-        memset(memory, 0, need);
-    }
-    scratch->cells = memory;
-    scratch->weights = memory + cells;
-    scratch->sums = (int32_t *)(memory + cells + weights);
-    scratch->box = (int32_t *)(memory + cells + weights + sums);
-    scratch->tops = (int32_t *)(memory + cells + weights + sums + box);
-    scratch->offsets = (int32_t *)(memory + cells + weights + sums + box + tops);
-    scratch->tiles = (int32_t *)(memory + cells + weights + sums + box + tops + offsets);
-    scratch->normalized = (float *)(memory + need - normalized);
+    int64_t cells = up(s->plane_bytes * s->channel_blocks + SLACK * s->cell_bytes * job->stride_w, LINE);
+    int64_t weights = up(s->weight_bytes * s->group, LINE);
+    int64_t sums = up(s->band_slots * s->cells_wide * 4, LINE), box = up(s->band_rows * job->out_width * 4, LINE);
+    int64_t tops = up(s->band_rows * 4, LINE), offsets = up(s->channel_blocks * s->taps * 4, LINE);
+    int64_t tiles = up(s->band_rows * job->out_width * TILE_BYTES, LINE);
+    int64_t normalized = job->gain ? up(job->width * job->channels * 4, LINE) : 0;
+    uint8_t *next = keep(cells + weights + sums + box + tops + offsets + tiles + normalized);
+    if (!next) return 1;
+    scratch->cells = take(&next, cells);
+    scratch->weights = take(&next, weights);
+    scratch->sums = take(&next, sums);
+    scratch->box = take(&next, box);
+    scratch->tops = take(&next, tops);
+    scratch->offsets = take(&next, offsets);
+    scratch->tiles = take(&next, tiles);
+    scratch->normalized = take(&next, normalized);
     return 0;
 }
 

@@ -10,12 +10,9 @@
 #define is_unsigned(job) ((job)->act_max > 31)
 #include "rows.h"
 #include "epilogue.h"
+#include "fours.h"
 
 enum { SIGNED, PAIRED, UNSIGNED };   /* of tables: read below */
-
-/* inline assembly: as an intrinsic, gcc copies every accumulator before it adds to it */
-#define DOT(acc, unsigned_bytes, signed_bytes) \
-    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(unsigned_bytes), "v"(signed_bytes))
 
 /* Entry e of group g sums the channels 4 g + j over the bits j of e: (shuffle, mask) of each j. */
 typedef struct {

@@ -3,9 +3,7 @@
 #include "codes512.h"
 #include "rows.h"
 #include "epilogue.h"
-
-/* inline assembly: as an intrinsic, gcc copies every accumulator before it adds to it */
-#define DOT(acc, codes, levels) __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(codes), "v"(levels))
+#include "fours.h"
 
 INLINE void tile(const Row *row, int64_t block, const uint8_t *levels, int64_t pixel, const int P, const int groups,
                  const int64_t step) {
@@ -13,21 +11,8 @@ INLINE void tile(const Row *row, int64_t block, const uint8_t *levels, int64_t p
 #pragma GCC unroll 8
     for (int p = 0; p < P; p++) acc[p][0] = acc[p][1] = _mm512_setzero_si512();
     const uint8_t *first = row->cells + pixel * step;
-    for (int64_t i = 0; i < row->count; i++) {
-        const uint8_t *cells = first + row->offsets[i];
-#pragma GCC unroll 4
-        for (int g = 0; g < groups; g++, levels += 128) {
-            __m512i w0 = _mm512_loadu_si512(levels), w1 = _mm512_loadu_si512(levels + 64);
-#pragma GCC unroll 8
-            for (int p = 0; p < P; p++) {
-                int32_t four;
-                memcpy(&four, cells + p * step + 4 * g, 4);
-                __m512i codes = _mm512_set1_epi32(four);
-                DOT(acc[p][0], codes, w0);
-                DOT(acc[p][1], codes, w1);
-            }
-        }
-    }
+    for (int64_t i = 0; i < row->count; i++, levels += 128 * groups)
+        multiply_groups(acc, first + row->offsets[i], step, levels, groups, P);
     int64_t output = block * OUTPUTS;
     Outputs o0 = outputs_of(row->job, row->plane, output, row->act_scale, row->act_zero, row->bias);
     Outputs o1 = outputs_of(row->job, row->plane, output + 16, row->act_scale, row->act_zero, row->bias);

@@ -1,0 +1,175 @@
+"""Attention on codes: softmax(q k^T * scale) v, where queries, keys, probabilities and values are rounded to grids of their own.
+
+Products are exact in integers, the softmax is float32 and sees scores that were never rounded to float; the rounding expression
+is that of the quantizers. All variants of csrc/attention.c give the same floats bit for bit. What stays with torch: masks,
+gradients, other dtypes and devices than float32 on the CPU, and factors of different bits.
+"""
+
+import ctypes
+import warnings
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from dmquant.kernels import catalogue
+from dmquant.kernels.catalogue import AMX, AVX2, AVX512, FLAGS_256, FLAGS_512, VNNI, Kernel, choice, library
+from dmquant.quantizers.base import FixedGrid, quantize
+from dmquant.quantizers.split import HeadGrids
+from dmquant.quantizers.temporal import TemporalGrid
+
+NAME = "attention"
+VARIANTS = (  # best first
+    Kernel(NAME, AVX512 | AMX, (*FLAGS_512, "-mamx-tile", "-mamx-int8"), must_ask=True),
+    Kernel(NAME, AVX512 | VNNI, (*FLAGS_512, "-mavx512vnni")),
+    Kernel(NAME, AVX2, FLAGS_256),
+    Kernel(NAME, is_portable=True),
+)
+TOLERANCE = 1e-5  # of the largest output
+LARGEST = 2**15  # channels of a head, and keys: their products fit 30 bits
+POINTERS = ("query", "key", "value", "out", "grid_scale", "grid_zero")
+STRIDES = tuple(f"{factor}_{step}" for factor in ("query", "key", "value") for step in ("image", "head", "token"))
+NUMBERS = ("images", "heads", "queries", "keys", "channels", *STRIDES, "max_code", "threads")
+
+
+class Attention(ctypes.Structure):
+    """The structure of csrc/attention.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in POINTERS), *((name, ctypes.c_int64) for name in NUMBERS), ("scale", ctypes.c_double),
+    ]  # fmt: skip
+
+
+class Products(nn.Module):
+    """An attention processor with arithmetic of its own, which fused blocks call between projections."""
+
+    def multiply(self, query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+        """softmax(q k^T * scale + mask) v of factors (B, heads, N, C): (B, N, heads * C)."""
+        raise NotImplementedError
+
+
+def run(query: Tensor, key: Tensor, value: Tensor, grids: Sequence[nn.Module], scale: float) -> Tensor | None:
+    """The products of an attention (B, N, heads * C), or None where torch has to compute them.
+
+    query (B, heads, N, C), key and value (B, heads, M, C); grids: of query, key, probability and value, as they are stored.
+    """
+    if not is_supported(query, key, value, grids):
+        return None
+    variant = chosen(grids[0].bits)
+    if variant is None:
+        return None
+    scales, zeros = tables(grids, *query.shape[:2])
+    is_compiling = torch.compiler.is_compiling()
+    if not is_compiling and not bool((zeros == zeros.round()).all()):
+        return None
+    return (attend_op if is_compiling else attend)(query, key, value, scales, zeros, grids[0].bits, scale, variant)
+
+
+def is_supported(query: Tensor, key: Tensor, value: Tensor, grids: Sequence[nn.Module]) -> bool:
+    """Whether all factors are float32 on the CPU, without gradients, and on grids of equally many bits that nobody watches."""
+    factors = (query, key, value)
+    if any(x.dtype != torch.float32 or x.device.type != "cpu" or not x.numel() for x in factors):
+        return False
+    if torch.is_autocast_enabled("cpu") or torch.is_grad_enabled() and any(x.requires_grad for x in factors):
+        return False
+    if key.shape[2] >= LARGEST or key.shape[3] >= LARGEST or value.shape[3] != key.shape[3]:
+        return False
+    is_known = all(type(grid) in (FixedGrid, TemporalGrid, HeadGrids) and grid.bits == grids[0].bits for grid in grids)
+    return is_known and not any(grid._forward_hooks or grid._forward_pre_hooks for grid in grids)
+
+
+@torch.compiler.assume_constant_result
+def chosen(bits: int) -> int | None:
+    """The number of the best variant that runs here and agrees with the reference."""
+    usable = (kernel for kernel in candidates() if not catalogue.state(kernel) and not check(kernel, bits))
+    return next((VARIANTS.index(kernel) for kernel in usable), None)
+
+
+def candidates() -> tuple[Kernel, ...]:
+    """The variants that may be used: plain C saves memory, not time, and has to be asked for."""
+    wanted = choice()
+    return tuple(kernel for kernel in VARIANTS if wanted == "c" or wanted == "auto" and not kernel.is_portable)
+
+
+def survey() -> str:
+    """Empty if attention on codes is in use, or why it is not."""
+    if not candidates():
+        return f"DMQUANT_KERNELS={choice()}"
+    last = candidates()[-1]
+    return "" if chosen(8) is not None else catalogue.state(last) or check(last, 8)
+
+
+@cache
+def check(kernel: Kernel, bits: int) -> str:
+    """Empty if the variant agrees with the reference; otherwise, after a warning, what went wrong."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 3, tokens, 20, generator=generator) for tokens in (19, 70, 70))
+    scales = torch.rand(4, 2, 3, generator=generator).add_(1).mul_(4 / (1 << bits))
+    zeros = torch.randint(1 << (bits - 1), (4, 2, 3), generator=generator).add_(1 << (bits - 2) if bits > 1 else 0).float()
+    scales[2], zeros[2] = 0.5 / (1 << bits), 0.0
+    found = attend(query, key, value, scales, zeros, bits, 0.3, VARIANTS.index(kernel))
+    wanted = reference(query, key, value, scales, zeros, bits, 0.3)
+    worst = float((found - wanted).abs().max() / wanted.abs().max())
+    if worst <= TOLERANCE:
+        return ""
+    reason = f"wrong by {worst:.1e} at {bits} bits"
+    warnings.warn(f"the kernel {kernel.name} is not used: it is {reason}", RuntimeWarning, stacklevel=2)
+    return reason
+
+
+def reference(query: Tensor, key: Tensor, value: Tensor, scales: Tensor, zeros: Tensor, bits: int, scale: float) -> Tensor:
+    """The same in float64, after the factors are rounded in float32."""
+
+    def rounded(x: Tensor, factor: int) -> Tensor:
+        grid, zero = scales[factor, ..., None, None], zeros[factor, ..., None, None]
+        return (quantize(x, grid, zero, bits) - zero).double() * grid.double()
+
+    scores = rounded(query, 0) @ rounded(key, 1).mT * scale
+    products = rounded(scores.softmax(-1).float(), 2) @ rounded(value, 3)
+    return products.transpose(1, 2).flatten(2)
+
+
+def tables(grids: Sequence[nn.Module], images: int, heads: int) -> tuple[Tensor, Tensor]:
+    """Scales and zeros of the four factors: (4, B, heads) each."""
+    rows = [_rows(grid, images, heads) for grid in grids]
+    return torch.stack([scale for scale, _ in rows]), torch.stack([zero for _, zero in rows])
+
+
+def _rows(grid: nn.Module, images: int, heads: int) -> tuple[Tensor, Tensor]:
+    if isinstance(grid, HeadGrids):
+        scale, zero = zip(*(_rows(part, images, 1) for part in grid.parts))
+        return torch.cat(scale, 1), torch.cat(zero, 1)
+    pair = grid.rows(images) if isinstance(grid, TemporalGrid) else (grid.scale, grid.zero)
+    scale, zero = (values.reshape(-1, 1).expand(images, heads) for values in pair)
+    return scale, zero
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, scales: Tensor, zeros: Tensor, bits: int, scale: float, variant: int
+) -> Tensor:
+    """softmax(q k^T * scale) v by a variant: (B, N, heads * C). scales and zeros: (4, B, heads), contiguous."""
+    images, heads, queries, channels = query.shape
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    out = query.new_empty(images, queries, heads * channels)
+    pointers = (tensor.data_ptr() for tensor in (query, key, value, out, scales, zeros))
+    strides = (step for x in (query, key, value) for step in x.stride()[:3])
+    sizes = (images, heads, queries, key.shape[2], channels)
+    job = Attention(*pointers, *sizes, *strides, (1 << bits) - 1, torch.get_num_threads(), scale)
+    if library(VARIANTS[variant]).dmquant_run(ctypes.addressof(job)) != 0:
+        raise MemoryError("no memory for an attention")
+    return out
+
+
+@torch.library.custom_op("dmquant::attend", mutates_args=())
+def attend_op(
+    query: Tensor, key: Tensor, value: Tensor, scales: Tensor, zeros: Tensor, bits: int, scale: float, variant: int
+) -> Tensor:
+    return attend(query, key, value, scales, zeros, bits, scale, variant)
+
+
+@attend_op.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, scales: Tensor, zeros: Tensor, bits: int, scale: float, variant: int
+) -> Tensor:
+    return query.new_empty(query.shape[0], query.shape[2], query.shape[1] * query.shape[3])

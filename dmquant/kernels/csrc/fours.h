@@ -1,0 +1,26 @@
+/* Sums of u8 codes times s8 levels by vpdpbusd, four at a time. */
+#ifndef DMQUANT_FOURS_H
+#define DMQUANT_FOURS_H
+#include <immintrin.h>
+#include "memory.h"
+
+/* inline assembly: as an intrinsic, gcc copies every accumulator before it adds to it */
+#define DOT(acc, codes, levels) __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(codes), "v"(levels))
+
+/* P cells, `step` bytes apart, against 32 outputs: levels are [group of four][output][4]. */
+INLINE void multiply_groups(__m512i acc[8][2], const uint8_t *cells, int64_t step, const uint8_t *levels, int64_t groups,
+                            const int P) {
+#pragma GCC unroll 4
+    for (int64_t g = 0; g < groups; g++, levels += 128) {
+        __m512i w0 = _mm512_loadu_si512(levels), w1 = _mm512_loadu_si512(levels + 64);
+#pragma GCC unroll 8
+        for (int p = 0; p < P; p++) {
+            int32_t four;
+            memcpy(&four, cells + p * step + 4 * g, 4);
+            __m512i codes = _mm512_set1_epi32(four);
+            DOT(acc[p][0], codes, w0);
+            DOT(acc[p][1], codes, w1);
+        }
+    }
+}
+#endif

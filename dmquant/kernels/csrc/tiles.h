@@ -1,0 +1,28 @@
+/* The tiles of AMX: all eight of 16 rows of 64 bytes. */
+#ifndef DMQUANT_TILES_H
+#define DMQUANT_TILES_H
+#include <immintrin.h>
+#include <stdint.h>
+#include <sys/syscall.h>
+
+long syscall(long number, ...);     /* what unistd.h keeps to itself in plain C */
+
+/* gcc's tile instructions do not say that they read and write memory */
+#define SETTLE __asm__ volatile("" ::: "memory")
+
+/* May this process use the tiles? 0 if so. */
+int dmquant_ready(void) {
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) != 0;
+}
+
+static void configure(void) {
+    struct {
+        uint8_t palette, start, reserved[14];
+        uint16_t row_bytes[16];
+        uint8_t rows[16];
+    } __attribute__((packed)) config = {.palette = 1};
+    for (int i = 0; i < 8; i++) config.row_bytes[i] = 64, config.rows[i] = 16;
+    _tile_loadconfig(&config);
+}
+#endif

@@ -1,0 +1,169 @@
+"""Attention on codes is that of float64 on the same grids, bit for bit the same by every variant."""
+
+import copy
+
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from dmquant.attention import quantize_products
+from dmquant.clock import Clock
+from dmquant.kernels import attention, catalogue, fusion
+from dmquant.quantizers.base import FixedGrid
+from dmquant.quantizers.split import HeadGrids
+from dmquant.quantizers.temporal import TemporalGrid
+from tests.kernels.test_fusion import pack_layers
+from tests.kernels.test_ops import error
+
+USABLE = [number for number, kernel in enumerate(attention.VARIANTS) if not catalogue.state(kernel)]
+SIZES = [  # images, heads, queries, keys, channels
+    (1, 2, 5, 3, 7), (2, 1, 33, 130, 40), (1, 3, 16, 64, 64), (2, 2, 17, 97, 100), (1, 1, 1, 1, 1), (1, 1, 40, 1, 16),
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def by_kernels(monkeypatch):
+    monkeypatch.setenv("DMQUANT_KERNELS", "c")
+    with torch.no_grad():
+        torch.manual_seed(0)
+        yield
+
+
+def factors(images: int, heads: int, queries: int, keys: int, channels: int) -> list[Tensor]:
+    """Query, key and value as projections leave them: heads side by side in each token."""
+    return [torch.randn(images, tokens, heads, channels).transpose(1, 2) for tokens in (queries, keys, keys)]
+
+
+def grids(images: int, heads: int, bits: int) -> tuple[Tensor, Tensor]:
+    """Scales and zeros at random; few probabilities are too large for their grid, and some grids have a zero of one."""
+    scales, zeros = torch.rand(4, images, heads) * 4 / (1 << bits) + 0.01, torch.randint(1 << bits, (4, images, heads)).float()
+    scales[2], zeros[2] = 0.5 / (1 << bits), torch.randint(2, (images, heads)).float()
+    return scales, zeros
+
+
+def fixed(bits: int, scale: float, zero: float) -> FixedGrid:
+    grid = FixedGrid(bits)
+    grid.scale.fill_(scale), grid.zero.fill_(zero)
+    return grid
+
+
+def four(bits: int = 8) -> list[FixedGrid]:
+    """Grids of the four factors."""
+    middle = 1 << (bits - 1)
+    return [fixed(bits, 1 / (1 << bits) if number == 2 else 6 / (1 << bits), 0 if number == 2 else middle) for number in range(4)]
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 7, 8])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_every_variant_gives_the_attention_of_float64_and_all_give_the_same_bits(size, bits):
+    arguments = (*factors(*size), *grids(*size[:2], bits), bits, 0.3)
+    wanted = attention.reference(*arguments)
+    found = [attention.attend(*arguments, number) for number in USABLE]
+    assert all(torch.equal(other, found[0]) for other in found)
+    assert (found[0] - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+def test_scores_that_are_far_apart_do_no_harm():
+    query, key, value = factors(1, 2, 5, 40, 32)
+    arguments = (query * 1e4, key * 1e4, value * 1e30, *grids(1, 2, 8), 8, 100.0)
+    for number in USABLE:
+        found = attention.attend(*arguments, number)
+        assert found.isfinite().all() and error(found, attention.reference(*arguments)) < 1e-5
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_the_number_of_threads_changes_no_bit(threads):
+    before, arguments = torch.get_num_threads(), (*factors(2, 3, 40, 50, 24), *grids(2, 3, 8), 8, 0.2)
+    try:
+        for number in USABLE:
+            torch.set_num_threads(1)
+            alone = attention.attend(*arguments, number)
+            torch.set_num_threads(threads)
+            assert torch.equal(attention.attend(*arguments, number), alone)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_factors_may_lie_in_memory_as_they_like():
+    query, key, value = factors(2, 3, 9, 11, 20)
+    wanted = attention.run(query, key, value, four(), 0.2)
+    assert torch.equal(attention.run(query.contiguous(), key.mT.contiguous().mT, value.contiguous(), four(), 0.2), wanted)
+
+
+def test_each_head_and_each_sample_has_the_grid_that_is_its_own():
+    clock, tensors = Clock(torch.tensor([0.0, 10.0])), factors(2, 3, 9, 11, 20)
+
+    def timed(number: int) -> TemporalGrid:
+        grid = TemporalGrid(8, clock)
+        grid.scale.copy_(torch.tensor([0.02, 0.03]) + number / 100)
+        grid.zero.copy_(torch.tensor([120.0, 140.0]) - number)
+        return grid
+
+    per_head = [HeadGrids([timed(3 * factor + head) for head in range(3)]) for factor in range(4)]
+    with clock.at(torch.tensor([10.0, 0.0]), 2):
+        found = attention.run(*tensors, per_head, 0.2)
+        query, key, value = (grid(x) for grid, x in zip((per_head[0], per_head[1], per_head[3]), tensors))
+        wanted = (per_head[2]((query @ key.mT * 0.2).softmax(-1)) @ value).transpose(1, 2).flatten(2)
+    assert error(found, wanted) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors, parts: [x.double() for x in tensors], lambda tensors, parts: [tensors[0].requires_grad_(), *tensors[1:]],
+        lambda tensors, parts: parts.__setitem__(1, fixed(4, 0.1, 3)) or tensors,
+        lambda tensors, parts: parts.__setitem__(3, nn.Identity()) or tensors,
+        lambda tensors, parts: parts[0].register_forward_hook(lambda *_: None) and tensors,
+        lambda tensors, parts: parts[0].zero.fill_(0.5) is not None and tensors,
+    ],
+    ids=["float64", "gradients", "mixed bits", "float factor", "watched", "fractional zero"],
+)  # fmt: skip
+def test_what_no_kernel_takes_is_left_to_torch(change):
+    tensors, parts = factors(1, 2, 5, 6, 8), four()
+    assert attention.run(*tensors, parts, 0.3) is not None
+    with torch.enable_grad():
+        assert attention.run(*change(tensors, parts), parts, 0.3) is None
+
+
+def test_a_variant_that_is_wrong_is_disabled_with_a_warning(monkeypatch):
+    attention.check.cache_clear()
+    right = attention.attend
+    monkeypatch.setattr(attention, "attend", lambda *arguments: right(*arguments) * 1.001)
+    try:
+        with pytest.warns(RuntimeWarning, match="attention is not used: it is wrong by"):
+            assert attention.run(*factors(1, 2, 5, 6, 8), four(), 0.3) is None
+        assert attention.survey().startswith("wrong by")
+    finally:
+        attention.check.cache_clear()
+
+
+def test_it_is_chosen_like_every_kernel(monkeypatch):
+    assert attention.survey() == ""
+    monkeypatch.setenv("DMQUANT_KERNELS", "torch")
+    assert attention.survey() == "DMQUANT_KERNELS=torch" and attention.run(*factors(1, 2, 5, 6, 8), four(), 0.3) is None
+
+
+@pytest.mark.parametrize("image", [True, False], ids=["an image", "tokens"])
+def test_an_attention_of_diffusers_runs_by_it_fused_and_unfused(image, monkeypatch):
+    block = Attention(24, heads=2, dim_head=12, norm_num_groups=4 if image else None, residual_connection=image, bias=True)
+    block, x = pack_layers(block, 4, 8), torch.randn(2, 24, 5, 3) if image else torch.randn(2, 15, 24)
+    quantize_products(block, lambda heads: fixed(8, 0.02, 100))
+    monkeypatch.setenv("DMQUANT_KERNELS", "torch")
+    wanted = copy.deepcopy(block)(x)
+    monkeypatch.setenv("DMQUANT_KERNELS", "c")
+    assert error(block(x), wanted) < 1e-4
+    fusion.fuse(block)
+    assert error(block(x), wanted) < 1e-4 and block.can_fuse(x) == image
+
+
+def test_it_compiles_to_one_graph():
+    block, x = pack_layers(Attention(24, heads=2, dim_head=12), 4, 8), torch.randn(2, 15, 24)
+    quantize_products(block, lambda heads: fixed(8, 0.02, 100))
+    wanted = block(x)
+    assert torch.equal(torch.compile(block, backend="eager", fullgraph=True)(x), wanted)
+
+
+def test_the_operator_tells_its_shape_without_computing():
+    arguments = (*factors(2, 3, 5, 7, 8), *grids(2, 3, 8), 8, 0.3, USABLE[0])
+    torch.library.opcheck(attention.attend_op, arguments)
