@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -9,7 +10,7 @@ import typer
 
 from dmquant import arguments, console
 from dmquant.errors import DmquantError, InputError, Interrupted
-from dmquant.options import HIDDEN, Device
+from dmquant.options import HIDDEN, Device, Guidance, Labels, Prompts
 
 if TYPE_CHECKING:
     from dmquant.comparison import Comparison
@@ -20,8 +21,26 @@ if TYPE_CHECKING:
 RUN = "METHOD:W/A[,KEY=VALUE...] to quantize and evaluate; may be repeated."
 PLAN = "JSON list of experiments with their protocol."
 Format = Literal["table", "md", "csv", "json", "latex"]
-MEASURED = "For --run: fid,sfid,kid,is,prdc,psnr,ssim,cosine,layers."
+MEASURED = "For --run: fid,sfid,kid,is,prdc,psnr,ssim,cosine,layers,clip_score."
 Metrics = Annotated[str | None, typer.Option(help=MEASURED, show_default="fid,psnr")]
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a command line says of experiments."""
+
+    runs: tuple[str, ...]
+    plan: Path | None
+    output: Path | None
+    model: str | None
+    device: str | None
+    metrics: str | None
+    protocol: dict[str, int | None]
+    conditions: tuple[Path | None, str | None, float | None]  # prompts, class labels, guidance scale
+
+    @property
+    def has_protocol(self) -> bool:
+        return any(value is not None for value in (self.metrics, *self.protocol.values(), *self.conditions))
 
 
 def compare(
@@ -39,53 +58,58 @@ def compare(
     num_images: Annotated[int | None, typer.Option(help="For --run.", min=2, show_default="1000")] = None,
     steps: Annotated[int | None, typer.Option(help="For --run.", min=1, show_default="20")] = None,
     batch: Annotated[int | None, typer.Option(help="For --run.", min=1, show_default="50")] = None,
+    prompts: Prompts = None,
+    class_labels: Labels = None,
+    guidance_scale: Guidance = None,
     device: Device = None,
 ) -> None:
     """Put reports side by side, the float model first; with --run or --experiments, make them before."""
     if html is not None:
         arguments.require_page(html)
-    given = {"num_images": num_images, "steps": steps, "batch": batch}
-    protocol, failures = {name: value for name, value in given.items() if value is not None}, {}
+    protocol, failures = {"num_images": num_images, "steps": steps, "batch": batch}, {}
+    conditions = (prompts, class_labels, guidance_scale)
+    order = Order(tuple(runs or ()), plan, output, model, device, metrics, protocol, conditions)
     if runs or plan:
-        paths, failures = _run(paths, runs or [], plan, output, model, device, metrics, protocol, has_page=html is not None)
-    elif any((output, model, metrics, protocol)):
-        raise InputError("-o, --model, --metrics, --num-images, --steps and --batch are for --run and --experiments")
+        done, failures = _run(order, has_page=html is not None)
+        paths = [*done, *(paths or [])]
+    elif output or model or order.has_protocol:
+        raise InputError("-o, --model and the options of a protocol (--metrics, --steps, ...) are for --run and --experiments")
     _show(arguments.find_reports(paths or []), form, mixed, html, samples, cards, device)
     if failures:
         raise DmquantError("; ".join(f"{name} failed: {reason}" for name, reason in failures.items()))
 
 
-def _run(
-    paths: list[Path] | None, runs: list[str], plan: Path | None, output: Path | None, model: str | None, device: str | None,
-    metrics: str | None, protocol: dict[str, int], *, has_page: bool,
-) -> tuple[list[Path], dict[str, str]]:
+def _run(order: Order, *, has_page: bool) -> tuple[list[Path], dict[str, str]]:
     """Does the experiments; the folders with a report, the float model's first, and what failed. A page shows layers too."""
-    if output is None:
+    if order.output is None:
         raise InputError("give the folder of the experiments with -o")
-    if plan is not None and (metrics or protocol):
-        raise InputError("the file of --experiments holds its protocol; leave out --metrics, --num-images, --steps and --batch")
+    if order.plan is not None and order.has_protocol:
+        raise InputError("the file of --experiments holds its protocol; leave out --metrics, --steps, --prompts and the like")
     from dmquant import denoiser, experiments, gallery
 
-    chosen = _make_plan(runs, plan, metrics, protocol)
+    chosen = _make_plan(order)
     chosen = chosen.with_layers() if has_page else chosen
-    denoiser.locate(model)
-    arguments.require_writable(output)
+    denoiser.locate(order.model)
+    arguments.require_writable(order.output)
     how = {"begin": _begin, "cache": gallery.default_folder(), "tell": console.say, "track": console.Tracker()}
+    how |= {"model": order.model, "device": order.device or denoiser.choose_device()}
     try:
-        results = experiments.run_plan(chosen, output, model=model, device=device or denoiser.choose_device(), **how)
+        results = experiments.run_plan(chosen, order.output, **how)
     except (KeyboardInterrupt, Interrupted):
         raise Interrupted("interrupted; the same command goes on") from None
-    return [*(output / name for name in results.reports), *(paths or [])], results.failures
+    return [order.output / name for name in results.reports], results.failures
 
 
-def _make_plan(runs: list[str], plan: Path | None, metrics: str | None, protocol: dict[str, int]) -> "Plan":
+def _make_plan(order: Order) -> "Plan":
     from dmquant.experiments import DEFAULT_METRICS, Plan, parse_run, read_plan
 
-    own = tuple(parse_run(run) for run in runs)
-    if plan is None:
-        return Plan(own, protocol, tuple(metrics.split(",")) if metrics else DEFAULT_METRICS)
-    read = read_plan(plan)
-    return Plan((*read.experiments, *own), read.given, read.metrics)
+    own = tuple(parse_run(run) for run in order.runs)
+    if order.plan is not None:
+        read = read_plan(order.plan)
+        return replace(read, experiments=(*read.experiments, *own))
+    protocol = {name: value for name, value in order.protocol.items() if value is not None}
+    metrics = tuple(order.metrics.split(",")) if order.metrics else DEFAULT_METRICS
+    return Plan(own, protocol, metrics, arguments.read_conditioning(*order.conditions))
 
 
 @contextmanager

@@ -115,11 +115,14 @@ def evaluate(
 
 
 @torch.no_grad()
-def add_layers(report: Report, pipeline: DiffusionPipeline, base: DiffusionPipeline, *, track: Track = plain) -> Report:
-    """The report of a pipeline with what "layers" measures, by the protocol that it has."""
+def add_layers(
+    report: Report, pipeline: DiffusionPipeline, base: DiffusionPipeline, *, conditioning: Conditioning | None = None,
+    track: Track = plain,
+) -> Report:
+    """The report of a pipeline with what "layers" measures, by the protocol that it has; of prompts it has the hash only."""
     protocol = report.protocol
     seeds = range(protocol.seed, protocol.seed + protocol.num_images)
-    asked = recall(pipeline, protocol.conditions_sha256, protocol.guidance_scale)
+    asked = conditioning or recall(pipeline, protocol.conditions_sha256, protocol.guidance_scale)
     course = Course(seeds, protocol.steps, protocol.batch, asked, None, track)
     with keep_scheduler(pipeline):
         if set_sampler(pipeline) != protocol.sampler:

@@ -22,10 +22,12 @@ from dmquant.columns import split_name
 from dmquant.denoiser import find_denoiser, is_quantized
 from dmquant.errors import DmquantError, InputError, Interrupted
 from dmquant.evaluation import add_layers, evaluate
+from dmquant.generation import Conditioning, complete
 from dmquant.methods.base import Method
 from dmquant.metrics.choice import Choice, choose_metrics
 from dmquant.metrics.profile import NAME as LAYERS
 from dmquant.progress import Track, plain
+from dmquant.prompts import read_prompts
 from dmquant.quantization import quantize
 from dmquant.report import FILE_NAME, Report
 from dmquant.runs import Run
@@ -35,6 +37,7 @@ FLOAT = "float"  # the folder of the float model's report
 DEFAULT_METRICS = ("fid", "psnr")
 PROTOCOL = {"num_images": 1000, "seed": 0, "steps": 20, "batch": 50}  # where a plan says nothing
 PROTOCOL_NAMES = (*PROTOCOL, "sampler", "reference", "extractor")
+CONDITIONS = ("prompts", "class_labels", "guidance_scale")  # of a protocol in a file
 CALLS_PER_SAMPLE = 4  # of the denoiser in a training step: forward, backward, and the quantizers' third of both
 RUN = re.compile(r"(?P<method>[\w.-]+):(?P<weights>\d+)/(?P<acts>\d+)(?:,(?P<settings>.+))?")
 
@@ -61,6 +64,7 @@ class Plan:
     experiments: tuple[Experiment, ...]
     given: dict[str, Any] = field(default_factory=dict)  # of the protocol, as keyword arguments of evaluate
     metrics: tuple[str, ...] = DEFAULT_METRICS
+    conditioning: Conditioning = Conditioning()  # of what is recorded, and of what is measured
 
     def __post_init__(self) -> None:
         names = [experiment.name for experiment in self.experiments]
@@ -69,7 +73,7 @@ class Plan:
             raise InputError(f"{twice[0]!r} names two experiments; give each a name of its own")
         unknown = sorted(self.given.keys() - set(PROTOCOL_NAMES))
         if unknown:
-            raise InputError(f"the protocol has no {unknown[0]!r}; it has {', '.join(PROTOCOL_NAMES)}")
+            raise InputError(f"the protocol has no {unknown[0]!r}; it has {', '.join((*PROTOCOL_NAMES, *CONDITIONS))}")
         choose_metrics(self.metrics, self.protocol["num_images"])
 
     @property
@@ -119,7 +123,9 @@ def read_plan(file: Path) -> Plan:
         named = [(run, seed, "" if seeds is None else f"-seed{seed}") for seed in seeds or [None] for run in runs]
         experiments = [_read_run(dict(run), seed, suffix) for run, seed, suffix in named]
         metrics = tuple(document.get("metrics", DEFAULT_METRICS))
-        return Plan(tuple(experiments), dict(document.get("protocol", {})), metrics)
+        protocol = dict(document.get("protocol", {}))
+        asked = _read_conditioning({name: protocol.pop(name) for name in CONDITIONS if name in protocol})
+        return Plan(tuple(experiments), protocol, metrics, asked)
     except FileNotFoundError as error:
         raise InputError(f"{file} does not exist; give a JSON list of experiments") from error
     except InputError as error:
@@ -147,7 +153,9 @@ def run_plan(
     tell: Callable[[str], None] = lambda text: None, track: Track = plain,
 ) -> Results:
     """Does what is missing of the plan in the folder `output`. `begin` gives the saved run of an experiment's folder."""
-    bench = Bench(model, output, plan, device, cache, begin, track, share_recording(model, device, track))
+    plan = replace(plan, conditioning=complete(checkpoint.open_any(model, device=device), plan.conditioning))
+    recall = share_recording(model, device, plan.conditioning, track)
+    bench = Bench(model, output, plan, device, cache, begin, track, recall)
     reports = {FLOAT: measure_float(bench)}
     missing = [experiment for experiment in plan.experiments if not is_done(experiment, bench)]
     if missing:
@@ -199,12 +207,13 @@ def run_experiment(experiment: Experiment, bench: Bench) -> Report:
     """The report of an experiment, quantized and evaluated where that was not done before."""
     folder = bench.output / experiment.name
     if (folder / storage.MANIFEST).is_file():
-        refuse_other(experiment, folder)
+        refuse_other(experiment, folder, bench.plan.conditioning)
     else:
-        pipeline, method = bench.open(), experiment.method
+        pipeline, method, asked = bench.open(), experiment.method, bench.plan.conditioning
         with bench.begin(folder) as run:
             samples = bench.recall(method.trajectories, method.sampling_steps, method.eta, experiment.seed)
-            quantized = quantize(pipeline, method, seed=experiment.seed, samples=samples, run=run, track=bench.track)
+            how = {"seed": experiment.seed, "conditioning": asked, "samples": samples, "run": run, "track": bench.track}
+            quantized = quantize(pipeline, method, **how)
             checkpoint.save(quantized, folder)
             find_denoiser(quantized)[1].dmquant_effort.save(folder)
     report = _find_report(folder, bench.plan, bench.plan.metrics)
@@ -214,33 +223,37 @@ def run_experiment(experiment: Experiment, bench: Bench) -> Report:
     if report is None:
         report = _evaluate(pipeline, bench, bench.plan.metrics)
     else:  # all but the layers was measured before
-        report = add_layers(report, pipeline, bench.open(), track=bench.track)
+        report = add_layers(report, pipeline, bench.open(), conditioning=bench.plan.conditioning, track=bench.track)
     report.save(folder)
     return report
 
 
-def refuse_other(experiment: Experiment, folder: Path) -> None:
+def refuse_other(experiment: Experiment, folder: Path, asked: Conditioning) -> None:
     """Raises InputError where the folder holds a pipeline that was made otherwise."""
     record = checkpoint.read_record(folder)
-    here = {"method": experiment.method.name, "seed": experiment.seed, **experiment.method.settings()}
-    there = {"method": record.get("method"), "seed": record.get("seed"), **record.get("settings", {})}
+    here = {"method": experiment.method.name, "seed": experiment.seed, **experiment.method.settings(), **asked.describe()}
+    there = {**record, **record.get("settings", {})}
     differing = [f"{key} was {there[key]}, now {value}" for key, value in here.items() if key in there and there[key] != value]
     if differing:
         raise InputError(f"{folder} holds another experiment: {'; '.join(differing)}. Give it another name, or remove the folder")
 
 
-def share_recording(model: str | None, device: str | None, track: Track) -> Callable[[int, int, float, int], Samples]:
+def share_recording(
+    model: str | None, device: str | None, asked: Conditioning, track: Track
+) -> Callable[[int, int, float, int], Samples]:
     """Records the float model's trajectories (their number, steps, eta, seed) when first asked, and once."""
     @cache
     def recall(trajectories: int, steps: int, eta: float, seed: int) -> Samples:
-        return record(checkpoint.open_any(model, device=device), trajectories, steps=steps, eta=eta, seed=seed, track=track)
+        how = {"steps": steps, "eta": eta, "seed": seed, "conditioning": asked, "track": track}
+        return record(checkpoint.open_any(model, device=device), trajectories, **how)
 
     return recall
 
 
 def _evaluate(pipeline: DiffusionPipeline, bench: Bench, metrics: Sequence[str]) -> Report:
-    base = bench.open() if Choice(tuple(metrics)).needs_float_model else None
-    return evaluate(pipeline, metrics=metrics, float_pipeline=base, cache=bench.cache, track=bench.track, **bench.plan.protocol)
+    how = {"float_pipeline": bench.open() if Choice(tuple(metrics)).needs_float_model else None, **bench.plan.protocol}
+    asked = bench.plan.conditioning
+    return evaluate(pipeline, metrics=metrics, conditioning=asked, cache=bench.cache, track=bench.track, **how)
 
 
 def _find_report(folder: Path, plan: Plan, metrics: Sequence[str]) -> Report | None:
@@ -250,9 +263,20 @@ def _find_report(folder: Path, plan: Plan, metrics: Sequence[str]) -> Report | N
     report = Report.load(folder)
     taken, measured = asdict(report.protocol), {split_name(name)[0] for name in report.metrics}
     # a reference is asked for by its place and recorded by its name
-    differs = any(taken[name] != value for name, value in plan.protocol.items() if name != "reference")
+    wanted = {**plan.protocol, **plan.conditioning.describe()}
+    differs = any(taken[name] != value for name, value in wanted.items() if name != "reference")
     asked = {"recall" if name == "prdc" else name for name in metrics if name != LAYERS}
     return report if not differs and asked <= measured else None
+
+
+def _read_conditioning(given: dict[str, Any]) -> Conditioning:
+    """What a file asks of a conditional pipeline: the name of a file of prompts, a list of class labels, a guidance scale."""
+    prompts, labels, guidance = given.get("prompts"), given.get("class_labels", []), given.get("guidance_scale")
+    if type(labels) is not list or any(type(label) is not int for label in labels):
+        raise InputError(f"class_labels should be a list of whole numbers, not {labels!r}")
+    if guidance is not None and type(guidance) not in (int, float):
+        raise InputError(f"guidance_scale should be a number, not {guidance!r}")
+    return Conditioning(() if prompts is None else read_prompts(Path(prompts)), tuple(labels), guidance)
 
 
 def _read_run(run: dict[str, Any], seed: int | None, suffix: str) -> Experiment:

@@ -46,7 +46,7 @@ def quantize(
     student = make_student(pipeline, method, meter=meter, **how)
     packed, trained = pack_model(student), count_trained(pipeline, student)
     packed.dmquant_record = describe_run(pipeline, method, seed) | trained
-    if samples is None:
+    if samples is None or conditioning != Conditioning():
         asked = complete(pipeline, conditioning).describe()
         packed.dmquant_record |= {name: value for name, value in asked.items() if value is not None}
     packed.dmquant_effort = meter.sum_up(**trained, is_whole=not run.is_continued)

@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
-from dmquant import cli, experiments
+from dmquant import checkpoint, cli, experiments
 from dmquant.cards import MARK
 from dmquant.report import Report
+from tests.conftest import TINY_UNET
+from tests.text import make_text_pipeline
 
 SMALL = "trajectories=1,sampling_steps=2,calibration_samples=2,batch=2,max_steps=1,init=minmax"
 QUICK = ["--metrics", "psnr", "--num-images", 4, "--steps", 2, "--batch", 2, "--device", "cpu"]
@@ -61,6 +64,47 @@ def test_a_list_in_a_file_brings_its_protocol(tiny_folder, capsys):
     assert code == 2 and "holds its protocol" in err
 
 
+@pytest.mark.filterwarnings("ignore")  # from inside transformers
+def test_experiments_on_a_text_pipeline_are_recorded_and_measured_by_its_prompts(tmp_path_factory, capsys):
+    painter = tmp_path_factory.mktemp("text") / "painter"
+    make_text_pipeline().save_pretrained(painter)
+    Path("one.txt").write_text("a red cat\nx\n")
+    Path("two.txt").write_text("two dogs\n")
+    capsys.readouterr()  # what the libraries say while they save
+    line = ["--model", painter, "--run", f"lsq:8/8,{SMALL}", "-o", "all", *QUICK]
+    code, err = fails(capsys, *line)
+    assert code == 2 and "draws from text; give it prompts" in err
+    assert run(*line, "--prompts", "one.txt", "--guidance-scale", 3) == 0
+    out, err = capsys.readouterr()
+    assert "2 prompts in turn, guidance 3" in out and "1 of 1 experiments to do" in err
+    (folder,) = (path for path in Path("all").iterdir() if path.name != "float")
+    record, asked = checkpoint.read_record(folder), Report.load(folder).protocol
+    assert (record["guidance_scale"], record["conditions_sha256"]) == (asked.guidance_scale, asked.conditions_sha256)
+    assert run(*line, "--prompts", "one.txt", "--guidance-scale", 3, "--html", "page.html", "--samples", 0) == 0
+    capsys.readouterr()
+    assert Report.load(folder).layers, "looked at under the prompts, of which the report has the hash only"
+    assert run(*line, "--prompts", "two.txt", "--guidance-scale", 3) == 1
+    assert "holds another experiment: num_conditions was 2, now 1" in capsys.readouterr().err
+
+
+def test_a_list_in_a_file_says_which_classes(tmp_path, capsys):
+    unet = UNet2DModel(**TINY_UNET, num_class_embeds=10)
+    DDIMPipeline(unet, DDIMScheduler()).save_pretrained("classes")
+    settings = {key: int(value) if value.isdigit() else value for key, value in (pair.split("=") for pair in SMALL.split(","))}
+    plan = {"metrics": ["psnr"], "runs": [{"name": "a", "method": "lsq", **settings}]}
+    quick = {"num_images": 4, "steps": 2, "batch": 2}
+    for labels in ([3, 5], None):
+        protocol = quick if labels is None else {**quick, "class_labels": labels}
+        Path("list.json").write_text(json.dumps({**plan, "protocol": protocol}))
+        folder = f"all-{labels is None}"
+        assert run("--model", "classes", "--experiments", "list.json", "-o", folder, "--device", "cpu") == 0
+        assert Report.load(f"{folder}/a").protocol.num_conditions == (10 if labels is None else 2)
+    for name, value in (("class_labels", "3,5"), ("guidance_scale", "3"), ("prompts", "nowhere.txt")):
+        Path("list.json").write_text(json.dumps({**plan, "protocol": {name: value}}))
+        capsys.readouterr()
+        assert fails(capsys, "--model", "classes", "--experiments", "list.json", "-o", "new")[0] == 2
+
+
 def test_a_failure_is_told_after_the_table_of_the_rest(tiny_folder, capsys, monkeypatch):
     monkeypatch.setattr(experiments, "quantize", lambda *_, **__: 1 / 0)
     assert run("--model", tiny_folder, "--run", f"lsq:4/8,{SMALL}", "-o", "all", *QUICK, "--format", "json") == 1
@@ -87,6 +131,7 @@ def test_an_interrupt_says_that_the_same_command_goes_on(tiny_folder, capsys, mo
         (["--experiments", "nowhere.json", "-o", "x"], "nowhere.json does not exist"),
         ([".", "-o", "x"], "are for --run and --experiments"),
         ([".", "--steps", "3"], "are for --run and --experiments"),
+        ([".", "--guidance-scale", "3"], "are for --run and --experiments"),
         ([".", "--html", "page.txt"], "ends in .html"),
     ],
 )
