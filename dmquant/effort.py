@@ -4,17 +4,13 @@ Measured, so no two runs agree: it lies beside a pipeline's published files and 
 """
 
 import json
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Self
 
-import torch
+from dmquant.errors import DamagedFile
 
 FILE_NAME = "effort.json"
-STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-RESET_PEAK = "5"  # proc(5): the peak resident set becomes the present one
 
 
 @dataclass(frozen=True)
@@ -57,50 +53,16 @@ class Effort:
     def save(self, folder: Path) -> None:
         (folder / FILE_NAME).write_text(json.dumps(asdict(self), indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
-
-class Meter:
-    """Watches a run from its beginning, stage by stage.
-
-    On a GPU memory is what torch has allocated there; on a CPU the resident set of the process, which Linux tells. A process
-    that ran other work before keeps some memory for reuse, so that peaks look smaller: exact figures need a process of their own.
-    """
-
-    def __init__(self, device: torch.device):
-        self._device = device
-        self._held = _read_memory(device, peak=False)
-        self.stages: dict[str, Stage] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Counts what happens inside; nothing is noted of a stage that fails."""
-        _reset_peak(self._device)
-        started = time.perf_counter(), time.process_time()
-        yield
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        ended, peak = (time.perf_counter(), time.process_time()), _read_memory(self._device, peak=True)
-        seconds, cpu_seconds = (end - start for end, start in zip(ended, started))
-        is_known = None not in (peak, self._held)
-        self.stages[name] = Stage(seconds, cpu_seconds, max(0, peak - self._held) if is_known else None)
-
-    def sum_up(self, *, trained_params: int, trained_share: float, is_whole: bool) -> Effort:
-        return Effort(dict(self.stages), self._held, self._device.type, trained_params, trained_share, is_whole)
-
-
-def _reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif device.type == "cpu" and RESET.exists():
-        with suppress(OSError):  # some containers forbid it: the peak is then that of the process so far
-            RESET.write_text(RESET_PEAK)
-
-
-def _read_memory(device: torch.device, *, peak: bool) -> int | None:
-    """Bytes held now, or at most since the last reset."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) if peak else torch.cuda.memory_allocated(device)
-    if device.type != "cpu" or not STATUS.exists():
-        return None
-    name = "VmHWM:" if peak else "VmRSS:"
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) << 10
+    @classmethod
+    def load(cls, folder: Path) -> Self | None:
+        """What the run that wrote a folder took; None where it was not kept."""
+        path = folder / FILE_NAME
+        if not path.is_file():
+            return None
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            effort = cls(**{**values, "stages": {name: Stage(**stage) for name, stage in values["stages"].items()}})
+            effort.describe()  # in words nothing of a wrong type goes unseen
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DamagedFile(f"{path} does not say what a run took: {type(error).__name__}: {error}") from error
+        return effort

@@ -15,10 +15,10 @@ from dmquant.clock import LINEAR, Clock
 from dmquant.denoiser import EMBEDDED, evaluating, find_denoiser, with_denoiser
 from dmquant.denoising import Denoising, open_denoising
 from dmquant.distill import Distillation, weigh
-from dmquant.effort import Meter
 from dmquant.errors import InputError
 from dmquant.generation import Conditioning, complete
 from dmquant.layers import find_layers
+from dmquant.meter import Meter
 from dmquant.methods.base import Method
 from dmquant.packed import BASES, FLOAT, FLOAT_BITS, Bits, Format, Layout, pack_model, read_layout
 from dmquant.progress import Track, plain

@@ -1,71 +1,23 @@
-"""What a run takes: each stage by itself, memory beyond the start, one line and one file."""
+"""What a run took: one line and one file."""
 
 import json
-import time
 
 import pytest
-import torch
 
-from dmquant import checkpoint, effort, storage
+from dmquant import checkpoint, storage
 from dmquant.denoiser import open_pipeline
-from dmquant.effort import FILE_NAME, Effort, Meter, Stage
-from dmquant.errors import Interrupted
+from dmquant.effort import FILE_NAME, Effort, Stage
+from dmquant.errors import DamagedFile, Interrupted
 from dmquant.quantization import quantize
 from dmquant.runs import SavedRun
 
 QUICK = dict(trajectories=2, sampling_steps=2, calibration_samples=4, max_steps=2, batch=2)
-CPU = torch.device("cpu")
-MIB = 1 << 20
-
-
-def summed(meter):
-    return meter.sum_up(trained_params=3, trained_share=0.5, is_whole=True)
-
-
-def test_a_stage_has_its_own_peak_and_later_ones_do_not_inherit_it():
-    meter = Meter(CPU)
-    with meter.stage("large"):
-        torch.ones(64 * MIB // 4)
-    with meter.stage("small"):
-        torch.ones(1)
-    large, small = (meter.stages[name].peak_bytes for name in ("large", "small"))
-    if not effort.STATUS.exists():  # only Linux tells a process what it holds
-        assert large is small is None
-        return
-    assert 60 * MIB < large < 80 * MIB and small < 20 * MIB
-    assert summed(meter).peak_bytes == meter.stages["large"].peak_bytes
-
-
-def test_a_peak_that_may_not_be_reset_is_no_failure(tmp_path, monkeypatch):
-    monkeypatch.setattr(effort, "RESET", tmp_path)  # a folder: writing to it fails
-    meter = Meter(CPU)
-    with meter.stage("any"):
-        torch.ones(1)
-    assert list(meter.stages) == ["any"]
-
-
-def test_seconds_are_those_of_the_stages_and_a_stage_that_fails_has_none():
-    meter = Meter(CPU)
-    with meter.stage("sleep"):
-        time.sleep(0.02)
-    with pytest.raises(ZeroDivisionError), meter.stage("fail"):
-        raise ZeroDivisionError
-    assert list(meter.stages) == ["sleep"] and 0.02 <= summed(meter).seconds < 1
-    assert meter.stages["sleep"].cpu_seconds < 0.02, "sleep is no work"
-
-
-def test_where_memory_is_not_to_be_known_the_line_is_silent_about_it(monkeypatch, tmp_path):
-    monkeypatch.setattr(effort, "STATUS", tmp_path / "none")
-    meter = Meter(CPU)
-    with meter.stage("all"):
-        pass
-    assert summed(meter).peak_bytes is None and "memory" not in summed(meter).describe()
+STAGES = {"recording": Stage(40.2, 80.4, None), "fine-tuning": Stage(259.9, 500.0, 812_000_000)}
+TAKEN = Effort(STAGES, 0, "cpu", 1_078_432, 0.431, False)
 
 
 def test_the_line_names_parameters_time_stages_and_memory():
-    stages = {"recording": Stage(40.2, 80.4, None), "fine-tuning": Stage(259.9, 500.0, 812_000_000)}
-    taken = Effort(stages, 0, "cpu", 1_078_432, 0.431, False)
-    assert taken.describe() == (
+    assert TAKEN.describe() == (
         "trained 1.08 M parameters (43.1%) in 300 s since it was resumed: recording 40, fine-tuning 260; "
         "812 MB of memory at the peak"
     )
@@ -77,7 +29,7 @@ def test_a_quantized_pipeline_knows_what_it_took_and_its_file_lies_beside_what_i
     assert list(taken.stages) == ["recording", "calibration", "fine-tuning"] and taken.is_whole
     assert (taken.trained_params, taken.trained_share) == (record["trained_params"], record["trained_share"])
     taken.save(checkpoint.save(quantized, tmp_path / "out"))
-    assert json.loads((tmp_path / "out" / FILE_NAME).read_text())["trained_params"] == taken.trained_params
+    assert Effort.load(tmp_path / "out") == taken
     assert FILE_NAME not in checkpoint.verify(tmp_path / "out")
     assert storage.check_target(tmp_path / "out", force=True)
 
@@ -92,3 +44,13 @@ def test_a_run_that_was_continued_says_that_it_counts_from_there(tiny_folder, tm
     with pytest.raises(Interrupted):
         quantize(pipeline, "lsq", run=SavedRun(tmp_path / "run", should_stop=stop_at_once), **QUICK)
     assert not quantize(pipeline, "lsq", run=SavedRun(tmp_path / "run"), **QUICK).unet.dmquant_effort.is_whole
+
+
+def test_what_was_not_kept_is_none_and_what_was_damaged_is_refused(tmp_path):
+    assert Effort.load(tmp_path) is None
+    TAKEN.save(tmp_path)
+    whole = json.loads((tmp_path / FILE_NAME).read_text())
+    for damage in ("{", "[]", {**whole, "more": 1}, {**whole, "stages": {"a": {"seconds": "1"}}}, {**whole, "trained_params": "x"}):
+        (tmp_path / FILE_NAME).write_text(damage if isinstance(damage, str) else json.dumps(damage))
+        with pytest.raises(DamagedFile, match="does not say what a run took"):
+            Effort.load(tmp_path)

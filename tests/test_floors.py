@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "dmquant"
 FLOORS = (
     {"errors"},
-    {"report", "packing", "clock", "storage", "progress", "images", "ranks", "columns", "plot", "panels", "effort", "prompts",
+    {"report", "packing", "clock", "storage", "progress", "images", "ranks", "columns", "plot", "panels", "effort", "meter", "prompts",
      "silence", "inputs"},
     {"quantizers", "kernels", "comparison"},
     {"layers", "attention", "packed"},
@@ -32,7 +32,7 @@ NEIGHBOURS = {
     ("distill", "samples"), ("distill", "runs"), ("runs", "samples"), ("denoising", "denoiser"), ("denoising", "generation"),
     ("packed", "layers"), ("packed", "attention"), ("quantization", "hf"), ("checkpoint", "hf"), ("failures", "console"),
     ("interruption", "console"), ("sheet", "page"),
-    ("kernels", "quantizers"), ("panels", "plot"),
+    ("kernels", "quantizers"), ("panels", "plot"), ("meter", "effort"),
 }  # fmt: skip
 FORBIDDEN = {"torchvision", "torch_fidelity", "click"}
 FILES = sorted(ROOT.rglob("*.py"))
