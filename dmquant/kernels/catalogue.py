@@ -1,6 +1,6 @@
-"""The C kernels: what each needs of a processor and what it can multiply, best first.
+"""The kernels: what each needs of a processor and what it can multiply, those of C best first.
 
-All of them give the same floats bit for bit (csrc/job.h says why), so which one runs is a matter of speed alone.
+All of C give the same floats bit for bit (csrc/job.h says why), so which one runs is a matter of speed alone.
 """
 
 import ctypes
@@ -10,19 +10,20 @@ from functools import cache, partial
 
 from torch import Tensor
 
-from dmquant.kernels import blocking, compiler
+from dmquant.kernels import blocking, compiler, gpu
 from dmquant.kernels.compiler import CannotCompile
+from dmquant.kernels.gpu import layout
 
 AVX2, AVX512, VNNI, VBMI, AMX = (1 << bit for bit in range(5))  # as in csrc/isa.c
 NAMES = {AVX2: "AVX2", AVX512: "AVX-512", VNNI: "AVX-512 VNNI", VBMI: "AVX-512 VBMI", AMX: "AMX"}
 FLAGS_256 = ("-mavx2", "-mfma")
 FLAGS_512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512")
-CHOICES = ("auto", "c", "onednn", "torch")
+CHOICES = ("auto", "c", "onednn", "torch", gpu.NAME)
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One source of csrc/. Layouts are those of blocking.py."""
+    """One source of csrc/, or Triton's. Layouts are those of blocking.py and of gpu/layout.py."""
 
     name: str
     needs: int = 0  # instruction sets
@@ -60,6 +61,7 @@ LAYOUTS = {
     "planes": (blocking.to_planes, blocking.from_planes),
     "nibbles": (blocking.to_nibbles, blocking.from_nibbles),
     "nibbles by group": (partial(blocking.to_nibbles, by_group=True), partial(blocking.from_nibbles, by_group=True)),
+    "steps": (layout.to_steps, layout.from_steps),
 }
 LUT = {"max_weight_bits": 2, "max_act_bits": 6}
 KERNELS = (
@@ -76,11 +78,12 @@ KERNELS = (
     Kernel("avx2", AVX2, FLAGS_256, outdoes=("scalar",)),
     Kernel("scalar", is_portable=True),
 )  # fmt: skip
-BY_NAME = {kernel.name: kernel for kernel in KERNELS}
+TRITON = Kernel(gpu.NAME, blocks=(128, 64, 32), layout="steps")
+BY_NAME = {kernel.name: kernel for kernel in (*KERNELS, TRITON)}
 
 
 def choice() -> str:
-    """DMQUANT_KERNELS: auto (C if it compiles, else oneDNN, else torch), c, onednn or torch."""
+    """DMQUANT_KERNELS: auto (C on a CPU if it compiles, else oneDNN, else torch; Triton on a GPU), or one of them by name."""
     value = os.environ.get("DMQUANT_KERNELS") or "auto"
     if value not in CHOICES:
         raise ValueError(f"DMQUANT_KERNELS must be one of {', '.join(CHOICES)}, got {value!r}")

@@ -1,7 +1,8 @@
-"""Which kernel multiplies a packed layer: by capability, a check against the reference, and a short race.
+"""Which kernel multiplies a packed layer: by capability, a check against the reference and, on a CPU, a short race.
 
 Those of C give the same bits, so that the fastest may win. oneDNN and the reference itself round otherwise, and images would
-depend on chance: they join the race only where C has no 512-bit registers, and win by a margin only.
+depend on chance: they join the race only where C has no 512-bit registers, and win by a margin only. On a
+GPU there is one kernel, Triton's.
 """
 
 import threading
@@ -11,13 +12,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from dmquant.kernels import attention, catalogue, onednn, ops, trial
+from dmquant.kernels import attention, catalogue, gpu, onednn, ops, trial
 from dmquant.kernels.blocked import Blocked, BlockedCodes
 from dmquant.kernels.catalogue import BY_NAME, KERNELS, choice
 from dmquant.quantizers.base import FixedGrid
 from dmquant.quantizers.dilated import Divide
 from dmquant.quantizers.temporal import TemporalGrid
 
+DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16, torch.float16)}  # of inputs; no other devices
 LARGEST_SUM = 2**16  # products of an output: 2^16 * 255 * 128 fits 32 bits
 LOCK = threading.Lock()  # two threads may call a layer for the first time at once
 
@@ -36,12 +38,12 @@ def run(layer: nn.Module, x: Tensor) -> Tensor | None:
 
 
 def is_supported(layer: nn.Module, x: Tensor) -> bool:
-    """Whether this is a product of codes by codes in float32 on the CPU, without gradients, of a plain shape."""
+    """Whether this is a product of codes by codes, in a float that kernels take, without gradients, of a plain shape."""
     if not isinstance(layer.weight, BlockedCodes) or type(layer.input) not in (FixedGrid, TemporalGrid):
         return False
-    if x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+    if x.dtype not in DTYPES.get(x.device.type, ()) or torch.is_autocast_enabled(x.device.type):
         return False
-    if x.numel() == 0 or (torch.is_grad_enabled() and x.requires_grad):
+    if x.numel() == 0 or layer.weight.scale.device != x.device or (torch.is_grad_enabled() and x.requires_grad):
         return False
     if isinstance(layer, nn.Linear):
         return True
@@ -60,13 +62,24 @@ def prepare(layer: nn.Module, x: Tensor) -> None:
             return
         is_uniform = "zero" in weight._buffers
         format = trial.Format(weight.bits if is_uniform else 1, 1 if is_uniform else weight.bits, layer.input.bits)
-        ours, shape = tuple(candidates(format)), (*as_images(layer, x).shape, weight.shape[0])
-        others = () if any(BY_NAME[name].is_wide for name in ours) else tuple(rivals(layer, format, is_alone=not ours))
-        winner = trial.fastest(ours, others, format, shape, window, torch.get_num_threads())
+        winner = choose(layer, x, format, window) if x.device.type == "cpu" else choose_on_gpu(format, x.device)
         if winner == trial.REFERENCE:
             weight.is_left_alone = True
         else:
             weight.block(winner)
+
+
+def choose(layer: nn.Module, x: Tensor, format: trial.Format, window: tuple[int, ...]) -> str:
+    """Who is fastest on the CPU."""
+    ours, shape = tuple(candidates(format)), (*as_images(layer, x).shape, layer.weight.shape[0])
+    others = () if any(BY_NAME[name].is_wide for name in ours) else tuple(rivals(layer, format, is_alone=not ours))
+    return trial.fastest(ours, others, format, shape, window, torch.get_num_threads())
+
+
+def choose_on_gpu(format: trial.Format, device: torch.device) -> str:
+    """Triton where it can be used and agrees with the reference; no race, for it has no rival that keeps weights packed."""
+    is_wanted = choice() in ("auto", gpu.NAME)
+    return gpu.NAME if is_wanted and not gpu.state(device) and not trial.check(gpu.NAME, format, device) else trial.REFERENCE
 
 
 def candidates(format: trial.Format) -> Iterator[str]:
@@ -128,7 +141,7 @@ def can_fuse(layer: nn.Module, x: Tensor) -> bool:
     blocked = layer.weight.blocked
     if blocked is None or blocked.kernel == onednn.NAME or type(layer.divide) not in (nn.Identity, Divide):
         return False
-    return torch.compiler.is_compiling() or not trial.check_fusion(blocked.kernel, layer.input.bits)
+    return torch.compiler.is_compiling() or not trial.check_fusion(blocked.kernel, layer.input.bits, x.device)
 
 
 def run_fused(layer: nn.Module, x: Tensor, around: Around) -> Tensor:
@@ -172,8 +185,10 @@ def grid_of(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     if not isinstance(layer.input, TemporalGrid):
         return layer.input.scale, layer.input.zero
     scale, zero = layer.input.rows(len(x))
+    # a GPU is not asked: the answer would be waited for
+    can_ask = x.device.type == "cpu" and not torch.compiler.is_compiling()
     # samplers call with one timestep for all; one image of many pixels is less work than many of few
-    if not torch.compiler.is_compiling() and bool((scale == scale[0]).all() & (zero == zero[0]).all()):
+    if can_ask and bool((scale == scale[0]).all() & (zero == zero[0]).all()):
         return scale[:1], zero[:1]
     return scale, zero
 
@@ -199,7 +214,7 @@ def survey() -> dict[str, str]:
     """Each kernel by name, with an empty text if it is in use or why it is not. Compiles what has not been compiled yet."""
     wanted, found, outdone = choice(), {}, {}
     for kernel in KERNELS:
-        if wanted in ("onednn", "torch"):
+        if wanted not in ("auto", "c"):
             found[kernel.name] = f"DMQUANT_KERNELS={wanted}"
         elif kernel.name in outdone:
             found[kernel.name] = f"not needed beside {outdone[kernel.name]}"
@@ -209,7 +224,13 @@ def survey() -> dict[str, str]:
             found[kernel.name] = catalogue.state(kernel) or trial.check(kernel.name, trial.Format(1, 1, 4))
         if not found[kernel.name]:
             outdone |= dict.fromkeys(set(kernel.outdoes) - set(outdone), kernel.name)
-    reason = f"DMQUANT_KERNELS={wanted}" if wanted in ("c", "torch") else ""
-    found[onednn.NAME] = reason or onednn.state()
+    unwanted = f"DMQUANT_KERNELS={wanted}"
+    found[onednn.NAME] = onednn.state() if wanted in ("auto", "onednn") else unwanted
+    found[gpu.NAME] = survey_gpu() if wanted in ("auto", gpu.NAME) else unwanted
     found[attention.NAME] = attention.survey()
     return found
+
+
+def survey_gpu() -> str:
+    """Empty if Triton's kernels are in use on this process's GPU, otherwise why they are not."""
+    return gpu.state() or trial.check(gpu.NAME, trial.Format(1, 1, 4), torch.device("cuda", torch.cuda.current_device()))

@@ -156,7 +156,8 @@ def images(x: Tensor) -> Tensor:
 def is_free(*norms: nn.Module) -> bool:
     """Whether nobody wants gradients or watches these norms."""
     is_watched = any(norm._forward_hooks or norm._forward_pre_hooks for norm in norms)
-    return not is_watched and not torch.is_grad_enabled() and all(norm.weight.dtype == torch.float32 for norm in norms)
+    is_readable = all(norm.weight.is_cuda or norm.weight.dtype == torch.float32 for norm in norms)
+    return is_readable and not is_watched and not torch.is_grad_enabled()
 
 
 def is_training(dropout: nn.Module) -> bool:

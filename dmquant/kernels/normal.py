@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dmquant.kernels import catalogue, compiler
 from dmquant.kernels.catalogue import AVX2, AVX512, FLAGS_256, FLAGS_512, Kernel
 from dmquant.kernels.compiler import CannotCompile
+from dmquant.kernels.gpu.moments import moments as moments_on_gpu
 
 VARIANTS = (Kernel("normal", AVX512, FLAGS_512), Kernel("normal", AVX2, FLAGS_256), Kernel("normal"))  # best first
 POINTERS = ("x", "weight", "bias", "gain", "offset", "sums", "factor", "out")
@@ -31,6 +32,8 @@ class Norm(ctypes.Structure):
 
 def moments(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, epsilon: float) -> tuple[Tensor, Tensor]:
     """Gain and offset (N, C) of a group norm over x (N, H, W, C): x * gain + offset is what it gives."""
+    if x.is_cuda:
+        return moments_on_gpu(x, weight, bias, groups, epsilon)
     x = x.contiguous()
     images, channels = len(x), x.shape[-1]
     gain, offset = x.new_empty(images, channels), x.new_empty(images, channels)
@@ -81,7 +84,7 @@ def moments_op(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: in
 
 @moments_op.register_fake
 def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, epsilon: float) -> tuple[Tensor, Tensor]:
-    return x.new_empty(len(x), x.shape[-1]), x.new_empty(len(x), x.shape[-1])
+    return tuple(x.new_empty(len(x), x.shape[-1], dtype=torch.float32) for _ in range(2))
 
 
 def moments_of(norm: nn.GroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:

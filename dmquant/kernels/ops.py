@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dmquant.kernels import onednn
+from dmquant.kernels import gpu, onednn
 from dmquant.kernels.blocking import fill_up
 from dmquant.kernels.catalogue import BY_NAME, library
 
@@ -37,16 +37,22 @@ def multiply(
     offset: Tensor | None = None, factor: Tensor | None = None, residual: Tensor | None = None, activate: bool = False,
     zoom: int = 1,
 ) -> Tensor:  # fmt: skip
-    """Quantizes x (N, H, W, C) and convolves it with a blocked weight: (N, H', W', O), float32.
+    """Quantizes x (N, H, W, C) and convolves it with a blocked weight: (N, H', W', O), in the dtype of x.
 
     format: bits of a plane, whether scales are halved, bits of activations. window: kernel, stride (both height, width) and
     padding (top, bottom, left, right). act_scale and act_zero hold one value, or one for each image; bias may be (N, O).
     With gain and offset (N, C), f(x * gain + offset) * factor is quantized instead of x: f is SiLU or nothing, factor (C) may be
     None. residual, of the output's shape, is added to it. Each pixel is read zoom times zoom times. oneDNN knows none of these.
+    x is float32, for Triton half as well.
     """
     bits, halves, act_bits = format
     if kernel == onednn.NAME:
         return onednn.multiply(x, weight, scale.view(-1) * (0.5 if halves else 1), bias, act_scale, act_zero, act_bits, window)
+    if kernel == gpu.NAME:
+        from dmquant.kernels.gpu import products  # Triton may be missing, and is slow to import
+
+        arguments = (x, weight, total, scale, zero, bias, act_scale, act_zero, format, window)
+        return products.multiply(*arguments, gain, offset, factor, residual, activate, zoom)
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     images, height, width, channels = x.shape
     out = x.new_empty(images, *output_size(x, window, zoom), total.shape[1])
