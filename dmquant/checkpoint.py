@@ -17,6 +17,7 @@ from torch import nn
 from dmquant import hf, storage
 from dmquant.denoiser import DENOISERS, find_denoiser, is_quantized, load_folder, locate, open_pipeline, place, with_denoiser
 from dmquant.errors import DamagedFile, DmquantError, InputError
+from dmquant.kernels.gpu import graph
 from dmquant.packed import pack_model, packed_layers, prepare_packed
 
 
@@ -48,17 +49,25 @@ def load(
 
 
 def open_any(
-    model: str | Path | None = None, *, device: str | None = None, dtype: torch.dtype | None = None, any_tool: bool = False
-) -> DiffusionPipeline:
+    model: str | Path | None = None, *, device: str | None = None, dtype: torch.dtype | None = None, any_tool: bool = False,
+    cuda_graph: bool = False,
+) -> DiffusionPipeline:  # fmt: skip
     """A quantized or a float pipeline: a local folder, a hub id, or the embedded one (None).
 
-    With `any_tool` also one that another tool quantized.
+    With `any_tool` also one that another tool quantized. With `cuda_graph`, on a CUDA device, the denoiser's calls are replays of
+    CUDA graphs (kernels/gpu/graph.py): faster where launches take longer than the work, at the price of more memory.
     """
+    if cuda_graph and not (device or "").startswith("cuda"):
+        raise InputError(f"cuda_graph needs a CUDA device, not {device or 'the CPU'}; give device='cuda'")
     folder = locate(model)
     if not is_quantized(folder):
-        return open_pipeline(model, device=device, dtype=dtype, any_tool=any_tool)
-    # a snapshot of the hub has hashes of its own, and no file that diffusers does not ask for
-    return load(folder, device=device, dtype=dtype, verify=model is not None and Path(model).exists())
+        pipeline = open_pipeline(model, device=device, dtype=dtype, any_tool=any_tool)
+    else:
+        # a snapshot of the hub has hashes of its own, and no file that diffusers does not ask for
+        pipeline = load(folder, device=device, dtype=dtype, verify=model is not None and Path(model).exists())
+    if cuda_graph:
+        graph.capture(find_denoiser(pipeline)[1])
+    return pipeline
 
 
 def verify(folder: str | Path) -> list[str]:

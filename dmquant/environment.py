@@ -20,7 +20,7 @@ REQUIRED = (
     "torch", "diffusers", "accelerate", "safetensors", "torchmetrics", "huggingface_hub", "numpy", "pillow", "pydantic", "typer",
     "rich", "jinja2",
 )  # fmt: skip
-OPTIONAL = ("transformers",)
+OPTIONAL = ("transformers", "triton")
 LOW_SPACE_BYTES = 2 * 10**9
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dmquant import checkpoint, storage
 from dmquant.errors import DamagedFile, DmquantError, InputError, MissingResource
+from dmquant.kernels.gpu import graph
 from dmquant.layers import swap
 from dmquant.packed import packed_layers
 from dmquant.quantizers.uniform import LearnedStep, Uniform
@@ -96,6 +97,24 @@ def test_the_dtype_is_that_of_the_computation_and_never_of_the_grids(folder):
     unet = checkpoint.load(folder, dtype=torch.bfloat16, device="cpu").unet
     assert unet.dtype == torch.bfloat16
     assert {tensor.dtype for name, tensor in unet.state_dict().items() if name.endswith((".scale", ".zero"))} == {torch.float32}
+
+
+def test_a_cuda_graph_needs_a_cuda_device_and_takes_the_denoiser(folder, monkeypatch):
+    for device in (None, "cpu"):
+        with pytest.raises(InputError, match="cuda_graph needs a CUDA device"):
+            checkpoint.open_any(folder, device=device, cuda_graph=True)
+    captured = []
+    monkeypatch.setattr(graph, "capture", captured.append)
+    monkeypatch.setattr(checkpoint, "place", lambda pipeline, device: pipeline)
+    pipeline = checkpoint.open_any(folder, device="cuda:0", cuda_graph=True)
+    assert captured == [pipeline.unet]
+
+
+def test_a_captured_pipeline_is_saved_like_any_other(folder, tmp_path):
+    loaded = checkpoint.load(folder)
+    graph.capture(loaded.unet)
+    saved = checkpoint.save(loaded, tmp_path / "again")
+    assert (saved / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
 
 
 def test_saving_leaves_the_pipeline_as_it_was(pipeline, tmp_path):
