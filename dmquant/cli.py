@@ -133,12 +133,13 @@ def methods(name: Annotated[str | None, typer.Argument(help="The one to describe
 def inspect(model: GivenModel) -> None:
     """Show what is in a pipeline: components, layers, bits, size and operations."""
     from dmquant.denoiser import find_denoiser
+    from dmquant.effort import Effort
 
     pipeline = arguments.open_model(model, "cpu")
     name, denoiser = find_denoiser(pipeline)
-    record = getattr(denoiser, "dmquant_record", {})
+    record, effort = getattr(denoiser, "dmquant_record", {}), Effort.load(Path(model))
     facts = {"pipeline": type(pipeline).__name__, "denoiser": f"{name} ({type(denoiser).__name__})", **record}
-    facts |= facts.pop("settings", {})
+    facts |= facts.pop("settings", {}) | ({} if effort is None else {"effort": effort.describe()})
     console.show_table(["fact", "value"], [[key, _write_value(value)] for key, value in facts.items()], align="ll", notes=[""])
     _show_coverage(pipeline, record.get("weight_bits", 32), record.get("act_bits", 32))
 

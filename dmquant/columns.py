@@ -47,6 +47,10 @@ COST = (
 NUM_IMAGES = Column("num_images", "n")
 TIME = Column("seconds_per_image", "time", "s/image", "lower", 3)
 MEMORY = Column("peak_memory_mb", "peak memory", "MB", "lower", 1)
+QUANTIZING = (
+    Column("quantize_s", "quantize", "s", "lower", 0),
+    Column("quantize_memory_mb", "quantizing memory", "MB", "lower", 0),
+)
 METRICS = {
     "fid": Column("fid", "FID", "", "lower"),
     "sfid": Column("sfid", "sFID", "", "lower"),

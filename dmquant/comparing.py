@@ -49,6 +49,7 @@ def compare(
     mixed: Annotated[bool, typer.Option("--mixed", help="Allow different protocols; what differs becomes a column.")] = False,
     html: Annotated[Path | None, typer.Option(help="Also write a page: table, plots, samples, settings.", **HIDDEN)] = None,
     samples: Annotated[int, typer.Option(help="Images of each model on the page; 0 opens no pipeline.", min=0, max=64)] = 8,
+    effort: Annotated[bool, typer.Option("--effort", help="Also show what quantizing took: seconds, memory.")] = False,
     cards: Annotated[bool, typer.Option("--cards", help="Also write a model card into each quantized folder.")] = False,
     runs: Annotated[list[str] | None, typer.Option("--run", help=RUN)] = None,
     plan: Annotated[Path | None, typer.Option("--experiments", help=PLAN, **HIDDEN)] = None,
@@ -74,7 +75,13 @@ def compare(
         paths = [*done, *(paths or [])]
     elif output or model or order.has_protocol:
         raise InputError("-o, --model and the options of a protocol (--metrics, --steps, ...) are for --run and --experiments")
-    _show(arguments.find_reports(paths or []), form, mixed, html, samples, cards, device)
+    paths = arguments.find_reports(paths or [])
+    table, reports = _tabulate(paths, mixed=mixed, effort=effort)
+    _show(table, form)
+    if html is not None:
+        _write_page(html, table, reports, samples, device)
+    if cards:
+        _write_cards(paths, reports, mixed)
     if failures:
         raise DmquantError("; ".join(f"{name} failed: {reason}" for name, reason in failures.items()))
 
@@ -124,23 +131,26 @@ def _begin(folder: Path) -> Iterator["SavedRun"]:
         run.remove()
 
 
-def _show(
-    paths: list[Path], form: Format, mixed: bool, html: Path | None, samples: int, cards: bool, device: str | None
-) -> None:
+def _tabulate(paths: list[Path], *, mixed: bool, effort: bool) -> tuple["Comparison", list["Report"]]:
     from dmquant import comparison
+    from dmquant.effort import Effort
     from dmquant.report import Report
 
     reports = [Report.load(path) for path in paths]
     table = comparison.compare(reports, mixed=mixed)
+    if not effort:
+        return table, reports
+    ordered = sorted(zip(paths, reports), key=lambda pair: not pair[1].is_float)  # as the rows are
+    folders = [path if path.is_dir() else path.parent for path, _ in ordered]
+    return comparison.add_efforts(table, [Effort.load(folder) for folder in folders]), reports
+
+
+def _show(table: "Comparison", form: Format) -> None:
     if form == "table":
         console.show_comparison(table)
     else:
         write = {"md": table.to_markdown, "csv": table.to_csv, "json": table.to_json, "latex": table.to_latex}
         console.show(write[form]())
-    if html is not None:
-        _write_page(html, table, reports, samples, device)
-    if cards:
-        _write_cards(paths, reports, mixed)
 
 
 def _write_page(file: Path, table: "Comparison", reports: list["Report"], samples: int, device: str | None) -> None:

@@ -13,7 +13,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from dmquant.columns import CHANGE, COST, IDENTITY, MEMORY, NUM_IMAGES, TIME, Cell, Column, is_distance, name_metric, rank
+from dmquant.columns import (
+    CHANGE, COST, IDENTITY, MEMORY, NUM_IMAGES, QUANTIZING, TIME, Cell, Column, is_distance, name_metric, rank,
+)  # fmt: skip
+from dmquant.effort import Effort
 from dmquant.errors import InputError
 from dmquant.report import FLOAT_METHOD, Protocol, Report
 
@@ -103,6 +106,18 @@ def compare(reports: Report | str | Path | Sequence[Report | str | Path], *, mix
     columns = _choose_columns(ordered, varying)
     rows = tuple(_make_row(report, _find_baseline(report, ordered), columns) for report in ordered)
     return Comparison(columns, rows, tuple(_write_notes(ordered, varying)))
+
+
+def add_efforts(table: Comparison, efforts: Sequence[Effort | None]) -> Comparison:
+    """The table with what quantizing took, an effort per row; of a run that was continued only a part is known: none is shown."""
+    if not any(efforts):
+        raise InputError("none of these rows says what quantizing took; give folders that dmquant quantized")
+    seconds, memory = (column.key for column in QUANTIZING)
+    known = [effort if effort is not None and effort.is_whole else None for effort in efforts]
+    taken = [{seconds: e and e.seconds, memory: e and e.peak_bytes and e.peak_bytes / 1e6} for e in known]
+    rows = tuple(row | extra for row, extra in zip(table.rows, taken, strict=True))
+    note = "quantize: seconds of all stages, but for a recording that runs share; memory beyond what was held at the start"
+    return Comparison((*table.columns, *QUANTIZING), rows, (*table.notes, note))
 
 
 def find_differences(reports: Sequence[Report]) -> list[str]:

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from dmquant import cli, measuring
+from dmquant.effort import Effort
 from dmquant.report import Report
 
 SMALL = ("trajectories=1", "sampling_steps=2", "calibration_samples=2", "batch=2", "init=minmax")
@@ -105,8 +106,10 @@ def test_inspect_tells_a_quantized_pipeline_from_a_float_one(quantized, tiny_fol
     assert cli.run(["inspect", str(quantized)]) == 0
     shown = capsys.readouterr().out
     assert "lsq" in shown and str(tiny_folder) in shown and "first: kept at 8/8" in shown
+    assert Effort.load(quantized).describe() in shown
     assert cli.run(["inspect", str(tiny_folder)]) == 0
-    assert "layers: 0 of" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "layers: 0 of" in shown and "effort" not in shown
 
 
 def test_the_defaults_of_eval_and_sample_are_those_of_the_library():

@@ -47,6 +47,9 @@ def test_runs_are_done_and_shown_and_done_once(tiny_folder, capsys):
     capsys.readouterr()
     assert run("all", "--format", "json") == 0
     assert [row["bits"] for row in json.loads(capsys.readouterr().out)["rows"]] == ["32/32", "2/8", "4/8"]  # by name
+    assert run(f"all/{folders[1]}", "all/float/report.json", "--effort", "--format", "json") == 0
+    first, second = json.loads(capsys.readouterr().out)["rows"]
+    assert first["quantize_s"] is None and second["quantize_s"] > 0, "the float model's row comes first, and took nothing"
     assert run(*line, "--format", "json") == 0
     again = capsys.readouterr()
     assert again.out == out and "experiments to do" not in again.err

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from dmquant.columns import ABSENT
-from dmquant.comparison import compare, find_differences
+from dmquant.comparison import add_efforts, compare, find_differences
+from dmquant.effort import Effort, Stage
 from dmquant.errors import InputError
 from dmquant.report import Protocol, Report
 
@@ -159,3 +160,16 @@ def test_metrics_stand_in_one_order_and_only_distances_carry_their_change():
 def test_peak_memory_is_a_column_where_it_was_measured():
     assert "peak_memory_mb" not in compare([FLOAT]).rows[0]
     assert compare([replace(FLOAT, peak_memory_bytes=2_000_000), QUANTIZED]).rows[0]["peak_memory_mb"] == 2.0
+
+
+def test_what_quantizing_took_is_shown_where_all_of_it_is_known():
+    table = compare([FLOAT, QUANTIZED, QUANTIZED, QUANTIZED])
+    whole = Effort({"calibration": Stage(10.0, 9.0, None), "fine-tuning": Stage(50.0, 49.0, 3_000_000)}, 0, "cpu", 1, 0.1, True)
+    unknown = replace(whole, stages={"calibration": Stage(70.0, 9.0, None)})
+    wide = add_efforts(table, [None, whole, unknown, replace(whole, is_whole=False)])
+    cells = dict(zip(wide.headings(), zip(*wide.cells())))
+    assert cells["quantize, s ↓"] == (ABSENT, "60", "70", ABSENT)
+    assert cells["quantizing memory, MB ↓"] == (ABSENT, "3", ABSENT, ABSENT)
+    assert wide.rows[1].items() > table.rows[1].items() and wide.notes[:-1] == table.notes
+    with pytest.raises(InputError, match="none of these rows says what quantizing took"):
+        add_efforts(table, [None] * 4)
