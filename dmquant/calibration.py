@@ -7,6 +7,7 @@ from contextlib import ExitStack, nullcontext
 import torch
 from torch import Tensor, nn
 
+from dmquant.denoiser import Role, find_roles
 from dmquant.layers import bypassed, quantized_inputs, quantized_layers
 from dmquant.progress import Track, plain
 from dmquant.quantizers.base import Quantizer
@@ -58,6 +59,30 @@ def correct_biases(student: nn.Module, samples: Samples, *, batch: int, track: T
 
 
 @torch.no_grad()
+def correct_answers(
+    student: nn.Module, teacher: nn.Module, samples: Samples, weight: Tensor, *, batch: int, track: Track = plain
+) -> None:
+    """Takes from the bias of each last layer what its answers are off the teacher's on average, by `weight` (N,) of the samples.
+
+    Training leaves a little of it, and in an image it is a cast of colour: no step of sampling takes it away again.
+    """
+    names = [name for name, role in find_roles(student).items() if role == Role.LAST]
+    pairs = [tuple(network.get_submodule(name) for network in (student, teacher)) for name in names]
+    means = [(Mean(ours), Mean(theirs)) for ours, theirs in pairs if ours.bias is not None]
+    device = next(student.parameters()).device
+    with ExitStack() as hooks:
+        for mean in (mean for pair in means for mean in pair):
+            hooks.callback(mean.layer.register_forward_hook(mean.note).remove)
+        for part, counts in track(list(zip(samples.split(batch), weight.split(batch))), "correct answers"):
+            for mean in (mean for pair in means for mean in pair):
+                mean.weight = counts.to(device)
+            for network in (student, teacher):
+                part.on(device).call(network)
+    for ours, theirs in means:
+        ours.layer.bias -= (ours.value() - theirs.value()).to(ours.layer.bias.dtype)
+
+
+@torch.no_grad()
 def run_float(student: nn.Module, parts: list[Samples]) -> None:
     """The student in float on batches of samples: hooks see what its layers read and answer."""
     device = next(student.parameters()).device
@@ -80,6 +105,23 @@ class Collector:
             index = torch.randint(flat.shape[1], (min(VALUES_PER_SAMPLE, flat.shape[1]),), generator=self._generator)
             extremes = torch.stack(torch.aminmax(flat, dim=1), 1)
             self.rows[quantizer].append(torch.cat([flat[:, index.to(flat.device)], extremes], 1))
+
+
+class Mean:
+    """What a layer answers on average over samples, as they count, and over everything but channels: (C,)."""
+
+    def __init__(self, layer: nn.Module):
+        self.layer, self.weight = layer, torch.ones(0)
+        self._sum, self._total = torch.zeros(len(layer.bias), dtype=torch.float64, device=layer.bias.device), 0.0
+
+    def note(self, layer: nn.Module, args: tuple, output: Tensor) -> None:
+        rows = output if isinstance(layer, nn.Linear) else output.movedim(1, -1)
+        each = rows.flatten(1, -2).mean(1, dtype=torch.float64)  # (B, C)
+        self._sum += (self.weight.unsqueeze(1) * each).sum(0)
+        self._total += float(self.weight.sum())
+
+    def value(self) -> Tensor:
+        return self._sum / (self._total or 1.0)
 
 
 class Shortfall:

@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 
 from dmquant import __version__, foreign, ranks
+from dmquant.clipping import clip_like
 from dmquant.cost import FLOAT_BITS, Cost, measure_cost
 from dmquant.denoiser import EMBEDDED as EMBEDDED_MODEL
 from dmquant.denoiser import find_denoiser, is_quantized, open_pipeline
@@ -176,12 +177,12 @@ def open_base(pipeline: DiffusionPipeline) -> DiffusionPipeline:
 
 
 def draw_twins(pipeline: DiffusionPipeline, scheduler: SchedulerMixin, course: Course) -> Tensor:
-    """The float model's images of the first seeds, uint8 (P, 3, H, W), drawn by the scheduler of the model under test.
+    """The float model's images of the first seeds, uint8 (P, 3, H, W), drawn as the model under test is, but clipped to its own range.
 
     On other processes than the first they are none.
     """
     with keep_scheduler(pipeline):
-        pipeline.scheduler = scheduler
+        pipeline.scheduler = clip_like(scheduler, pipeline.scheduler)
         images = [drawn.images for drawn, _ in read(pipeline, course.first(MAX_PAIRS), Yardstick(), course)]
     return torch.cat(images) if images else torch.zeros(0, dtype=torch.uint8)
 
@@ -237,7 +238,7 @@ def compare_answers(pipeline: DiffusionPipeline, base: DiffusionPipeline, course
     """The cosine to the float denoiser's answers by timestep, by the sampler of the model under test."""
     seeds = course.first(MAX_WITNESSED)
     with keep_scheduler(base):
-        base.scheduler = pipeline.scheduler
+        base.scheduler = clip_like(pipeline.scheduler, base.scheduler)
         found = agreement.measure_agreement(pipeline, base, seeds, **course.how) if ranks.is_first() else {}
     return ranks.share({agreement.NAME: {f"{timestep:g}": value for timestep, value in found.items()}})
 
@@ -246,7 +247,7 @@ def profile_layers(pipeline: DiffusionPipeline, base: DiffusionPipeline, course:
     """The layers' errors and ranges along the float model's trajectories, by the sampler of the model under test."""
     seeds = course.first(MAX_PROFILED)
     with keep_scheduler(base):
-        base.scheduler = pipeline.scheduler
+        base.scheduler = clip_like(pipeline.scheduler, base.scheduler)
         found = profile.measure_layers(pipeline, base, seeds, **course.how) if ranks.is_first() else ()
     return ranks.share(found)
 

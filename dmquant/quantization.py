@@ -1,4 +1,4 @@
-"""The story: record the teacher, prepare the student, calibrate it, fine-tune it, pack it."""
+"""The story: record the teacher, prepare the student, calibrate it, fine-tune it, pack it, fit its sampler."""
 
 import copy
 from collections.abc import Mapping
@@ -11,6 +11,8 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from dmquant import hf, methods
+from dmquant.calibration import correct_answers
+from dmquant.clipping import fit_clipping
 from dmquant.clock import LINEAR, Clock
 from dmquant.denoiser import EMBEDDED, evaluating, find_denoiser, with_denoiser
 from dmquant.denoising import Denoising, open_denoising
@@ -23,7 +25,7 @@ from dmquant.methods.base import Method
 from dmquant.packed import BASES, FLOAT, FLOAT_BITS, Bits, Format, Layout, pack_model, read_layout
 from dmquant.progress import Track, plain
 from dmquant.runs import Run
-from dmquant.samples import Samples, record
+from dmquant.samples import Samples, record, recording_seeds
 
 
 def quantize(
@@ -49,9 +51,14 @@ def quantize(
     if samples is None or conditioning != Conditioning():
         asked = complete(pipeline, conditioning).describe()
         packed.dmquant_record |= {name: value for name, value in asked.items() if value is not None}
-    packed.dmquant_effort = meter.sum_up(**trained, is_whole=not run.is_continued)
     hf.mark(packed)
-    return with_denoiser(pipeline, find_denoiser(pipeline)[0], packed)
+    quantized = with_denoiser(pipeline, find_denoiser(pipeline)[0], packed)
+    seeds = recording_seeds(seed, min(method.clip_images, method.trajectories))
+    how = {"steps": method.sampling_steps, "batch": method.batch, "conditioning": conditioning}
+    with meter.stage("clipping"):
+        fit_clipping(quantized, pipeline, seeds, **how, track=track)
+    packed.dmquant_effort = meter.sum_up(**trained, is_whole=not run.is_continued)
+    return quantized
 
 
 def make_student(
@@ -79,6 +86,10 @@ def make_student(
     objective = objective or Distillation(samples, weigh(samples, pipeline.scheduler, method.snr_cap))
     with evaluating(teacher), meter.stage("fine-tuning"):
         method.finetune(student, objective, teacher=teacher, samples=samples, seed=seed, run=run, track=track)
+        if method.bias_correction:
+            few = samples.spread(method.calibration_samples)
+            weight = weigh(few, pipeline.scheduler, method.snr_cap)
+            correct_answers(student, teacher, few, weight, batch=method.batch, track=track)
     return student.eval()
 
 

@@ -13,7 +13,7 @@ FLOORS = (
      "silence", "inputs"},
     {"quantizers", "kernels", "comparison"},
     {"layers", "attention", "packed"},
-    {"denoiser", "foreign", "blocks", "generation", "samples", "calibration", "distill", "denoising", "runs"},
+    {"denoiser", "foreign", "blocks", "generation", "clipping", "samples", "calibration", "distill", "denoising", "runs"},
     {"methods"},
     {"quantization", "checkpoint", "hf", "metrics", "cost", "gallery"},
     {"evaluation", "coverage", "environment", "page", "sheet", "cards"},
@@ -27,8 +27,8 @@ FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in 
 # Same floor, one way: the first may import the second.
 NEIGHBOURS = {
     ("blocks", "denoiser"), ("foreign", "denoiser"),
-    ("generation", "denoiser"), ("samples", "denoiser"), ("samples", "generation"),
-    ("calibration", "samples"),
+    ("generation", "denoiser"), ("clipping", "denoiser"), ("clipping", "generation"), ("samples", "denoiser"), ("samples", "generation"),
+    ("calibration", "samples"), ("calibration", "denoiser"),
     ("distill", "samples"), ("distill", "runs"), ("runs", "samples"), ("denoising", "denoiser"), ("denoising", "generation"),
     ("packed", "layers"), ("packed", "attention"), ("quantization", "hf"), ("checkpoint", "hf"), ("failures", "console"),
     ("interruption", "console"), ("sheet", "page"),

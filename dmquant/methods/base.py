@@ -62,9 +62,12 @@ class Method:
     sampling_steps: int = setting(20, "denoising steps of each recorded trajectory")
     eta: float = setting(0.0, "fresh noise in each recorded step, for samplers that take it: 0 as they are, 1 as EfficientDM's")
     calibration_samples: int = setting(128, "recorded samples that set the grids")
-    bias_correction: bool = setting(True, "biases start with what rounding takes from each channel's mean")
+    bias_correction: bool = setting(True, "biases start with what rounding takes from each channel's mean, and the last ends with the teacher's")
     max_steps: int = setting(600, "optimiser steps of fine-tuning; 0 only calibrates")
     batch: int = setting(16, "samples per optimiser step")
+    clip_images: int = setting(
+        32, "recorded trajectories whose images set the sampler's clip range, where it has one; 0 keeps the float model's"
+    )
     snr_cap: float = setting(5.0, "a recorded sample counts min(SNR, cap) / SNR (Min-SNR)")
     learning_rate: float = setting(1e-4, "AdamW rate of weights, biases and norms, decaying to zero along a cosine")
     quantizer_rate: float = setting(5e-3, "AdamW rate of scales and offsets, relative to each one's size at the start")
@@ -89,8 +92,9 @@ class Method:
         for name in ("snr_cap", "clip_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0 (a large number switches it off), got {getattr(self, name)}")
-        if self.max_steps < 0:
-            raise ValueError(f"max_steps must be 0 or more, got {self.max_steps}")
+        for name in ("max_steps", "clip_images"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta must be in [0, 1], got {self.eta}")
         if not 0 <= self.ema_decay < 1:
