@@ -10,7 +10,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -21,6 +21,7 @@ from dmquant.options import HIDDEN, Batch, Device, GivenModel, Guidance, Labels,
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from dmquant.methods.base import Method
     from dmquant.packed import Layout
 
 app = typer.Typer(
@@ -85,16 +86,12 @@ def quantize(
 
     given = {"weight_bits": wbits, "act_bits": abits, "max_steps": max_steps}
     chosen = get(method).parse(arguments.merge_settings(given, settings or []))
-    folder = output or arguments.name_run(model, method, chosen.weight_bits, chosen.act_bits)
-
-    from dmquant import checkpoint, denoiser, interruption, quantization, storage
-
     if dry_run:
-        pipeline = arguments.open_model(model, "cpu")
-        notes = chosen.notes(denoiser.find_denoiser(pipeline)[1])
-        layout = quantization.lay_out(pipeline, chosen)
-        _show_coverage(pipeline, chosen.weight_bits, chosen.act_bits, layout=layout, notes=notes)
+        _show_plan(arguments.open_model(model, "cpu"), chosen)
         return
+    from dmquant import denoiser, interruption, storage
+
+    folder = output or arguments.name_run(model, method, chosen.weight_bits, chosen.act_bits)
     conditioning = arguments.read_conditioning(prompts, class_labels, guidance_scale)
     denoiser.locate(model)
     if ranks.is_first():
@@ -103,13 +100,19 @@ def quantize(
         storage.lock(folder) if ranks.is_first() else nullcontext(),
         interruption.resumable(folder, context.obj, resume=resume, force=force) as run,
     ):
-        pipeline = arguments.open_model(model, device)
-        how = {"conditioning": conditioning, "run": run, "track": console.Tracker()}
-        quantized = quantization.quantize(pipeline, chosen, seed=seed, data=data, **how)
-        if ranks.is_first():
-            checkpoint.save(quantized, folder, force=force)
-            _sum_up(quantized, folder)
-    console.say(f"wrote {folder}; next: dmquant eval {folder} --fid")
+        how = {"seed": seed, "data": data, "conditioning": conditioning, "run": run, "track": console.Tracker()}
+        _quantize(arguments.open_model(model, device), chosen, how, folder, force=force)
+
+
+def _quantize(pipeline: "DiffusionPipeline", method: "Method", how: dict[str, Any], folder: Path, *, force: bool) -> None:
+    from dmquant import checkpoint
+    from dmquant.quantization import quantize
+
+    quantized = quantize(pipeline, method, **how)
+    if ranks.is_first():
+        checkpoint.save(quantized, folder, force=force)
+        _sum_up(quantized, folder)
+        console.say(f"wrote {folder}; next: dmquant eval {folder} --fid")
 
 
 app.command("eval")(measuring.evaluate)
@@ -209,6 +212,15 @@ def fetch(resource: Annotated[Literal["inception", "clip"], typer.Argument(help=
     from dmquant.metrics import clip, weights
 
     console.show(str({"inception": weights.fetch_inception, "clip": clip.fetch_clip}[resource]()))
+
+
+def _show_plan(pipeline: "DiffusionPipeline", method: "Method") -> None:
+    """What would become of each layer."""
+    from dmquant.denoiser import find_denoiser
+    from dmquant.quantization import lay_out
+
+    notes = method.notes(find_denoiser(pipeline)[1])
+    _show_coverage(pipeline, method.weight_bits, method.act_bits, layout=lay_out(pipeline, method), notes=notes)
 
 
 def _show_coverage(

@@ -71,8 +71,7 @@ def compare(
     conditions = (prompts, class_labels, guidance_scale)
     order = Order(tuple(runs or ()), plan, output, model, device, metrics, protocol, conditions)
     if runs or plan:
-        done, failures = _run(order, has_page=html is not None)
-        paths = [*done, *(paths or [])]
+        paths, failures = _run(order, paths or [], has_page=html is not None)
     elif output or model or order.has_protocol:
         raise InputError("-o, --model and the options of a protocol (--metrics, --steps, ...) are for --run and --experiments")
     paths = arguments.find_reports(paths or [])
@@ -86,8 +85,8 @@ def compare(
         raise DmquantError("; ".join(f"{name} failed: {reason}" for name, reason in failures.items()))
 
 
-def _run(order: Order, *, has_page: bool) -> tuple[list[Path], dict[str, str]]:
-    """Does the experiments; the folders with a report, the float model's first, and what failed. A page shows layers too."""
+def _run(order: Order, paths: list[Path], *, has_page: bool) -> tuple[list[Path], dict[str, str]]:
+    """Does the experiments; their folders, the float model's first, before the paths; and what failed. A page shows layers."""
     if order.output is None:
         raise InputError("give the folder of the experiments with -o")
     if order.plan is not None and order.has_protocol:
@@ -104,7 +103,7 @@ def _run(order: Order, *, has_page: bool) -> tuple[list[Path], dict[str, str]]:
         results = experiments.run_plan(chosen, order.output, **how)
     except (KeyboardInterrupt, Interrupted):
         raise Interrupted("interrupted; the same command goes on") from None
-    return [order.output / name for name in results.reports], results.failures
+    return [*(order.output / name for name in results.reports), *paths], results.failures
 
 
 def _make_plan(order: Order) -> "Plan":

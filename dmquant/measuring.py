@@ -1,13 +1,17 @@
 """The commands that measure: eval and reference. Like all commands thin, with everything heavy imported inside them."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dmquant import arguments, console, ranks
 from dmquant.errors import Interrupted
 from dmquant.options import HIDDEN, Batch, Device, Guidance, Labels, Model, Prompts, Sampler, Seed, Steps
+
+if TYPE_CHECKING:
+    from dmquant.report import LayerProfile, Report
 
 REPORT = "File NAME.json, or folder for report.json; default: beside a quantized MODEL, else runs/eval-NAME."
 Extractor = Annotated[str, typer.Option(help="resnet-cifar10 or inception.")]
@@ -48,33 +52,60 @@ def evaluate(
     """Draw images of a float or quantized pipeline, measure them, and write a report."""
     if num_processes > 1 and not ranks.is_launched():
         raise typer.Exit(ranks.launch(context.obj, num_processes))
-    from dmquant import comparison, denoiser, evaluation, gallery
+    from dmquant import denoiser
     from dmquant.report import name_file
 
     wanted = {"fid": fid, "sfid": sfid, "kid": kid, "is": score, "prdc": prdc, "psnr": psnr, "ssim": ssim, "cosine": cosine,
               "layers": layers, "clip_score": clip_score}  # fmt: skip
-    metrics = tuple(name for name, is_wanted in wanted.items() if is_wanted) or None
-    conditioning = arguments.read_conditioning(prompts, class_labels, guidance_scale)
+    how = {"num_images": num_images, "seed": seed, "steps": steps, "sampler": sampler, "batch": batch, "extractor": extractor,
+           "inception_weights": inception_weights, "reference": reference, "clip": clip}  # fmt: skip
+    how["metrics"] = tuple(name for name, is_wanted in wanted.items() if is_wanted) or None
+    how["conditioning"] = arguments.read_conditioning(prompts, class_labels, guidance_scale)
     denoiser.locate(model)
     file = name_file(output or arguments.name_evaluation(model))
     arguments.require_writable(file.parent)
+    report = _measure(model, device, keep, how)
+    if ranks.is_first():
+        report.save(file)
+    _show(report, as_json)
+    console.say(f"wrote {file}")
+    ranks.leave_together()
+
+
+def _measure(model: str | None, device: str | None, keep: bool, how: dict[str, Any]) -> "Report":
+    """What evaluation.evaluate says of a model, asked with these arguments; an interrupt says whether images are kept."""
+    from dmquant import evaluation, gallery
+
     try:
-        report = evaluation.evaluate(
-            arguments.open_model(model, device, any_tool=True), metrics=metrics, num_images=num_images, seed=seed, steps=steps,
-            sampler=sampler, batch=batch, conditioning=conditioning, extractor=extractor, inception_weights=inception_weights,
-            reference=reference, clip=clip, cache=gallery.default_folder() if keep else None, track=console.Tracker(),
-        )  # fmt: skip
+        pipeline = arguments.open_model(model, device, any_tool=True)
+        return evaluation.evaluate(pipeline, cache=gallery.default_folder() if keep else None, track=console.Tracker(), **how)
     except KeyboardInterrupt:
         advice = "; the same command goes on with the images that were drawn"
         raise Interrupted("interrupted" + (advice if keep else "")) from None
-    if ranks.is_first():
-        report.save(file)
+
+
+def _show(report: "Report", as_json: bool) -> None:
     if as_json:
         console.show(report.to_json())
-    else:
-        console.show_comparison(comparison.compare([report]))
-    console.say(f"wrote {file}")
-    ranks.leave_together()
+        return
+    from dmquant import comparison
+
+    console.show_comparison(comparison.compare([report]))
+    for line in describe_worst(report.layers):
+        console.show(line)
+
+
+def describe_worst(layers: Sequence["LayerProfile"]) -> list[str]:
+    """The layer with the lowest SQNR, by itself and with the errors of those before it; none of a float model."""
+    titles = {"local_db": "worst layer, read alone", "total_db": "worst layer, in its own model"}
+    lines = []
+    for name, title in titles.items():
+        known = [layer for layer in layers if getattr(layer, name) is not None]
+        if known:
+            worst = min(known, key=lambda layer: getattr(layer, name))
+            bits = f"{worst.weight_bits}/{worst.act_bits}"
+            lines.append(f"{title}: {worst.name} ({worst.role}, {bits}), SQNR {getattr(worst, name):.1f} dB")
+    return lines
 
 
 def reference(

@@ -112,6 +112,17 @@ def test_inspect_tells_a_quantized_pipeline_from_a_float_one(quantized, tiny_fol
     assert "layers: 0 of" in shown and "effort" not in shown
 
 
+def test_layers_that_are_looked_at_are_summed_up_on_the_terminal(quantized, capsys):
+    line = ["eval", str(quantized), "--layers", "--num-images", "4", "--steps", "2", "-o", "new", "--device", "cpu"]
+    assert cli.run(line) == 0
+    worst = min((layer for layer in Report.load("new").layers if layer.total_db is not None), key=lambda layer: layer.total_db)
+    shown = capsys.readouterr().out
+    assert "worst layer, read alone: " in shown
+    assert f"worst layer, in its own model: {worst.name} ({worst.role}, " in shown and f"SQNR {worst.total_db:.1f} dB" in shown
+    assert cli.run([*line, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["layers"]
+
+
 def test_the_defaults_of_eval_and_sample_are_those_of_the_library():
     from dmquant.evaluation import evaluate
     from dmquant.generation import generate

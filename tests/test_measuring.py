@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ import pytest
 from PIL import Image
 
 from dmquant import cli, gallery, ranks
+from dmquant.measuring import describe_worst
 from dmquant.quantizers import uniform
-from dmquant.report import Report
+from dmquant.report import LayerProfile, Report
 from tests.text import make_text_pipeline, save_clip
 
 QUICK = ["--num-images", "10", "--steps", "2", "--batch", "4", "--seed", "5"]
@@ -156,6 +158,15 @@ def test_compare_writes_a_page_beside_its_table(folder, capsys, monkeypatch):
 
 
 # Prompts and classes
+
+
+def test_the_worst_layer_is_named_read_alone_and_in_its_own_model():
+    layers = [LayerProfile(f"l{n}", "body", 4, 8, alone, total, {}) for n, (alone, total) in enumerate([(20.0, 9.0), (12.0, 15.0)])]
+    silent = replace(layers[0], local_db=None, total_db=None)  # one without an error
+    assert describe_worst([*layers, silent]) == [
+        "worst layer, read alone: l1 (body, 4/8), SQNR 12.0 dB", "worst layer, in its own model: l0 (body, 4/8), SQNR 9.0 dB",
+    ]  # fmt: skip
+    assert describe_worst([silent]) == describe_worst([]) == []
 
 
 @pytest.fixture(scope="module")
