@@ -1,29 +1,23 @@
-"""The denoiser of a diffusers pipeline: open the pipeline, find the network, name the roles of its layers.
-
-Weights come from safetensors only and a pipeline never brings its own code: the rest is refused by name before it is loaded.
-"""
+"""The denoiser of a diffusers pipeline: open the pipeline, find the network, name the roles of its layers."""
 
 import copy
 import json
 import os
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path, PurePath
-from typing import Any
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils.import_utils import DummyObject
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from dmquant.errors import DamagedFile, DmquantError, InputError, MissingResource
+from dmquant.folder import find_quantizer, list_components, refuse_foreign_code, refuse_pickles
 from dmquant.silence import loading_quietly
 
 EMBEDDED = "embedded"
@@ -71,7 +65,7 @@ def open_pipeline(
     With `any_tool` also one that a tool known to diffusers has quantized, to look at: its weights are that tool's affair.
     """
     folder = locate(model)
-    tool = _find_quantizer(folder)
+    tool = find_quantizer(folder, DENOISERS)
     if tool == "dmquant" or (tool is not None and not any_tool):
         way_out = "open it with dmquant.load" if tool == "dmquant" else "give the float pipeline that it was made from"
         raise InputError(f"{folder}: this is a {tool} checkpoint; {way_out}")
@@ -98,9 +92,9 @@ def locate(model: str | Path | None) -> Path:
 
 def load_folder(folder: Path, *, dtype: torch.dtype | None = None) -> DiffusionPipeline:
     """The pipeline in a local folder, in the dtype given or float32; safetensors and classes of diffusers only."""
-    files = _list_components(folder)
-    _refuse_foreign_code(folder, files)
-    _refuse_pickles(files)
+    files = list_components(folder)
+    refuse_foreign_code(folder, files)
+    refuse_pickles(files)
     try:
         with loading_quietly():
             return DiffusionPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True, dtype=dtype)
@@ -128,7 +122,7 @@ def place(pipeline: DiffusionPipeline, device: str | None) -> DiffusionPipeline:
 
 def is_quantized(folder: str | Path) -> bool:
     """Whether a local pipeline folder holds a denoiser packed by dmquant. Reads JSON only."""
-    return (Path(folder) / "model_index.json").is_file() and _find_quantizer(Path(folder)) == "dmquant"
+    return (Path(folder) / "model_index.json").is_file() and find_quantizer(Path(folder), DENOISERS) == "dmquant"
 
 
 def find_denoiser(pipeline: DiffusionPipeline) -> tuple[str, nn.Module]:
@@ -218,7 +212,7 @@ def _download(model: str) -> Path:
     """Snapshot of a hub pipeline; from the cache where the hub is offline or out of reach."""
     files = None if constants.HF_HUB_OFFLINE else _ask_hub(model)
     if files is not None:
-        _refuse_pickles(files)
+        refuse_pickles(files)
     try:
         return Path(DiffusionPipeline.download(model, use_safetensors=True, local_files_only=files is None))
     except (OSError, HTTPError) as error:
@@ -237,74 +231,6 @@ def _ask_hub(model: str) -> list[PurePath] | None:
         raise MissingResource(f"{model!r} is neither a local folder nor a model on the hub (or it is private)") from error
     except (HTTPError, OSError):
         return None
-
-
-def _find_quantizer(folder: Path) -> str | None:
-    """quant_method of the denoiser in a pipeline folder; None for a float one."""
-    index = _read_json(folder / "model_index.json")
-    configs = (folder / name / "config.json" for name in DENOISERS if name in index)
-    for path in filter(Path.is_file, configs):
-        entry = _read_json(path).get("quantization_config")
-        if entry is not None and not isinstance(entry, dict):
-            raise DamagedFile(f"{path}: quantization_config should be a JSON object, not a {type(entry).__name__}")
-        if entry is not None:
-            return str(entry.get("quant_method", "unnamed"))
-    return None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DamagedFile(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise DamagedFile(f"{path} should hold a JSON object, not a {type(content).__name__}")
-    return content
-
-
-def _list_components(folder: Path) -> list[PurePath]:
-    """Files of the components that model_index.json names, relative to the folder."""
-    index = _read_json(folder / "model_index.json")
-    public = {name: entry for name, entry in index.items() if not name.startswith("_")}
-    names = [name for name, entry in public.items() if isinstance(entry, list) or (folder / name).is_dir()]
-    strange = [name for name in names if not name.isidentifier()]
-    if strange:
-        raise DamagedFile(f"{folder}/model_index.json names impossible components: {', '.join(map(repr, strange))}")
-    for name in names:  # a list without a folder of its name is a setting
-        if (folder / name).is_dir() and not _is_class_entry(index[name]):
-            raise DamagedFile(f"{folder}/model_index.json: {name} should be [library, class], not {json.dumps(index[name])}")
-    return sorted(path.relative_to(folder) for name in names for path in (folder / name).glob("*"))
-
-
-def _is_class_entry(entry: object) -> bool:
-    """Whether an entry of model_index.json is [library, class], or [null, null] for a component left out."""
-    is_pair = isinstance(entry, list) and len(entry) == 2
-    return is_pair and (all(isinstance(part, str) for part in entry) or entry == [None, None])
-
-
-def _refuse_foreign_code(folder: Path, files: Iterable[PurePath]) -> None:
-    """Only pipeline classes of diffusers, and no Python file beside a component, for which diffusers would want trust."""
-    name = _read_json(folder / "model_index.json").get("_class_name")
-    scripts = [file.as_posix() for file in files if file.suffix == ".py"]
-    if isinstance(name, list) or scripts:  # [file, class]
-        raise InputError(f"{folder} wants to run its own code ({', '.join(scripts) or name}), which dmquant never does")
-    if not isinstance(name, str):
-        raise DamagedFile(f"{folder}/model_index.json: _class_name should name a pipeline class, not {json.dumps(name)}")
-    kind = getattr(diffusers, name, None)
-    # a DummyObject stands for a pipeline whose libraries are missing, and names them when it is loaded
-    if not isinstance(kind, DummyObject) and not (isinstance(kind, type) and issubclass(kind, DiffusionPipeline)):
-        raise InputError(f"{folder}/model_index.json: diffusers {diffusers.__version__} knows no pipeline class {name!r}")
-
-
-def _refuse_pickles(files: Iterable[PurePath]) -> None:
-    """Refuses component folders whose weights exist as pickle only."""
-    suffixes = defaultdict(set)
-    for file in files:
-        suffixes[file.parent].add(file.suffix)
-    pickled = sorted(str(folder) for folder, found in suffixes.items() if found & {".bin", ".safetensors"} == {".bin"})
-    if pickled:
-        way_out = "convert them in a sandbox with torch.load(..., weights_only=True) and safetensors.torch.save_file"
-        raise InputError(f"only pickle weights (.bin), which can run any code, in {', '.join(pickled)}; {way_out}")
 
 
 def _check_size(folder: Path, denoiser: nn.Module) -> None:

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1] / "dmquant"
 FLOORS = (
     {"errors"},
     {"report", "packing", "clock", "storage", "progress", "images", "ranks", "columns", "plot", "panels", "effort", "meter", "prompts",
-     "silence", "inputs"},
+     "silence", "inputs", "folder"},
     {"quantizers", "kernels", "comparison"},
     {"layers", "attention", "packed"},
     {"denoiser", "foreign", "blocks", "generation", "clipping", "samples", "calibration", "distill", "denoising", "runs"},
