@@ -202,15 +202,6 @@ def test_files_from_before_attention_bits_and_timing_load(damaged, unet):
     assert torch.equal(run(UNet2DModel.from_pretrained(damaged)), run(unet))
 
 
-def test_the_config_prints_itself_and_survives_json(unet):
-    config = unet.config.quantization_config
-    assert config.quant_method == "dmquant" and config.quant_method.value == "dmquant"
-    assert json.loads(config.to_json_string()) == config.to_dict() and config.to_dict()["quant_method"] == "dmquant"
-    assert type(config.to_dict()["quant_method"]) is str and "minmax" in repr(config)
-    again = DmquantConfig.from_dict(json.loads(json.dumps(config.to_dict())))
-    assert again.to_dict() == config.to_dict() and again.layout == config.layout
-
-
 def test_the_record_of_the_run_comes_back(unet, folder):
     run_record = {"method": "minmax", "settings": {"lr": 0.1}, "weight_bits": 4, "act_bits": 8, "base_model": "tiny", "seed": 3}
     assert unet.dmquant_record == UNet2DModel.from_pretrained(folder).dmquant_record == run_record
@@ -287,34 +278,19 @@ def test_padding_bits_are_zero():
 
 
 @pytest.mark.parametrize(
-    "changes, error, message",
+    "changes, message",
     [
-        ({"format_version": 2, "producer": "dmquant 3.1"}, InputError, r"needs dmquant >= 3.1"),
-        ({"format_version": "1"}, DamagedFile, "format_version cannot be '1'"),
-        ({"weight_bits": 0}, DamagedFile, "weight_bits cannot be 0"),
-        ({"weight_bits": 33}, DamagedFile, "weight_bits cannot be 33"),
-        ({"weight_bits": "4"}, DamagedFile, "weight_bits cannot be '4'"),
-        ({"act_bits": True}, DamagedFile, "act_bits cannot be True"),
-        ({"weight_bits": 10**30}, DamagedFile, "weight_bits cannot be 1000"),
-        ({"act_bits": ...}, DamagedFile, "act_bits is missing"),
-        ({"colour": "red"}, DamagedFile, "colour is unknown"),
-        ({"overrides": {"conv_in": [8]}}, DamagedFile, "overrides cannot be"),
-        ({"overrides": {"conv_in": [8, 9]}}, DamagedFile, "overrides cannot be"),
-        ({"overrides": {"conv_inn": [8, 8]}}, DamagedFile, "no layer 'conv_inn'"),
-        ({"overrides": {"__class__": [8, 8]}}, DamagedFile, "no layer '__class__'"),
-        ({"overrides": {"conv_norm_out": [8, 8]}}, DamagedFile, "no layer 'conv_norm_out'"),
-        ({"overrides": {"conv_in": [8, 8, "towers"]}}, DamagedFile, "overrides cannot be"),
-        ({"kinds": ["bases", "bases"]}, DamagedFile, "kinds cannot be"),
-        ({"overrides": None}, DamagedFile, "overrides cannot be None"),
-        ({"settings": []}, DamagedFile, "settings cannot be"),
-        ({"weight_bits": 3}, DamagedFile, "codes has shape|of 3 bits"),
-        ({"weight_bits": 32}, DamagedFile, "missing from the file"),
-        ({"act_bits": 32}, DamagedFile, "but the file does"),
+        ({"overrides": {"conv_inn": [8, 8]}}, "no layer 'conv_inn'"),
+        ({"overrides": {"__class__": [8, 8]}}, "no layer '__class__'"),
+        ({"overrides": {"conv_norm_out": [8, 8]}}, "no layer 'conv_norm_out'"),
+        ({"weight_bits": 3}, "codes has shape|of 3 bits"),
+        ({"weight_bits": 32}, "missing from the file"),
+        ({"act_bits": 32}, "but the file does"),
     ],
 )
-def test_a_config_that_is_not_ours_to_read_is_refused_with_its_key(damaged, changes, error, message):
+def test_a_config_that_speaks_of_another_model_is_refused(damaged, changes, message):
     change_config(damaged, **changes)
-    with pytest.raises(error, match=message):
+    with pytest.raises(DamagedFile, match=message):
         UNet2DModel.from_pretrained(damaged)
 
 
