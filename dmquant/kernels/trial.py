@@ -26,6 +26,8 @@ REFERENCE = "torch"  # weights made float for each product
 MARGIN = 1.25  # how much faster somebody must be who rounds otherwise
 CPU = torch.device("cpu")
 WINDOWS = ((3, 3, 1, 1, 1, 1, 1, 1), (3, 3, 2, 2, 0, 1, 0, 1), (1, 1, 1, 1, 0, 0, 0, 0))
+ODD = (2, 5, 6, 67, 37)  # N, H, W, C, O that fill no block
+LARGE = ((1, 128, 128, 128, 128), (1, 128, 128, 64, 64), (1, 64, 128, 64, 64))  # for each of the larger tiles of a GPU
 
 
 class Format(NamedTuple):
@@ -40,8 +42,11 @@ class Format(NamedTuple):
 def check(kernel: str, format: Format, device: torch.device = CPU) -> str:
     """Empty if the kernel agrees with the reference on this format; otherwise, after a warning, what went wrong."""
     generator = torch.Generator().manual_seed(0)
+    cases = [(window, ODD) for window in WINDOWS]
+    if device.type == "cuda":
+        cases += [(WINDOWS[-1], shape) for shape in LARGE]
     try:
-        worst = max(_error(kernel, format, window, generator, device) for window in WINDOWS)
+        worst = max(_error(kernel, format, *case, generator, device) for case in cases)
         reason = f"it is wrong by {worst:.1e} at {format.bits * format.planes} bits times {format.act_bits}"
     except gpu.failures() if kernel == gpu.NAME else () as error:
         worst, reason = math.inf, f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
@@ -121,15 +126,16 @@ def _reference(format: Format, x: Tensor, outputs: int, window: tuple[int, ...])
 
 
 def _error(
-    kernel: str, format: Format, window: tuple[int, ...], generator: torch.Generator, device: torch.device
+    kernel: str, format: Format, window: tuple[int, ...], shape: tuple[int, ...], generator: torch.Generator,
+    device: torch.device,
 ) -> float:  # fmt: skip
-    """The largest difference from the reference over the largest output, on an odd shape."""
-    height, width = window[:2]
+    """The largest difference from the reference over the largest output: shape is (N, H, W, C, O)."""
+    (height, width), (*size, channels, outputs) = window[:2], shape
     bits, planes, act_bits = format
-    codes = torch.randint(1 << bits * planes, (37, 67, height * width), generator=generator).to(device, torch.uint8)
-    scale = torch.rand(planes, 37, generator=generator).to(device) + 0.1
-    bias, x = (torch.randn(size, generator=generator).to(device) for size in (37, (2, 5, 6, 67)))
-    zero = None if planes > 1 else torch.full((37,), 0.5 if bits == 1 else float(1 << (bits - 1)), device=device)
+    codes = torch.randint(1 << bits * planes, (outputs, channels, height * width), generator=generator).to(device, torch.uint8)
+    scale = torch.rand(planes, outputs, generator=generator).to(device) + 0.1
+    bias, x = (torch.randn(some, generator=generator).to(device) for some in (outputs, (*size, channels)))
+    zero = None if planes > 1 else torch.full((outputs,), 0.5 if bits == 1 else float(1 << (bits - 1)), device=device)
     act_scale, act_zero = _middle_grid(act_bits, device)
     blocked = arrange(codes, bits * planes, zero, kernel)
     found = ops.multiply(

@@ -38,7 +38,7 @@ def quantize(
     return codes
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("pixels", "height", "width", "padded_height", "padded_width", "top", "left", "act_stride"))
 def write_codes(
     x, codes, act_scale, act_zero, gain, offset, factor, pixels, height, width, padded_height, padded_width, channels,
     filled, top, left, zoom, act_stride, BITS: tl.constexpr, ACTIVATE: tl.constexpr, PIXELS: tl.constexpr,

@@ -15,7 +15,13 @@ from dmquant.kernels.catalogue import TRITON
 from dmquant.kernels.gpu.codes import quantize
 from dmquant.kernels.ops import output_size
 
+TILES = ((128, 128), (64, 128), (64, 64), (64, 32))  # outputs and pixels
 FEW_TILES = 128  # fewer leave multiprocessors of a large GPU without work
+# a kernel is compiled anew for numbers that are one or multiples of 16, where it says nothing else
+ANY_NUMBER = (
+    "pixels", "taps", "channels", "padded_height", "padded_width", "out_height", "out_width", "kernel_width", "stride_height",
+    "stride_width", "act_stride",
+)  # fmt: skip
 
 
 def multiply(
@@ -43,9 +49,8 @@ def _launch(
 ) -> None:  # fmt: skip
     pixels, outputs = out.shape[:3].numel(), out.shape[3]
     rows, columns = choose_tile(outputs, pixels)
-    grid = triton.cdiv(outputs, rows), triton.cdiv(pixels, columns)
     residual = None if residual is None else residual.contiguous()
-    multiply_tile[grid](
+    multiply_tile[(triton.cdiv(outputs, rows) * triton.cdiv(pixels, columns),)](
         codes, weight, total, scale, zero, bias, act_scale, act_zero, residual, out, pixels, outputs, window[0] * window[1],
         channels, codes.shape[3], *codes.shape[1:3], *out.shape[1:3], *window[1:4], weight.shape[1],
         int(act_scale.numel() > 1), bits, act_bits, len(weight), bool(halves), bias is not None and bias.dim() == 2, rows,
@@ -56,13 +61,13 @@ def _launch(
 
 def choose_tile(outputs: int, pixels: int) -> tuple[int, int]:
     """Outputs and pixels of a tile: large ones read less, small ones let few pixels occupy the whole GPU."""
-    for rows, columns in ((128, 128), (64, 128), (64, 64)):
-        if triton.cdiv(outputs, rows) * triton.cdiv(pixels, columns) >= FEW_TILES and outputs >= rows:
+    for rows, columns in TILES:
+        if outputs >= rows and triton.cdiv(outputs, rows) * triton.cdiv(pixels, columns) >= FEW_TILES:
             return rows, columns
-    return 64, 32
+    return TILES[-1]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_NUMBER)
 def multiply_tile(
     codes, weight, total, scale, zero, bias, act_scale, act_zero, residual, out, pixels, outputs, taps, channels, filled,
     padded_height, padded_width, out_height, out_width, kernel_width, stride_height, stride_width, plane_bytes, act_stride,
@@ -70,8 +75,9 @@ def multiply_tile(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Outputs (ROWS) of pixels (COLUMNS). Tiles of the same pixels follow each other: codes are more to read than weights."""
-    o = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    p = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    across = tl.cdiv(outputs, ROWS)
+    o = tl.program_id(0) % across * ROWS + tl.arange(0, ROWS)
+    p = tl.program_id(0) // across * COLUMNS + tl.arange(0, COLUMNS)
     row, pixel = tl.minimum(o, outputs - 1), tl.minimum(p, pixels - 1)  # what lies behind is computed and not stored
     image, y, x = pixel // (out_height * out_width), pixel // out_width % out_height, pixel % out_width
     first = ((image * padded_height + y * stride_height).to(tl.int64) * padded_width + x * stride_width) * filled

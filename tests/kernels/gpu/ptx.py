@@ -17,7 +17,7 @@ TENSORS = {
     **dict.fromkeys(("scale", "zero", "act_scale", "act_zero", "gain", "offset", "factor"), "*fp32"),
     **dict.fromkeys(("x", "bias", "residual", "out"), "*bf16"),
 }  # fmt: skip
-TILE = {"ROWS": 128, "COLUMNS": 64, "BLOCK": 64, "ACT_BITS": 4, "HALVES": True, "PER_IMAGE": True}
+TILE = {"ROWS": 64, "COLUMNS": 64, "BLOCK": 64, "ACT_BITS": 4, "HALVES": True, "PER_IMAGE": True}
 PRODUCTS = {
     "mma": (80, {"BITS": 3, "PLANES": 1}),
     "wgmma": (90, {"BITS": 1, "PLANES": 2, "zero": None}),
