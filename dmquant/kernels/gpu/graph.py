@@ -6,7 +6,8 @@ recorded: all tensor arguments, the timestep as a tensor even where it came as a
 temporal grids find their rows. Each set of shapes, dtypes and other arguments has a recording of its own.
 
 What cannot be recorded runs as it is: gradients, training mode, inputs that are not on the GPU. Weights that were moved or loaded
-anew are noticed. Hooks on layers inside are not called again. Never run on a GPU; the copying and choosing is tested without.
+anew are noticed, except loaded into layers whose input is split. Hooks on layers inside are not called again. Never run on a GPU:
+all but the recording itself is tested without.
 """
 
 import inspect

@@ -17,7 +17,7 @@ from dmquant.kernels.ops import output_size
 
 TILES = ((128, 128), (64, 128), (64, 64), (64, 32))  # outputs and pixels
 FEW_TILES = 128  # fewer leave multiprocessors of a large GPU without work
-# a kernel is compiled anew for numbers that are one or multiples of 16, where it says nothing else
+# without this each number that is one or a multiple of 16 where another was not makes a kernel anew
 ANY_NUMBER = (
     "pixels", "taps", "channels", "padded_height", "padded_width", "out_height", "out_width", "kernel_width", "stride_height",
     "stride_width", "act_stride",
@@ -32,31 +32,21 @@ def multiply(
 ) -> Tensor:  # fmt: skip
     """As ops.multiply, in the dtype of x; what it takes besides may be of any. Under Triton's interpreter also on the CPU."""
     bits, halves, act_bits = format
-    block = TRITON.block_for(x.shape[3])
-    with torch.cuda.device_of(x):
-        codes = quantize(x, act_scale, act_zero, act_bits, window, block, gain, offset, factor, activate, zoom)
-        out = x.new_empty(len(x), *output_size(x, window, zoom), total.shape[1])
-        if out.numel():
-            tensors = (codes, weight, total, scale, zero, bias, act_scale, act_zero, residual, out)
-            _launch(*tensors, bits, act_bits, halves, x.shape[3], block, window)
-    return out
-
-
-def _launch(
-    codes: Tensor, weight: Tensor, total: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None,
-    act_scale: Tensor, act_zero: Tensor, residual: Tensor | None, out: Tensor, bits: int, act_bits: int, halves: bool,
-    channels: int, block: int, window: Sequence[int],
-) -> None:  # fmt: skip
+    channels, block = x.shape[3], TRITON.block_for(x.shape[3])
+    residual = None if residual is None else residual.contiguous()
+    out = x.new_empty(len(x), *output_size(x, window, zoom), total.shape[1])
     pixels, outputs = out.shape[:3].numel(), out.shape[3]
     rows, columns = choose_tile(outputs, pixels)
-    residual = None if residual is None else residual.contiguous()
-    multiply_tile[(triton.cdiv(outputs, rows) * triton.cdiv(pixels, columns),)](
-        codes, weight, total, scale, zero, bias, act_scale, act_zero, residual, out, pixels, outputs, window[0] * window[1],
-        channels, codes.shape[3], *codes.shape[1:3], *out.shape[1:3], *window[1:4], weight.shape[1],
-        int(act_scale.numel() > 1), bits, act_bits, len(weight), bool(halves), bias is not None and bias.dim() == 2, rows,
-        columns, block,
-        num_warps=8 if rows * columns >= 128 * 128 else 4, num_stages=3,
-    )  # fmt: skip
+    flags = bool(halves), bias is not None and bias.dim() == 2
+    with torch.cuda.device_of(x):
+        codes = quantize(x, act_scale, act_zero, act_bits, window, block, gain, offset, factor, activate, zoom)
+        multiply_tile[(triton.cdiv(outputs, rows) * triton.cdiv(pixels, columns),)](
+            codes, weight, total, scale, zero, bias, act_scale, act_zero, residual, out, pixels, outputs, window[0] * window[1],
+            channels, codes.shape[3], *codes.shape[1:3], *out.shape[1:3], *window[1:4], weight.shape[1],
+            int(act_scale.numel() > 1), bits, act_bits, len(weight), *flags, rows, columns, block,
+            num_warps=8 if (rows, columns) == TILES[0] else 4, num_stages=3,
+        )  # fmt: skip
+    return out
 
 
 def choose_tile(outputs: int, pixels: int) -> tuple[int, int]:
@@ -81,7 +71,7 @@ def multiply_tile(
     row, pixel = tl.minimum(o, outputs - 1), tl.minimum(p, pixels - 1)  # what lies behind is computed and not stored
     image, y, x = pixel // (out_height * out_width), pixel // out_width % out_height, pixel % out_width
     first = ((image * padded_height + y * stride_height).to(tl.int64) * padded_width + x * stride_width) * filled
-    spread = tl.load(act_scale + image * act_stride) * (0.5 if HALVES else 1.0)
+    unit = tl.load(act_scale + image * act_stride) * (0.5 if HALVES else 1.0)
     excess = (1 << (ACT_BITS - 1)) - tl.load(act_zero + image * act_stride).to(tl.int32)  # a = code less half + excess
     at, is_real = p.to(tl.int64)[None, :] * outputs + o[:, None], (p < pixels)[None, :] & (o < outputs)[:, None]
     for plane in tl.static_range(PLANES):
@@ -95,7 +85,7 @@ def multiply_tile(
             acc -= shift[:, None] * (box + excess * (channels * taps))[None, :]
         if plane == 0:
             value = load_bias(bias, row, image, outputs, PER_IMAGE, ROWS, COLUMNS)
-        factor = tl.load(scale + plane * outputs + row)[:, None] * spread[None, :]
+        factor = tl.load(scale + plane * outputs + row)[:, None] * unit[None, :]
         value = tl.fma(acc.to(tl.float32), factor, value)
     if residual is not None:
         value += tl.load(residual + at, is_real, 0.0).to(tl.float32)
