@@ -1,6 +1,5 @@
 """Kernels on made-up layers: do they agree with the reference, and which one is the fastest?"""
 
-import math
 import time
 import warnings
 from collections.abc import Callable
@@ -48,11 +47,11 @@ def check(kernel: str, format: Format, device: torch.device = CPU) -> str:
     try:
         worst = max(_error(kernel, format, *case, generator, device) for case in cases)
         reason = f"it is wrong by {worst:.1e} at {format.bits * format.planes} bits times {format.act_bits}"
-    except gpu.failures() if kernel == gpu.NAME else () as error:
-        worst, reason = math.inf, f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-    if worst <= TOLERANCE:
-        return ""
-    warnings.warn(f"the kernel {kernel} is not used: {reason}", RuntimeWarning, stacklevel=2)
+        reason = "" if worst <= TOLERANCE else reason
+    except failures(kernel) as error:
+        reason = _first_line(error)
+    if reason:
+        warnings.warn(f"the kernel {kernel} is not used: {reason}", RuntimeWarning, stacklevel=2)
     return reason
 
 
@@ -61,13 +60,24 @@ def check_fusion(kernel: str, act_bits: int, device: torch.device = CPU) -> str:
     """Empty if the kernel does around a product what is done step by step; otherwise, after a warning, what went wrong."""
     try:
         worst, is_same = _compare_fused(kernel, act_bits, torch.Generator().manual_seed(0), device)
+        reason = "" if is_same else f"the outcome is not what {kernel} makes of a normalized image"
+        reason = reason if worst <= TOLERANCE else f"the outcome is wrong by {worst:.1e}"
     except CannotCompile as error:
         return str(error)
-    if worst <= TOLERANCE and is_same:
-        return ""
-    reason = f"wrong by {worst:.1e}" if worst > TOLERANCE else f"not what {kernel} makes of a normalized image"
-    warnings.warn(f"layers of {act_bits} bits are not fused: the outcome is {reason}", RuntimeWarning, stacklevel=2)
+    except failures(kernel) as error:
+        reason = _first_line(error)
+    if reason:
+        warnings.warn(f"layers of {act_bits} bits are not fused: {reason}", RuntimeWarning, stacklevel=2)
     return reason
+
+
+def failures(kernel: str) -> tuple[type[Exception], ...]:
+    """What a kernel that is compiled when it is called may raise; those of C are there or not."""
+    return gpu.failures() if kernel == gpu.NAME else ()
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
 @cache

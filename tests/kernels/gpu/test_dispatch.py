@@ -74,6 +74,23 @@ def test_a_kernel_that_does_not_compile_is_disabled_with_a_warning(monkeypatch, 
         assert dispatch.choose_on_gpu(FORMAT, CPU) == trial.REFERENCE
 
 
+def test_a_layer_whose_fused_product_fails_is_not_fused(monkeypatch):
+    right = products.multiply
+
+    def fail(*arguments):
+        if arguments[10] is not None:
+            raise TritonError("out of registers")
+        return right(*arguments)
+
+    trial.check_fusion.cache_clear()
+    layer, x = make_layer((20, 33), 1, 4), torch.randn(5, 33)
+    layer(x)
+    monkeypatch.setattr(products, "multiply", fail)
+    with pytest.warns(RuntimeWarning, match="layers of 4 bits are not fused: TritonError: out of registers"):
+        assert not dispatch.can_fuse(layer, x)
+    trial.check_fusion.cache_clear()
+
+
 @pytest.mark.parametrize("wanted, found", [("auto", gpu.NAME), ("triton", gpu.NAME), ("c", "torch"), ("onednn", "torch")])
 def test_what_is_wanted_on_a_gpu(monkeypatch, wanted, found):
     monkeypatch.setenv("DMQUANT_KERNELS", wanted)
