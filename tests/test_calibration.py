@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dmquant.calibration import correct_biases, observe_inputs, observe_weights, run_float
+from dmquant.calibration import correct_answers, correct_biases, observe_inputs, observe_weights, run_float
 from dmquant.clock import Clock
 from dmquant.denoiser import find_denoiser, open_pipeline
 from dmquant.layers import bypassed, quantized_layers
@@ -73,3 +73,25 @@ def test_a_layer_that_never_runs_keeps_its_bias(student, samples):
     before = student.spare.bias.clone()
     correct_biases(student, samples, batch=5)
     assert torch.equal(student.spare.bias, before)
+
+
+def last_answers(network, samples):
+    return torch.cat([part.call(network) for part in samples.split(5)]).double().mean((2, 3))
+
+
+def test_corrected_answers_have_the_teachers_weighted_mean_in_every_channel(pipeline, student, samples):
+    weight = torch.rand(len(samples), generator=torch.Generator().manual_seed(0))
+    share = (weight / weight.sum()).double().unsqueeze(1)
+    with torch.no_grad():
+        off = (share * (last_answers(student, samples) - last_answers(pipeline.unet, samples))).sum(0)
+        correct_answers(student, pipeline.unet, samples, weight, batch=5)
+        left = (share * (last_answers(student, samples) - last_answers(pipeline.unet, samples))).sum(0)
+    assert off.abs().max() > 1e-4 and left.abs().max() < 1e-6
+
+
+def test_a_correction_of_answers_touches_the_last_bias_alone_and_leaves_no_hooks(pipeline, student, samples):
+    kept = {name: value.clone() for name, value in student.state_dict().items() if name != "conv_out.bias"}
+    correct_answers(student, pipeline.unet, samples, torch.ones(len(samples)), batch=5)
+    assert all(torch.equal(value, student.state_dict()[name]) for name, value in kept.items())
+    hooks = [layer._forward_hooks for network in (student, pipeline.unet) for layer in network.modules()]
+    assert not any(hooks)
