@@ -70,8 +70,17 @@ def write_codes(
 
 @triton.jit
 def silu(x):
-    limited = tl.minimum(tl.maximum(-x, -87.0), 87.0)
-    return tl.div_rn(x, 1.0 + exponential(limited))
+    x = tl.maximum(x, -80.0)
+    return x * invert(1.0 + exponential(-tl.minimum(x, 80.0)))
+
+
+@triton.jit
+def invert(x):
+    """1 / x for 1 <= x < 2^120: Newton's steps from a guess by the exponent."""
+    y = (0x7EF311C7 - x.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+    y = tl.fma(y, tl.fma(-x, y, 1.0), y)
+    y = tl.fma(y, tl.fma(-x, y, 1.0), y)
+    return tl.fma(y, tl.fma(-x, y, 1.0), y)
 
 
 @triton.jit
