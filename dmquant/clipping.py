@@ -7,7 +7,6 @@ noise passes, and the steps that follow average it away. What is fitted is `clip
 the file stays a plain diffusers pipeline.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 

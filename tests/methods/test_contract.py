@@ -97,7 +97,7 @@ def test_a_run_tracks_each_stage_leaves_the_teacher_alone_and_repeats_itself_wit
         return plain(work, label)
 
     again = make_student(pipeline, cls.parse(QUICK), track=note)
-    assert labels == ["sampling", "calibrate", "correct biases", "fine-tune"]
+    assert labels == ["sampling", "calibrate", "correct biases", "fine-tune", "correct answers"]
     assert all(torch.equal(value, teacher.state_dict()[name]) for name, value in before.items())
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in student.state_dict().items())
 
