@@ -3,8 +3,9 @@
     python benchmarks/denoiser_latency.py --models embedded cifar ldm4 -o benchmarks/results/denoiser_latency.json
 
 Times depend on shapes, not on values, so the weights are drawn and the grids are made up: W1 signs, other bits uniform codes.
-Ends and time embedding are at 8 bits, as every method has them by default. Packed variants are fused as a loaded pipeline is, and
-each is also run as diffusers wrote it ("unfused"). Read the ratios: rates fall when the machine is busy. On a machine that
+Ends and time embedding are at 8 bits, as every method has them by default. Packed variants are fused as a loaded pipeline is, with
+the factors of attention products in float, and at 8 bits ("A8 attention"); each is also run as diffusers wrote it ("unfused",
+products in float). Read the ratios: rates fall when the machine is busy. On a machine that
 is busy with other things, OMP_NUM_THREADS=1 and --processor-time leave out the time in which others ran.
 """
 
@@ -22,9 +23,11 @@ from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
 from dmquant import kernels, methods
+from dmquant.attention import quantize_products
 from dmquant.denoiser import ASSETS
 from dmquant.kernels import fusion
 from dmquant.packed import Format, empty_layer, layers_of, packed_layers
+from dmquant.quantizers.base import FixedGrid
 
 UNETS = {
     "embedded": json.loads((ASSETS / "pipeline" / "unet" / "config.json").read_text(encoding="utf-8")),
@@ -41,6 +44,7 @@ UNETS = {
 }  # fmt: skip
 BATCHES = {"embedded": 50, "cifar": 4, "ldm4": 1, "sd15": 2, "dit": 2}
 BITS = ((1, 4), (4, 4), (8, 8))
+FLOAT_PRODUCTS, INTEGER_PRODUCTS = "", " A8 attention"  # behind the name of a fused variant
 
 
 def main() -> None:
@@ -78,8 +82,11 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, object]:
     variants = {"fp32 NCHW": denoiser, "fp32 channels_last": copy.deepcopy(denoiser).to(memory_format=torch.channels_last)}
     for weight, act in BITS:
         plain = variants[f"W{weight}A{act} unfused"] = pack_randomly(denoiser, weight, act)
-        fused = variants[f"W{weight}A{act}"] = copy.deepcopy(plain)
-        fusion.fuse(fused)
+        for suffix, attention_bits in ((FLOAT_PRODUCTS, None), (INTEGER_PRODUCTS, 8)):
+            fused = variants[f"W{weight}A{act}{suffix}"] = copy.deepcopy(plain)
+            if attention_bits:
+                quantize_products(fused, lambda heads: middle_grid(attention_bits))
+            fusion.fuse(fused)
     calls = {variant: call(model, inputs, "channels_last" in variant) for variant, model in variants.items()}
     seconds = time_in_turns(calls, args.repeats, time.thread_time if args.processor_time else time.perf_counter)
     rows = {
@@ -87,11 +94,12 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, object]:
         for variant, taken in seconds.items()
     }
     for weight, act in BITS:
-        row = rows[f"W{weight}A{act}"]
         others = ("fp32 NCHW", "fp32 channels_last", f"W{weight}A{act} unfused")
-        row["times_faster_than"] = {other: round(rows[other]["median_ms"] / row["median_ms"], 2) for other in others}
-        row["times_by_minimum"] = round(rows["fp32 channels_last"]["min_ms"] / row["min_ms"], 2)
-        row["kernels"] = count_kernels(variants[f"W{weight}A{act}"])
+        for suffix in (FLOAT_PRODUCTS, INTEGER_PRODUCTS):
+            row = rows[f"W{weight}A{act}{suffix}"]
+            row["times_faster_than"] = {other: round(rows[other]["median_ms"] / row["median_ms"], 2) for other in others}
+            row["times_by_minimum"] = round(rows["fp32 channels_last"]["min_ms"] / row["min_ms"], 2)
+            row["kernels"] = count_kernels(variants[f"W{weight}A{act}{suffix}"])
     parameters = sum(parameter.numel() for parameter in denoiser.parameters())
     result = {"parameters": parameters, "batch": args.batch or BATCHES[name], "variants": rows}
     if args.profile:
@@ -128,11 +136,18 @@ def make_layer(layer: nn.Module, format: Format) -> nn.Module:
     weight.codes.random_(0, 256)
     weight.scale.fill_(1.0 / middle / layer.weight[0].numel() ** 0.5)
     weight.zero.fill_(0.5 if format.weight_bits == 1 else middle)
-    packed.input.scale.fill_(6.0 / (1 << format.act_bits))
-    packed.input.zero.fill_(1 << (format.act_bits - 1))
+    packed.input = middle_grid(format.act_bits)
     if layer.bias is not None:
         packed.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
     return packed
+
+
+def middle_grid(bits: int) -> FixedGrid:
+    """From -3 to 3."""
+    grid = FixedGrid(bits)
+    grid.scale.fill_(6.0 / (1 << bits))
+    grid.zero.fill_(1 << (bits - 1))
+    return grid
 
 
 def call(model: nn.Module, inputs: dict[str, Tensor], channels_last: bool) -> Callable[[], object]:

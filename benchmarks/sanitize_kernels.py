@@ -82,7 +82,7 @@ def check_fused(layer, x, draw: random.Random) -> None:
     zoom, last = draw.choice([1, 1, 2, 3]), x.permute(0, 2, 3, 1)
     groups = draw.choice([1, x.shape[1]])
     gain, offset = normal.moments(last, *torch.randn(2, x.shape[1]).unbind(), groups, 1e-5)
-    normal_only = {"gain": gain, "offset": offset, "activate": draw.random() < 0.5, "factor": torch.rand(x.shape[1])}
+    normal_only = {"gain": gain, "offset": offset, "activate": draw.choice((normal.NONE, normal.SILU, normal.GELU, normal.TANH_GELU)), "factor": torch.rand(x.shape[1])}
     around = dispatch.Around(**normal_only, bias=torch.randn(len(x), layer.out_channels), zoom=zoom)
     made = normal.normalize(last, gain, offset, factor=around.factor, activate=around.activate).permute(0, 3, 1, 2)
     made = made.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
@@ -90,6 +90,10 @@ def check_fused(layer, x, draw: random.Random) -> None:
     residual = torch.randn_like(wanted)
     found = dispatch.apply(layer, layer.weight.blocked, x, dispatch.replace(around, residual=residual))
     assert torch.equal(found, wanted + residual), (layer, tuple(x.shape), zoom)
+    pair = torch.cat([x, torch.randn_like(x)], 1)
+    gated = normal.normalize(pair.permute(0, 2, 3, 1), activate=normal.GATED).permute(0, 3, 1, 2)
+    found = dispatch.apply(layer, layer.weight.blocked, pair, dispatch.Around(activate=normal.GATED))
+    assert torch.equal(found, dispatch.apply(layer, layer.weight.blocked, gated)), (layer, tuple(x.shape))
 
 
 def check_attention(draw: random.Random) -> None:

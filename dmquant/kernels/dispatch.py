@@ -123,7 +123,7 @@ class Around:
 
     gain: Tensor | None = None  # (N, C)
     offset: Tensor | None = None
-    activate: bool = False
+    activate: int = 0  # an activation of normal.py
     factor: Tensor | None = None  # (C,)
     bias: Tensor | None = None  # (N, O), instead of the layer's
     residual: Tensor | None = None  # of the shape of the output

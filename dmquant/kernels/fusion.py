@@ -3,35 +3,24 @@
 `fuse` changes the class of a block and nothing else; `unfuse` changes it back. A fused block asks at every call: where a layer
 has no kernel, is watched by a hook, or anything else is out of the ordinary, the block runs as diffusers wrote it.
 
-Not fused: the norm and the activation before the last convolution (they belong to the root), transformer blocks, processors of
-attention other than the plain ones and ours, concatenations. Query, key and value each quantize the tokens for themselves: they
-have grids of their own.
+Not fused: the norm and the activation before the last convolution (they belong to the root), processors of attention other than
+the plain ones and ours, concatenations. Query, key and value each quantize the tokens for themselves: they have grids of their
+own.
 """
 
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from dmquant.kernels.attention import Products
 from dmquant.kernels.dispatch import Around, can_fuse, run_fused, window_of
-from dmquant.kernels.normal import moments_of
-
-LAST = torch.channels_last
-
-
-class Fused:
-    """A block that runs by kernels where it can, else as the class behind it does. Arguments have the names of that class."""
-
-    def forward(self, *args: object, **kwargs: object) -> Tensor:
-        if not self.can_fuse(*args, **kwargs):
-            out = super().forward(*args, **kwargs)
-            # a first call chooses the kernels; what it gives is what every later one gives
-            if not self.can_fuse(*args, **kwargs):
-                return out
-        return self.run(*args, **kwargs)
+from dmquant.kernels.fused import LAST, Fused, images, is_free, is_training
+from dmquant.kernels.normal import SILU, moments_of
+from dmquant.kernels.tokens import FusedBasicTransformerBlock, FusedTransformer2DModel, has_plain_products, multiply
 
 
 class FusedResnetBlock2D(Fused, ResnetBlock2D):
@@ -43,13 +32,13 @@ class FusedResnetBlock2D(Fused, ResnetBlock2D):
         gain, offset = moments_of(self.norm1, images(x))
         is_shifted = time is not None and self.time_embedding_norm == "default"
         bias = _sum(self.conv1.bias, time) if is_shifted else None
-        hidden = run_fused(self.conv1, x, Around(gain, offset, True, bias=bias))
+        hidden = run_fused(self.conv1, x, Around(gain, offset, SILU, bias=bias))
         gain, offset = moments_of(self.norm2, images(hidden))
         if time is not None and not is_shifted:
             scale, shift = time.chunk(2, dim=1)
             gain, offset = gain * (1 + scale), offset * (1 + scale) + shift
         residual = x if self.conv_shortcut is None else self.conv_shortcut(x)
-        out = run_fused(self.conv2, hidden, Around(gain, offset, True, residual=residual))
+        out = run_fused(self.conv2, hidden, Around(gain, offset, SILU, residual=residual))
         return out if self.output_scale_factor == 1 else out / self.output_scale_factor
 
     def can_fuse(self, input_tensor: Tensor, *args: object, **kwargs: object) -> bool:
@@ -73,7 +62,7 @@ class FusedAttention(Fused, Attention):
             run_fused(layer, tokens, Around(gain, offset)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for layer in (self.to_q, self.to_k, self.to_v)
         )
-        answer = self._multiply(query, key, value)
+        answer = multiply(self, query, key, value)
         answer = run_fused(self.to_out[0], answer, Around(residual=tokens if self.residual_connection else None))
         answer = answer if self.rescale_output_factor == 1 else answer / self.rescale_output_factor
         return answer.unflatten(1, hidden_states.shape[2:]).permute(0, 3, 1, 2)
@@ -84,17 +73,9 @@ class FusedAttention(Fused, Attention):
     ) -> bool:  # fmt: skip
         if encoder_hidden_states is not None or attention_mask is not None or hidden_states.dim() != 4:
             return False
-        is_plain = isinstance(self.processor, (AttnProcessor, AttnProcessor2_0, Products)) and self.spatial_norm is None
-        is_plain &= self.group_norm is not None and self.norm_q is None and self.norm_k is None
+        is_plain = has_plain_products(self) and self.group_norm is not None and is_free(self.group_norm)
         layers = (self.to_q, self.to_k, self.to_v, self.to_out[0])
-        is_plain = is_plain and is_free(self.group_norm) and not is_training(self.to_out[1])
         return is_plain and all(can_fuse(layer, hidden_states) for layer in layers)
-
-    def _multiply(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """The products of the heads: (N, tokens, C)."""
-        if isinstance(self.processor, Products):
-            return self.processor.multiply(query, key, value, self.scale)
-        return nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
 
 
 class FusedUpsample2D(Fused, Upsample2D):
@@ -125,6 +106,7 @@ class FusedDownsample2D(Fused, Downsample2D):
 
 FUSED = {
     ResnetBlock2D: FusedResnetBlock2D, Attention: FusedAttention, Upsample2D: FusedUpsample2D, Downsample2D: FusedDownsample2D,
+    BasicTransformerBlock: FusedBasicTransformerBlock, Transformer2DModel: FusedTransformer2DModel,
 }  # fmt: skip
 PLAIN = {fused: plain for plain, fused in FUSED.items()}
 
@@ -146,19 +128,3 @@ def _change(denoiser: nn.Module, kinds: dict[type, type]) -> None:
 
 def _sum(bias: Tensor | None, time: Tensor) -> Tensor:
     return time if bias is None else bias + time
-
-
-def images(x: Tensor) -> Tensor:
-    """(N, C, H, W) as (N, H, W, C)."""
-    return x.permute(0, 2, 3, 1)
-
-
-def is_free(*norms: nn.Module) -> bool:
-    """Whether nobody wants gradients or watches these norms."""
-    is_watched = any(norm._forward_hooks or norm._forward_pre_hooks for norm in norms)
-    is_readable = all(norm.weight.is_cuda or norm.weight.dtype == torch.float32 for norm in norms)
-    return is_readable and not is_watched and not torch.is_grad_enabled()
-
-
-def is_training(dropout: nn.Module) -> bool:
-    return dropout.training and dropout.p > 0

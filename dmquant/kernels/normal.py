@@ -17,6 +17,7 @@ from dmquant.kernels.compiler import CannotCompile
 from dmquant.kernels.gpu.moments import moments as moments_on_gpu
 
 VARIANTS = (Kernel("normal", AVX512, FLAGS_512), Kernel("normal", AVX2, FLAGS_256), Kernel("normal"))  # best first
+ACTIVATIONS = NONE, SILU, GELU, TANH_GELU, GATED = range(5)  # as in csrc/normal.h
 POINTERS = ("x", "weight", "bias", "gain", "offset", "sums", "factor", "out")
 NUMBERS = ("images", "pixels", "channels", "groups", "activate", "threads")
 
@@ -39,14 +40,17 @@ def moments(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, 
     gain, offset = x.new_empty(images, channels), x.new_empty(images, channels)
     sums = x.new_empty(images, 2, channels, dtype=torch.float64)
     if x.numel():
-        library().dmquant_moments(ctypes.byref(_norm((x, weight, bias, gain, offset, sums, None, None), groups, False, epsilon)))
+        library().dmquant_moments(ctypes.byref(_norm((x, weight, bias, gain, offset, sums, None, None), groups, NONE, epsilon)))
     return gain, offset
 
 
-def normalize(x: Tensor, gain: Tensor, offset: Tensor, *, factor: Tensor | None = None, activate: bool = False) -> Tensor:
-    """f(x * gain + offset) * factor with f = SiLU if `activate`: (N, H, W, C)."""
+def normalize(
+    x: Tensor, gain: Tensor | None = None, offset: Tensor | None = None, *, factor: Tensor | None = None, activate: int = NONE
+) -> Tensor:
+    """f(x * gain + offset) * factor: (N, H, W, C). GATED is x[:C] * gelu(x[C:]), with neither gain nor offset."""
     x = x.contiguous()
-    out = torch.empty_like(x)
+    channels = x.shape[-1] // (2 if activate == GATED else 1)
+    out = x.new_empty(*x.shape[:-1], channels)
     if x.numel():
         library().dmquant_normalize(ctypes.byref(_norm((x, None, None, gain, offset, None, factor, out), 1, activate, 0.0)))
     return out
@@ -70,8 +74,8 @@ def library() -> ctypes.CDLL:
     raise CannotCompile(missing)
 
 
-def _norm(tensors: tuple[Tensor | None, ...], groups: int, activate: bool, epsilon: float) -> Norm:
-    x = tensors[0]
+def _norm(tensors: tuple[Tensor | None, ...], groups: int, activate: int, epsilon: float) -> Norm:
+    x = tensors[0] if tensors[-1] is None else tensors[-1]
     pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
     pixels = x.numel() // (len(x) * x.shape[-1])
     return Norm(*pointers, len(x), pixels, x.shape[-1], groups, activate, torch.get_num_threads(), epsilon)

@@ -12,6 +12,7 @@ from torch import Tensor
 from dmquant.kernels import gpu, onednn
 from dmquant.kernels.blocking import fill_up
 from dmquant.kernels.catalogue import BY_NAME, library
+from dmquant.kernels.normal import GATED
 
 ROW = 32  # pixels of a row where the layer does not care: rows are what threads share
 
@@ -34,15 +35,15 @@ class Job(ctypes.Structure):
 def multiply(
     x: Tensor, weight: Tensor, total: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None,
     act_scale: Tensor, act_zero: Tensor, kernel: str, format: Sequence[int], window: Sequence[int], gain: Tensor | None = None,
-    offset: Tensor | None = None, factor: Tensor | None = None, residual: Tensor | None = None, activate: bool = False,
+    offset: Tensor | None = None, factor: Tensor | None = None, residual: Tensor | None = None, activate: int = 0,
     zoom: int = 1,
 ) -> Tensor:  # fmt: skip
     """Quantizes x (N, H, W, C) and convolves it with a blocked weight: (N, H', W', O), in the dtype of x.
 
     format: bits of a plane, whether scales are halved, bits of activations. window: kernel, stride (both height, width) and
     padding (top, bottom, left, right). act_scale and act_zero hold one value, or one for each image; bias may be (N, O).
-    With gain and offset (N, C), f(x * gain + offset) * factor is quantized instead of x: f is SiLU or nothing, factor (C) may be
-    None. residual, of the output's shape, is added to it. Each pixel is read zoom times zoom times. oneDNN knows none of these.
+    With gain and offset (N, C), f(x * gain + offset) * factor is quantized instead of x: f is an activation of normal.py, factor
+    (C) may be None; with an activation they may be None themselves. GATED reads x (N, H, W, 2 C). residual, of the output's shape, is added to it. Each pixel is read zoom times zoom times. oneDNN knows none of these.
     x is float32, for Triton half as well.
     """
     bits, halves, act_bits = format
@@ -52,9 +53,10 @@ def multiply(
         from dmquant.kernels.gpu import products  # Triton may be missing, and is slow to import
 
         arguments = (x, weight, total, scale, zero, bias, act_scale, act_zero, format, window)
-        return products.multiply(*arguments, gain, offset, factor, residual, activate, zoom)
+        return products.multiply(*arguments, gain, offset, factor, residual, bool(activate), zoom)
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     images, height, width, channels = x.shape
+    channels //= 2 if activate == GATED else 1
     out = x.new_empty(images, *output_size(x, window, zoom), total.shape[1])
     if out.numel() == 0:
         return out
@@ -92,7 +94,7 @@ def _even_rows(job: Job) -> None:
 def multiply_op(
     x: Tensor, weight: Tensor, total: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None,
     act_scale: Tensor, act_zero: Tensor, kernel: str, format: Sequence[int], window: Sequence[int], gain: Tensor | None = None,
-    offset: Tensor | None = None, factor: Tensor | None = None, residual: Tensor | None = None, activate: bool = False,
+    offset: Tensor | None = None, factor: Tensor | None = None, residual: Tensor | None = None, activate: int = 0,
     zoom: int = 1,
 ) -> Tensor:  # fmt: skip
     arguments = (x, weight, total, scale, zero, bias, act_scale, act_zero, kernel, format, window)
@@ -103,7 +105,7 @@ def multiply_op(
 def _(
     x: Tensor, weight: Tensor, total: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None,
     act_scale: Tensor, act_zero: Tensor, kernel: str, format: Sequence[int], window: Sequence[int], gain: Tensor | None = None,
-    offset: Tensor | None = None, factor: Tensor | None = None, residual: Tensor | None = None, activate: bool = False,
+    offset: Tensor | None = None, factor: Tensor | None = None, residual: Tensor | None = None, activate: int = 0,
     zoom: int = 1,
 ) -> Tensor:  # fmt: skip
     return x.new_empty(x.shape[0], *output_size(x, window, zoom), total.shape[1])

@@ -11,8 +11,9 @@
 #include "normal.h"
 #include "products.h"
 
-#define LANES 32                    /* partial sums of a softmax */
+#define LANES 64                    /* partial sums of a softmax */
 #define NEVER (1 << 30)             /* excess of a key that is none */
+#define MAGIC 12582912.0f           /* 1.5 * 2^23: added to, it rounds to whole numbers, ties to even */
 
 enum { QUERY, KEY, PROBABILITY, VALUE };
 
@@ -44,7 +45,6 @@ typedef struct {
     int32_t *scores;                /* (ROWS, score_step) */
     uint8_t *codes;                 /* of probabilities (ROWS, code_step) */
     int64_t score_step, code_step;  /* no power of two: rows would share their places in the cache */
-    float *shares;                  /* e^score of one query */
     int32_t sums[ROWS];             /* of the probabilities' a, for each query */
 } Head;
 
@@ -67,7 +67,10 @@ static Grid grid_of(const Attention *a, int factor, int64_t at) {
 INLINE int32_t round_on(const Grid grid, float x) {
     float value = x * grid.inverse;
     value = value > grid.low ? value : grid.low;
-    return (int32_t)rintf(value < grid.high ? value : grid.high);
+    float rounded = (value < grid.high ? value : grid.high) + MAGIC;
+    int32_t bits, base = 0x4b400000;        /* of MAGIC */
+    memcpy(&bits, &rounded, 4);
+    return bits - base;
 }
 
 INLINE void encode_part(const Grid grid, const float *x, int32_t middle, uint8_t *codes) {
@@ -128,37 +131,53 @@ static void lay_values(const Attention *a, const float *value, Head *head) {
     for (int64_t c = 0; c < outputs; c++) head->value_excess[c] *= (int32_t)head->grid[PROBABILITY].zero;
 }
 
+/* 2^x for -64 <= x <= 0, to 2e-7. */
+INLINE float power(float x) {
+    float z = x + MAGIC, f = x - (z - MAGIC), e = 0.00132647271f;
+    e = fmaf(e, f, 0.00967151265f);
+    e = fmaf(e, f, 0.0555073374f);
+    e = fmaf(e, f, 0.240222421f);
+    e = fmaf(e, f, 0.693146978f);
+    e = fmaf(e, f, 1.0f);
+    uint32_t exponent, bits;
+    memcpy(&exponent, &z, 4);
+    memcpy(&bits, &e, 4);
+    bits += exponent << 23;
+    memcpy(&e, &bits, 4);
+    return e;
+}
+
 /* Always in the same order. */
 INLINE float sum_lanes(const float lanes[LANES]) {
     float sum[16];
-    for (int l = 0; l < 16; l++) sum[l] = lanes[l] + lanes[l + 16];
+    for (int l = 0; l < 16; l++) sum[l] = (lanes[l] + lanes[l + 16]) + (lanes[l + 32] + lanes[l + 48]);
     float low = ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
     float high = ((sum[8] + sum[9]) + (sum[10] + sum[11])) + ((sum[12] + sum[13]) + (sum[14] + sum[15]));
     return low + high;
 }
 
-/* Scores of one query -> codes of its probabilities; the sum of their a. */
-static int32_t soften(const Head *head, float factor, const int32_t *restrict scores, uint8_t *restrict codes) {
+/* Scores of one query -> codes of its probabilities; the sum of their a. What is 2^-64 of the best one is as good as none. The
+ * scores make room for what becomes of them: a row of them just fits the nearest cache. */
+static int32_t soften(const Head *head, float factor, int32_t *restrict scores, uint8_t *restrict codes) {
     const int32_t *restrict excess = head->key_excess;
-    float *restrict shares = head->shares;
     const Grid grid = head->grid[PROBABILITY];
     int32_t best = -NEVER, sum = 0;
     float lanes[LANES] = {0};
     for (int64_t t = 0; t < head->keys; t++) {
-        int32_t score = scores[t] - excess[t];
-        best = score > best ? score : best;
+        scores[t] -= excess[t];
+        best = scores[t] > best ? scores[t] : best;
     }
     for (int64_t t = 0; t < head->keys; t += LANES)
         for (int l = 0; l < LANES; l++) {
-            float x = (float)(scores[t + l] - excess[t + l] - best) * factor;
-            float share = exponential(x > -60.0f ? x : -60.0f);
-            share = x > -60.0f ? share : 0.0f;      /* nothing beside the best one's 1 */
-            shares[t + l] = share;
+            float x = (float)(scores[t + l] - best) * factor, share = power(x > -64.0f ? x : -64.0f);
+            memcpy(&scores[t + l], &share, 4);
             lanes[l] += share;
         }
     float inverse = 1.0f / sum_lanes(lanes);
     for (int64_t t = 0; t < head->keys; t++) {
-        int32_t value = round_on(grid, shares[t] * inverse);
+        float share;
+        memcpy(&share, &scores[t], 4);
+        int32_t value = round_on(grid, share * inverse);
         codes[t] = (uint8_t)(value + (int32_t)grid.zero);
         sum += value;
     }
@@ -173,7 +192,7 @@ static void attend(const Attention *a, Head *head, int64_t first) {
     memset(head->queries, 0, ROWS * head->depth);
     for (int64_t i = 0; i < count; i++) encode(*query, x + i * a->query_token, a->channels, 0, head->queries + i * head->depth);
     multiply_blocks(a, head->queries, head->depth, head->key_levels, head->depth, head->keys, head->scores, head->score_step);
-    float factor = query->scale * head->grid[KEY].scale * (float)a->scale;
+    float factor = query->scale * head->grid[KEY].scale * (float)a->scale * 1.44269504f;     /* powers of two, not of e */
     for (int64_t i = 0; i < count; i++)
         head->sums[i] = soften(head, factor, head->scores + i * head->score_step, head->codes + i * head->code_step);
     multiply_blocks(a, head->codes, head->code_step, head->value_levels, head->keys, outputs, head->scores, outputs);
@@ -187,16 +206,15 @@ static void attend(const Attention *a, Head *head, int64_t first) {
 }
 
 static int reserve(const Attention *a, Head *head) {
-    int64_t depth = up(a->channels, STEP), keys = up(a->keys, STEP);
+    int64_t depth = up(a->channels, STEP), keys = up(a->keys, LANES);
     head->depth = depth, head->keys = keys;
     head->score_step = most(keys, depth) + LINE / 4, head->code_step = keys + LINE;
-    uint8_t *next = keep(2 * keys * depth + 8 * (keys + depth) + ROWS * (depth + 4 * head->score_step + head->code_step) + 8 * LINE);
+    uint8_t *next = keep(2 * keys * depth + 4 * (keys + depth) + ROWS * (depth + 4 * head->score_step + head->code_step) + 8 * LINE);
     if (!next) return 1;
     head->key_levels = take(&next, keys * depth);
     head->value_levels = take(&next, keys * depth);
     head->key_excess = take(&next, 4 * keys);
     head->value_excess = take(&next, 4 * depth);
-    head->shares = take(&next, 4 * keys);
     head->queries = take(&next, ROWS * depth);
     head->scores = take(&next, 4 * ROWS * head->score_step);
     head->codes = take(&next, ROWS * head->code_step);

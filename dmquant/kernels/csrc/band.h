@@ -27,6 +27,7 @@
 #define WEIGHTS_BYTES (512 << 10)   /* of expanded weights */
 #define SLACK 16                    /* cells behind the last one that a wide tile may read and ignore */
 
+INLINE int is_normalized(const Job *job) { return job->gain || job->activate; }
 INLINE int needs_sums(const Job *job) { return job->zero || ALWAYS_SUMS(job); }
 
 typedef struct {
@@ -87,7 +88,7 @@ static int reserve(const Job *job, const Shape *s, Scratch *scratch) {
     int64_t sums = up(s->band_slots * s->cells_wide * 4, LINE), box = up(s->band_rows * job->out_width * 4, LINE);
     int64_t tops = up(s->band_rows * 4, LINE), offsets = up(s->channel_blocks * s->taps * 4, LINE);
     int64_t tiles = up(s->band_rows * job->out_width * TILE_BYTES, LINE);
-    int64_t normalized = job->gain ? up(job->width * job->channels * 4, LINE) : 0;
+    int64_t normalized = is_normalized(job) ? up(job->width * job->channels * 4, LINE) : 0;
     uint8_t *next = keep(cells + weights + sums + box + tops + offsets + tiles + normalized);
     if (!next) return 1;
     scratch->cells = take(&next, cells);
@@ -116,9 +117,10 @@ static void spread(void *cells, int64_t bytes, int64_t count, int64_t zoom) {
 
 /* The first of a row of input pixels, normalized if the job wants it. */
 static const float *read_row(const Job *job, int64_t n, int64_t h, int64_t width, float *normalized) {
-    const float *x = job->x + input_pixel(job, n, h) * job->channels;
-    if (!job->gain) return x;
-    Normal normal = {job->gain + n * job->channels, job->offset + n * job->channels, job->factor, job->activate};
+    const float *x = job->x + input_pixel(job, n, h) * channels_read(job->activate, job->channels);
+    if (!is_normalized(job)) return x;
+    Normal normal = {.factor = job->factor, .activate = job->activate};
+    if (job->gain) normal.gain = job->gain + n * job->channels, normal.offset = job->offset + n * job->channels;
     normalize(&normal, x, width, job->channels, normalized);
     return normalized;
 }

@@ -20,7 +20,7 @@ typedef struct {
     const float *gain, *offset; /* (images, channels): x * gain + offset is quantized instead of x; or NULL */
     const float *factor;        /* (channels), of what they make of x, or NULL */
     const float *residual;      /* added to the output, of its shape; or NULL */
-    int64_t activate;           /* 1: SiLU of x * gain + offset */
+    int64_t activate;           /* what is done to x * gain + offset: see normal.h; GATED reads 2 * channels of x */
     int64_t zoom;               /* each pixel of x is read so often in each direction: height and width are zoomed */
     int64_t bias_stride;        /* `outputs` where each image has its own bias, else 0 */
     int64_t act_stride;

@@ -69,11 +69,12 @@ int dmquant_moments(const Norm *norm) {
 
 /* The image by given gains and offsets, as the kernels normalize it row by row. */
 int dmquant_normalize(const Norm *norm) {
-    int64_t step = norm->pixels * norm->channels;
+    int64_t step = norm->pixels * norm->channels, read = norm->pixels * channels_read(norm->activate, norm->channels);
 #pragma omp parallel for num_threads((int)norm->threads) if (norm->threads > 1)
     for (int64_t n = 0; n < norm->images; n++) {
-        Normal normal = {norm->gain + n * norm->channels, norm->offset + n * norm->channels, norm->factor, norm->activate};
-        normalize(&normal, norm->x + n * step, norm->pixels, norm->channels, norm->out + n * step);
+        Normal normal = {.factor = norm->factor, .activate = norm->activate};
+        if (norm->gain) normal.gain = norm->gain + n * norm->channels, normal.offset = norm->offset + n * norm->channels;
+        normalize(&normal, norm->x + n * read, norm->pixels, norm->channels, norm->out + n * step);
     }
     return 0;
 }

@@ -1,0 +1,149 @@
+"""Transformer blocks of diffusers by kernels: the modulation, the activation and the residual are done on the way.
+
+Layer norms stay with torch: three projections read what one norm writes, and each would have to repeat it. Scales and shifts of
+an adaptive norm are applied to what is read; its gates need a pass over the output.
+"""
+
+import torch
+from diffusers.models.activations import GEGLU, GELU
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import Tensor, nn
+
+from dmquant.kernels.attention import Products
+from dmquant.kernels.dispatch import NOTHING, Around, can_fuse, run_fused
+from dmquant.kernels.fused import LAST, Fused, images, is_free, is_training, is_watched
+from dmquant.kernels.normal import GATED, TANH_GELU, moments_of
+from dmquant.kernels.normal import GELU as EXACT_GELU
+
+ACTIVATIONS = {GEGLU: {None: GATED}, GELU: {"none": EXACT_GELU, "tanh": TANH_GELU}}
+
+
+class FusedBasicTransformerBlock(Fused, BasicTransformerBlock):
+    """Attention to itself, to a context if there is one, and a feed-forward layer: (B, N, C)."""
+
+    def run(
+        self, hidden_states: Tensor, attention_mask: None = None, encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: None = None, timestep: Tensor | None = None, cross_attention_kwargs: dict | None = None,
+        class_labels: Tensor | None = None, added_cond_kwargs: dict | None = None,
+    ) -> Tensor:  # fmt: skip
+        x, before, between = hidden_states, NOTHING, NOTHING
+        gates: tuple[Tensor | None, Tensor | None] = (None, None)
+        if self.norm_type == "ada_norm_zero":
+            before, between, gates = self._modulate(timestep, class_labels, x)
+            tokens = self.norm1.norm(x)
+        else:
+            tokens = self.norm1(x)
+        x = attend(self.attn1, tokens, tokens, before, x, gates[0])
+        if self.attn2 is not None:
+            tokens = self.norm2(x)
+            context = tokens if encoder_hidden_states is None else encoder_hidden_states
+            x = attend(self.attn2, tokens, context, NOTHING, x)
+        hidden = run_fused(self.ff.net[0].proj, self.norm3(x), between)
+        return add(self.ff.net[2], hidden, x, gates[1], activation_of(self.ff.net[0]))
+
+    def can_fuse(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None, timestep: Tensor | None = None,
+        cross_attention_kwargs: dict | None = None, *args: object, **kwargs: object,
+    ) -> bool:  # fmt: skip
+        masks = (attention_mask, encoder_attention_mask)
+        is_plain = all(mask is None for mask in masks) and not cross_attention_kwargs and not torch.is_grad_enabled()
+        is_plain &= hidden_states.device.type == "cpu" and self.norm_type in ("layer_norm", "ada_norm_zero")
+        is_plain &= self.pos_embed is None and self._chunk_size is None and not self.only_cross_attention
+        forward = [*self.ff.modules()]
+        if not is_plain or activation_of(self.ff.net[0]) is None or is_watched(self.norm1, *forward) or is_training(self.ff.net[1]):
+            return False
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        layers = (self.ff.net[0].proj, self.ff.net[2])
+        is_fusible = can_attend(self.attn1, hidden_states, hidden_states)
+        is_fusible = is_fusible and (self.attn2 is None or can_attend(self.attn2, hidden_states, context))
+        return is_fusible and all(can_fuse(layer, hidden_states) for layer in layers)
+
+    def _modulate(self, timestep: Tensor, labels: Tensor, x: Tensor) -> tuple[Around, Around, tuple[Tensor, Tensor]]:
+        """What an adaptive norm does before attention and before the feed-forward layer, and the gates behind both."""
+        time = self.norm1.emb(timestep, labels, hidden_dtype=x.dtype)
+        shift, scale, gate, other_shift, other_scale, other_gate = (
+            part.contiguous() for part in self.norm1.linear(self.norm1.silu(time)).chunk(6, dim=1)
+        )
+        return Around(1 + scale, shift), Around(1 + other_scale, other_shift), (gate, other_gate)
+
+
+class FusedTransformer2DModel(Transformer2DModel):
+    """Transformer blocks on an image: its norm goes into the first projection, its residual into the last, and no image is
+    turned to channels first in between. diffusers asks for both by methods of their own."""
+
+    def _operate_on_continuous_inputs(self, hidden_states: Tensor) -> tuple[Tensor, int]:
+        if not self._can_fuse(self.proj_in, hidden_states):
+            plain = super()._operate_on_continuous_inputs(hidden_states)
+            if not self._can_fuse(self.proj_in, hidden_states):
+                return plain
+        x = hidden_states.contiguous(memory_format=LAST)
+        before = Around(*moments_of(self.norm, images(x)))
+        if isinstance(self.proj_in, nn.Linear):
+            tokens = run_fused(self.proj_in, images(x).flatten(1, 2), before)
+        else:
+            tokens = images(run_fused(self.proj_in, x, before)).flatten(1, 2)
+        return tokens, tokens.shape[-1]
+
+    def _get_output_for_continuous_inputs(
+        self, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int, inner_dim: int
+    ) -> Tensor:
+        sizes = (batch_size, height, width, inner_dim)
+        if not self._can_fuse(self.proj_out, residual):
+            plain = super()._get_output_for_continuous_inputs(hidden_states, residual, *sizes)
+            if not self._can_fuse(self.proj_out, residual):
+                return plain
+        if isinstance(self.proj_out, nn.Linear):
+            tokens = run_fused(self.proj_out, hidden_states, Around(residual=images(residual).flatten(1, 2)))
+            return tokens.view(batch_size, height, width, -1).permute(0, 3, 1, 2)
+        return run_fused(self.proj_out, hidden_states.reshape(sizes).permute(0, 3, 1, 2), Around(residual=residual))
+
+    def _can_fuse(self, layer: nn.Module, image: Tensor) -> bool:
+        return image.device.type == "cpu" and is_free(self.norm) and can_fuse(layer, image)
+
+
+def attend(
+    attention: Attention, tokens: Tensor, context: Tensor, before: Around, residual: Tensor, gate: Tensor | None = None
+) -> Tensor:
+    """The residual plus what attention makes of tokens (B, N, C), once more modulated, and of a context."""
+    pairs = ((attention.to_q, tokens), (attention.to_k, context), (attention.to_v, context))
+    query, key, value = (
+        run_fused(layer, x, before).unflatten(-1, (attention.heads, -1)).transpose(1, 2) for layer, x in pairs
+    )  # fmt: skip
+    return add(attention.to_out[0], multiply(attention, query, key, value), residual, gate)
+
+
+def multiply(attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The products of all heads (B, heads, N, C / heads): (B, N, C)."""
+    if isinstance(attention.processor, Products):
+        return attention.processor.multiply(query, key, value, attention.scale)
+    return nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+
+
+def can_attend(attention: Attention, tokens: Tensor, context: Tensor) -> bool:
+    """Whether attention to a context is the plain one and its projections have kernels."""
+    is_plain = has_plain_products(attention) and attention.group_norm is None and not attention.norm_cross
+    is_plain = is_plain and not attention.residual_connection and attention.rescale_output_factor == 1
+    pairs = ((attention.to_q, tokens), (attention.to_k, context), (attention.to_v, context), (attention.to_out[0], tokens))
+    return is_plain and not is_watched(attention, *attention.to_out) and all(can_fuse(layer, x) for layer, x in pairs)
+
+
+def has_plain_products(attention: Attention) -> bool:
+    """Whether nothing stands between the projections of an attention and its products."""
+    is_known = isinstance(attention.processor, Products) or type(attention.processor) in (AttnProcessor, AttnProcessor2_0)
+    norms = (attention.spatial_norm, attention.norm_q, attention.norm_k)
+    return is_known and all(norm is None for norm in norms) and not is_training(attention.to_out[1])
+
+
+def add(layer: nn.Module, x: Tensor, residual: Tensor, gate: Tensor | None, activate: int = 0) -> Tensor:
+    """The residual plus a layer's output, times a gate (B, C) if there is one."""
+    if gate is None:
+        return run_fused(layer, x, Around(activate=activate, residual=residual))
+    return torch.addcmul(residual, gate.unsqueeze(1), run_fused(layer, x, Around(activate=activate)))
+
+
+def activation_of(module: nn.Module) -> int | None:
+    """The number of the activation behind the first layer of a feed-forward module; None if no kernel knows it."""
+    return ACTIVATIONS.get(type(module), {}).get(getattr(module, "approximate", None))

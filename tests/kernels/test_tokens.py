@@ -1,0 +1,115 @@
+"""A fused transformer block is diffusers' own, but for a few values that lie between two codes."""
+
+import copy
+
+import pytest
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import Tensor, nn
+
+from dmquant.attention import quantize_products
+from dmquant.kernels import fusion, normal
+from dmquant.kernels.normal import GATED, GELU, TANH_GELU
+from tests.kernels.test_attention import fixed
+from tests.kernels.test_fusion import pack_layers
+from tests.kernels.test_ops import error
+
+KINDS = {
+    "to a text": dict(cross_attention_dim=12, activation_fn="geglu"),
+    "to itself": dict(activation_fn="gelu", attention_bias=True),
+    "to itself twice": dict(double_self_attention=True),
+    "modulated": dict(
+        norm_type="ada_norm_zero", num_embeds_ada_norm=10, activation_fn="gelu-approximate", norm_elementwise_affine=False
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def by_kernels(monkeypatch):
+    monkeypatch.setenv("DMQUANT_KERNELS", "c")
+    with torch.no_grad():
+        torch.manual_seed(0)
+        yield
+
+
+def make(kind: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    block, inputs = BasicTransformerBlock(24, 2, 12, **KINDS[kind]), {"hidden_states": torch.randn(2, 15, 24)}
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    if kind == "to a text":
+        inputs["encoder_hidden_states"] = torch.randn(2, 7, 12)
+    if kind == "modulated":
+        inputs |= {"timestep": torch.tensor([3, 700]), "class_labels": torch.tensor([1, 4])}
+    return pack_layers(block, 4, 8), inputs
+
+
+@pytest.mark.parametrize("is_quantized", [False, True], ids=["float products", "quantized products"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fused_block_gives_what_diffusers_own_gives(kind, is_quantized):
+    block, inputs = make(kind)
+    if is_quantized:
+        quantize_products(block, lambda heads: fixed(8, 0.02, 100))
+    plain = copy.deepcopy(block)
+    plain(**inputs)
+    wanted = plain(**inputs)
+    fusion.fuse(block)
+    first = block(**inputs)
+    assert block.can_fuse(**inputs) and torch.equal(block(**inputs), first)
+    assert (first - wanted).abs().median() < 1e-5 and error(first, wanted) < 0.02
+    fusion.unfuse(block)
+    assert torch.equal(block(**inputs), wanted)
+
+
+@pytest.mark.parametrize("is_linear", [False, True], ids=["convolutions", "linear layers"])
+def test_an_image_of_tokens_is_normed_projected_and_added_to_as_diffusers_does(is_linear):
+    model = Transformer2DModel(2, 12, 24, norm_num_groups=4, cross_attention_dim=12, use_linear_projection=is_linear)
+    model, x, text = pack_layers(model, 4, 8), torch.randn(2, 24, 5, 3), torch.randn(2, 7, 12)
+    model(x, text)
+    wanted = model(x, text).sample
+    fusion.fuse(model)
+    found = model(x, text).sample
+    assert torch.equal(model(x, text, return_dict=False)[0], found)
+    assert (found - wanted).abs().median() < 1e-5 and error(found, wanted) < 0.02
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    hook = model.norm.register_forward_hook(lambda *_: None)
+    assert error(model(x, text).sample, wanted) < 0.02
+    hook.remove()
+
+
+@pytest.mark.parametrize(
+    "number, wanted",
+    [
+        (GELU, nn.functional.gelu), (TANH_GELU, lambda x: nn.functional.gelu(x, approximate="tanh")),
+        (GATED, lambda x: x.chunk(2, -1)[0] * nn.functional.gelu(x.chunk(2, -1)[1])),
+    ],
+    ids=["GELU", "by tanh", "gated"],
+)  # fmt: skip
+def test_activations_are_those_of_float64(number, wanted):
+    x = torch.cat([torch.linspace(-12, 12, 20000), torch.tensor([-1e4, -100.0, 100.0, 0.0])]).view(1, 1, -1, 4)
+    assert (normal.normalize(x, activate=number) - wanted(x.double())).abs().max() <= 1e-6 * x.abs().max()
+
+
+def test_masks_gradients_and_hooks_leave_a_block_as_it_was():
+    block, inputs = make("to a text")
+    fusion.fuse(block)
+    block(**inputs)
+    assert block.can_fuse(**inputs)
+    assert not block.can_fuse(**inputs, attention_mask=torch.zeros(2, 1, 15))
+    assert not block.can_fuse(**inputs, cross_attention_kwargs={"scale": 1.0})
+    with torch.enable_grad():
+        assert not block.can_fuse(**inputs)
+    for name in ("attn1", "attn2.to_k", "ff", "ff.net.0", "ff.net.2"):
+        hook = block.get_submodule(name).register_forward_hook(lambda *_: None)
+        assert not block.can_fuse(**inputs), name
+        hook.remove()
+    block.ff.net[1].p = 0.5
+    assert block.can_fuse(**inputs) and not block.train().can_fuse(**inputs)
+
+
+def test_a_fused_block_compiles_to_one_graph():
+    block, inputs = make("to a text")
+    block(**inputs)
+    fusion.fuse(block)
+    wanted = block(**inputs)
+    assert torch.equal(torch.compile(block, backend="eager", fullgraph=True)(**inputs), wanted)
