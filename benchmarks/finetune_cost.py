@@ -5,8 +5,8 @@
 A point is a whole run of `dmquant quantize` in a process of its own, so that its peak memory is its own, then `dmquant eval`.
 Rates decay over the length of a run, so that a quarter of the steps is no early look at a long run but a run with max_steps a
 quarter: what somebody with that much time would do. The goal is the distance that the first run reaches in all its steps; the
-time to it is interpolated between the first two neighbouring points that enclose it. Times are sums of recording, calibration
-and fine-tuning, on the wall and of the processor: on a busy machine read the latter.
+time to it is interpolated between the first two neighbouring points that enclose it. Times are sums of all stages, on the
+wall and of the processor: on a busy machine read the latter.
 
 Points that are there are kept, one that was interrupted is begun anew, since its time would be wrong: the same command goes on.
 """
@@ -27,7 +27,10 @@ from dmquant.console import say, show_table
 from dmquant.experiments import Experiment, parse_run
 
 RESULT = Path(__file__).parent / "results" / "finetune_cost.json"
-HEADINGS = ("run", "steps", "trained, M", "share", "record, s", "calibrate, s", "fine-tune, s", "CPU, s", "peak, MB", "distance")
+STAGES = ("recording", "calibration", "fine-tuning", "clipping")
+HEADINGS = (
+    "run", "steps", "trained, M", "share", "record, s", "calibrate, s", "fine-tune, s", "clip, s", "CPU, s", "peak, MB", "distance",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -159,7 +162,7 @@ def list_rows(curves: dict[str, list[Point]]) -> list[list[str]]:
     return [
         [
             name, str(point.steps), f"{point.trained_params / 1e6:.2f}", f"{point.trained_share:.1%}",
-            *(f"{point.seconds[stage]:.1f}" for stage in ("recording", "calibration", "fine-tuning")),
+            *(f"{point.seconds.get(stage, 0):.1f}" for stage in STAGES),
             f"{point.total('cpu_seconds'):.1f}", "" if point.peak is None else f"{point.peak / 1e6:.0f}", f"{point.distance:.4f}",
         ]
         for name, points in curves.items() for point in points
