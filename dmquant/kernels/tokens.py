@@ -17,6 +17,7 @@ from dmquant.kernels.fused import LAST, Fused, images, is_free, is_training, is_
 from dmquant.kernels.normal import GATED, TANH_GELU, moments_of
 from dmquant.kernels.normal import GELU as EXACT_GELU
 
+HIDDEN_BYTES = 8 << 20  # between two layers: it stays in a cache, and memory that large is new at every call
 ACTIVATIONS = {GEGLU: {None: GATED}, GELU: {"none": EXACT_GELU, "tanh": TANH_GELU}}
 
 
@@ -40,8 +41,7 @@ class FusedBasicTransformerBlock(Fused, BasicTransformerBlock):
             tokens = self.norm2(x)
             context = tokens if encoder_hidden_states is None else encoder_hidden_states
             x = attend(self.attn2, tokens, context, NOTHING, x)
-        hidden = run_fused(self.ff.net[0].proj, self.norm3(x), between)
-        return add(self.ff.net[2], hidden, x, gates[1], activation_of(self.ff.net[0]))
+        return feed_forward(self.ff.net, self.norm3(x), between, x, gates[1])
 
     def can_fuse(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, encoder_hidden_states: Tensor | None = None,
@@ -135,6 +135,17 @@ def has_plain_products(attention: Attention) -> bool:
     is_known = isinstance(attention.processor, Products) or type(attention.processor) in (AttnProcessor, AttnProcessor2_0)
     norms = (attention.spatial_norm, attention.norm_q, attention.norm_k)
     return is_known and all(norm is None for norm in norms) and not is_training(attention.to_out[1])
+
+
+def feed_forward(net: nn.ModuleList, tokens: Tensor, before: Around, residual: Tensor, gate: Tensor | None) -> Tensor:
+    """The residual plus what two layers and the activation between them make of tokens (B, N, C), some tokens at a time."""
+    first, last, activation = net[0].proj, net[2], activation_of(net[0])
+    count = max(1, HIDDEN_BYTES // (4 * len(tokens) * first.out_features))
+    parts = [
+        add(last, run_fused(first, some, before), other, gate, activation)
+        for some, other in zip(tokens.split(count, 1), residual.split(count, 1))
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def add(layer: nn.Module, x: Tensor, residual: Tensor, gate: Tensor | None, activate: int = 0) -> Tensor:

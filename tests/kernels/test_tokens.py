@@ -9,7 +9,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from dmquant.attention import quantize_products
-from dmquant.kernels import fusion, normal
+from dmquant.kernels import fusion, normal, tokens
 from dmquant.kernels.normal import GATED, GELU, TANH_GELU
 from tests.kernels.test_attention import fixed
 from tests.kernels.test_fusion import pack_layers
@@ -88,6 +88,15 @@ def test_an_image_of_tokens_is_normed_projected_and_added_to_as_diffusers_does(i
 def test_activations_are_those_of_float64(number, wanted):
     x = torch.cat([torch.linspace(-12, 12, 20000), torch.tensor([-1e4, -100.0, 100.0, 0.0])]).view(1, 1, -1, 4)
     assert (normal.normalize(x, activate=number) - wanted(x.double())).abs().max() <= 1e-6 * x.abs().max()
+
+
+def test_many_tokens_are_fed_forward_some_at_a_time(monkeypatch):
+    block, inputs = make("modulated")
+    fusion.fuse(block)
+    block(**inputs)
+    wanted = block(**inputs)
+    monkeypatch.setattr(tokens, "HIDDEN_BYTES", 4 * 2 * 96 * 4)  # four tokens of two images
+    assert torch.equal(block(**inputs), wanted)
 
 
 def test_masks_gradients_and_hooks_leave_a_block_as_it_was():
