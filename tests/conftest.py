@@ -8,6 +8,8 @@ import pytest
 
 # threads of so small a model mostly wait for each other; processes that tests start inherit this
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Triton's interpreter stands in for a GPU; read where Triton is first imported, which torch.compile does too
+os.environ.setdefault("TRITON_INTERPRET", "1")
 MAX_WORKERS = 4
 
 TINY_UNET = dict(

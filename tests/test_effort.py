@@ -26,7 +26,7 @@ def test_the_line_names_parameters_time_stages_and_memory():
 def test_a_quantized_pipeline_knows_what_it_took_and_its_file_lies_beside_what_is_published(tiny_folder, tmp_path):
     quantized = quantize(open_pipeline(tiny_folder), "lsq", **QUICK)
     taken, record = quantized.unet.dmquant_effort, quantized.unet.dmquant_record
-    assert list(taken.stages) == ["recording", "calibration", "fine-tuning"] and taken.is_whole
+    assert list(taken.stages) == ["recording", "calibration", "fine-tuning", "clipping"] and taken.is_whole
     assert (taken.trained_params, taken.trained_share) == (record["trained_params"], record["trained_share"])
     taken.save(checkpoint.save(quantized, tmp_path / "out"))
     assert Effort.load(tmp_path / "out") == taken

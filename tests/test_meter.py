@@ -1,5 +1,6 @@
 """Each stage has its own seconds and its own peak, beyond what was held when the run began."""
 
+import gc
 import time
 
 import pytest
@@ -17,16 +18,17 @@ def summed(meter):
 
 
 def test_a_stage_has_its_own_peak_and_later_ones_do_not_inherit_it():
+    gc.collect()  # what earlier tests left is not to be given back in the middle of this one
     meter = Meter(CPU)
     with meter.stage("large"):
-        torch.ones(64 * MIB // 4)
+        torch.ones(256 * MIB // 4)
     with meter.stage("small"):
         torch.ones(1)
     large, small = (meter.stages[name].peak_bytes for name in ("large", "small"))
     if not module.STATUS.exists():  # only Linux tells a process what it holds
         assert large is small is None
         return
-    assert 60 * MIB < large < 80 * MIB and small < 20 * MIB
+    assert 200 * MIB < large < 280 * MIB and small < 20 * MIB
     assert summed(meter).peak_bytes == meter.stages["large"].peak_bytes
 
 
