@@ -5,8 +5,8 @@
 Times depend on shapes, not on values, so the weights are drawn and the grids are made up: W1 signs, other bits uniform codes.
 Ends and time embedding are at 8 bits, as every method has them by default. Packed variants are fused as a loaded pipeline is, with
 the factors of attention products in float, and at 8 bits ("A8 attention"); each is also run as diffusers wrote it ("unfused",
-products in float). Read the ratios: rates fall when the machine is busy. On a machine that
-is busy with other things, OMP_NUM_THREADS=1 and --processor-time leave out the time in which others ran.
+products in float). Read the ratios: rates fall when the machine is busy. On a machine that is busy with other things,
+OMP_NUM_THREADS=1 and --processor-time leave out the time in which others ran.
 """
 
 import argparse

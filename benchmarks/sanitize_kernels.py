@@ -82,8 +82,9 @@ def check_fused(layer, x, draw: random.Random) -> None:
     zoom, last = draw.choice([1, 1, 2, 3]), x.permute(0, 2, 3, 1)
     groups = draw.choice([1, x.shape[1]])
     gain, offset = normal.moments(last, *torch.randn(2, x.shape[1]).unbind(), groups, 1e-5)
-    normal_only = {"gain": gain, "offset": offset, "activate": draw.choice((normal.NONE, normal.SILU, normal.GELU, normal.TANH_GELU)), "factor": torch.rand(x.shape[1])}
-    around = dispatch.Around(**normal_only, bias=torch.randn(len(x), layer.out_channels), zoom=zoom)
+    activate, factor = draw.choice((normal.NONE, normal.SILU, normal.GELU, normal.TANH_GELU)), torch.rand(x.shape[1])
+    bias = torch.randn(len(x), layer.out_channels)
+    around = dispatch.Around(gain, offset, activate, factor, bias, zoom=zoom)
     made = normal.normalize(last, gain, offset, factor=around.factor, activate=around.activate).permute(0, 3, 1, 2)
     made = made.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     wanted = dispatch.apply(layer, layer.weight.blocked, made, dispatch.Around(bias=around.bias))

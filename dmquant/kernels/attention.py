@@ -27,7 +27,7 @@ VARIANTS = (  # best first
     Kernel(NAME, is_portable=True),
 )
 TOLERANCE = 1e-5  # of the largest output
-LARGEST = 2**15  # channels of a head, and keys: their products fit 30 bits
+LARGEST = 2**14  # channels of a head, and keys: three sums of their products fit 32 bits
 POINTERS = ("query", "key", "value", "out", "grid_scale", "grid_zero")
 STRIDES = tuple(f"{factor}_{step}" for factor in ("query", "key", "value") for step in ("image", "head", "token"))
 NUMBERS = ("images", "heads", "queries", "keys", "channels", *STRIDES, "max_code", "threads")
@@ -37,7 +37,8 @@ class Attention(ctypes.Structure):
     """The structure of csrc/attention.c."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in POINTERS), *((name, ctypes.c_int64) for name in NUMBERS), ("scale", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in POINTERS), *((name, ctypes.c_int64) for name in NUMBERS),
+        ("scale", ctypes.c_double),
     ]  # fmt: skip
 
 
@@ -73,7 +74,7 @@ def is_supported(query: Tensor, key: Tensor, value: Tensor, grids: Sequence[nn.M
         return False
     if torch.is_autocast_enabled("cpu") or torch.is_grad_enabled() and any(x.requires_grad for x in factors):
         return False
-    if key.shape[2] >= LARGEST or key.shape[3] >= LARGEST or value.shape[3] != key.shape[3]:
+    if key.shape[2] > LARGEST or key.shape[3] > LARGEST or value.shape[3] != key.shape[3]:
         return False
     is_known = all(type(grid) in (FixedGrid, TemporalGrid, HeadGrids) and grid.bits == grids[0].bits for grid in grids)
     return is_known and not any(grid._forward_hooks or grid._forward_pre_hooks for grid in grids)

@@ -6,7 +6,7 @@ an adaptive norm are applied to what is read; its gates need a pass over the out
 
 import torch
 from diffusers.models.activations import GEGLU, GELU
-from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
@@ -52,14 +52,11 @@ class FusedBasicTransformerBlock(Fused, BasicTransformerBlock):
         is_plain = all(mask is None for mask in masks) and not cross_attention_kwargs and not torch.is_grad_enabled()
         is_plain &= hidden_states.device.type == "cpu" and self.norm_type in ("layer_norm", "ada_norm_zero")
         is_plain &= self.pos_embed is None and self._chunk_size is None and not self.only_cross_attention
-        forward = [*self.ff.modules()]
-        if not is_plain or activation_of(self.ff.net[0]) is None or is_watched(self.norm1, *forward) or is_training(self.ff.net[1]):
+        if not is_plain or is_watched(self.norm1) or not can_feed_forward(self.ff, hidden_states):
             return False
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        layers = (self.ff.net[0].proj, self.ff.net[2])
         is_fusible = can_attend(self.attn1, hidden_states, hidden_states)
-        is_fusible = is_fusible and (self.attn2 is None or can_attend(self.attn2, hidden_states, context))
-        return is_fusible and all(can_fuse(layer, hidden_states) for layer in layers)
+        return is_fusible and (self.attn2 is None or can_attend(self.attn2, hidden_states, context))
 
     def _modulate(self, timestep: Tensor, labels: Tensor, x: Tensor) -> tuple[Around, Around, tuple[Tensor, Tensor]]:
         """What an adaptive norm does before attention and before the feed-forward layer, and the gates behind both."""
@@ -146,6 +143,13 @@ def feed_forward(net: nn.ModuleList, tokens: Tensor, before: Around, residual: T
         for some, other in zip(tokens.split(count, 1), residual.split(count, 1))
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def can_feed_forward(feed: FeedForward, tokens: Tensor) -> bool:
+    """Whether a kernel knows the activation of a feed-forward layer and both its layers have one."""
+    if is_watched(*feed.modules()) or is_training(feed.net[1]) or activation_of(feed.net[0]) is None or len(feed.net) != 3:
+        return False
+    return can_fuse(feed.net[0].proj, tokens) and can_fuse(feed.net[2], tokens)
 
 
 def add(layer: nn.Module, x: Tensor, residual: Tensor, gate: Tensor | None, activate: int = 0) -> Tensor:

@@ -114,8 +114,9 @@ static void lay_values(const Attention *a, const float *value, Head *head) {
     memset(rows, 0, 4 * head->depth);
     for (int64_t t = 0; t < head->keys; t += 4) {
         for (int64_t i = 0; i < 4; i++) {
-            if (t + i < a->keys) encode(*grid, value + (t + i) * a->value_token, a->channels, grid->middle, rows + i * head->depth);
-            else memset(rows + i * head->depth, 0, a->channels);
+            uint8_t *row = rows + i * head->depth;
+            if (t + i < a->keys) encode(*grid, value + (t + i) * a->value_token, a->channels, grid->middle, row);
+            else memset(row, 0, a->channels);
         }
         const uint8_t *restrict first = rows, *restrict second = first + head->depth;
         const uint8_t *restrict third = second + head->depth, *restrict fourth = third + head->depth;
@@ -123,7 +124,8 @@ static void lay_values(const Attention *a, const float *value, Head *head) {
             uint32_t four[OUTPUTS];
             for (int o = 0; o < OUTPUTS; o++) {
                 four[o] = first[c + o] | second[c + o] << 8 | third[c + o] << 16 | (uint32_t)fourth[c + o] << 24;
-                head->value_excess[c + o] += (int8_t)first[c + o] + (int8_t)second[c + o] + (int8_t)third[c + o] + (int8_t)fourth[c + o];
+                head->value_excess[c + o] += (int8_t)first[c + o] + (int8_t)second[c + o];
+                head->value_excess[c + o] += (int8_t)third[c + o] + (int8_t)fourth[c + o];
             }
             memcpy(head->value_levels + c * head->keys + 32 * t, four, sizeof four);
         }
@@ -209,7 +211,8 @@ static int reserve(const Attention *a, Head *head) {
     int64_t depth = up(a->channels, STEP), keys = up(a->keys, LANES);
     head->depth = depth, head->keys = keys;
     head->score_step = most(keys, depth) + LINE / 4, head->code_step = keys + LINE;
-    uint8_t *next = keep(2 * keys * depth + 4 * (keys + depth) + ROWS * (depth + 4 * head->score_step + head->code_step) + 8 * LINE);
+    int64_t rows = ROWS * (depth + 4 * head->score_step + head->code_step);
+    uint8_t *next = keep(2 * keys * depth + 4 * (keys + depth) + rows + 8 * LINE);
     if (!next) return 1;
     head->key_levels = take(&next, keys * depth);
     head->value_levels = take(&next, keys * depth);
