@@ -38,11 +38,11 @@ def main() -> None:
 
 
 def write(name: str, reports: dict[str, Report]) -> None:
-    """The table of all reports, that of the means over training seeds, and the reports."""
+    """The table of all reports, that of the means over training seeds, and the reports without their many layers."""
     RESULTS.mkdir(exist_ok=True)
     table = dmquant.compare(list(reports.values())).to_markdown()
     (RESULTS / f"{name}.md").write_text(f"{summarize(reports)}\n{table}", encoding="utf-8")
-    documents = [json.loads(report.to_json()) for report in reports.values()]
+    documents = [json.loads(replace(report, layers=()).to_json()) for report in reports.values()]
     (RESULTS / f"{name}.json").write_text(json.dumps(documents, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
