@@ -69,12 +69,12 @@ def correct_answers(
     names = [name for name, role in find_roles(student).items() if role == Role.LAST]
     pairs = [tuple(network.get_submodule(name) for network in (student, teacher)) for name in names]
     means = [(Mean(ours), Mean(theirs)) for ours, theirs in pairs if ours.bias is not None]
-    device = next(student.parameters()).device
+    device, meters = next(student.parameters()).device, [mean for pair in means for mean in pair]
     with ExitStack() as hooks:
-        for mean in (mean for pair in means for mean in pair):
+        for mean in meters:
             hooks.callback(mean.layer.register_forward_hook(mean.note).remove)
         for part, counts in track(list(zip(samples.split(batch), weight.split(batch))), "correct answers"):
-            for mean in (mean for pair in means for mean in pair):
+            for mean in meters:
                 mean.weight = counts.to(device)
             for network in (student, teacher):
                 part.on(device).call(network)

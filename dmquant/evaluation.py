@@ -177,7 +177,7 @@ def open_base(pipeline: DiffusionPipeline) -> DiffusionPipeline:
 
 
 def draw_twins(pipeline: DiffusionPipeline, scheduler: SchedulerMixin, course: Course) -> Tensor:
-    """The float model's images of the first seeds, uint8 (P, 3, H, W), drawn as the model under test is, but clipped to its own range.
+    """The float model's images of the first seeds, uint8 (P, 3, H, W), by the other model's sampler in its own range.
 
     On other processes than the first they are none.
     """

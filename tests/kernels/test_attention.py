@@ -22,12 +22,7 @@ SIZES = [  # images, heads, queries, keys, channels
 ]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def by_kernels(monkeypatch):
-    monkeypatch.setenv("DMQUANT_KERNELS", "c")
-    with torch.no_grad():
-        torch.manual_seed(0)
-        yield
+pytestmark = pytest.mark.usefixtures("by_kernels")
 
 
 def factors(images: int, heads: int, queries: int, keys: int, channels: int) -> list[Tensor]:

@@ -18,12 +18,7 @@ from tests.kernels.test_ops import error, make_layer
 from tests.test_packed import run, tiny_unet
 
 
-@pytest.fixture(autouse=True)
-def automatic(monkeypatch):
-    monkeypatch.setenv("DMQUANT_KERNELS", "c")
-    with torch.no_grad():
-        torch.manual_seed(0)
-        yield
+pytestmark = pytest.mark.usefixtures("by_kernels")
 
 
 class NormAndActivate(nn.GroupNorm):

@@ -25,12 +25,7 @@ KINDS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def by_kernels(monkeypatch):
-    monkeypatch.setenv("DMQUANT_KERNELS", "c")
-    with torch.no_grad():
-        torch.manual_seed(0)
-        yield
+pytestmark = pytest.mark.usefixtures("by_kernels")
 
 
 def make(kind: str) -> tuple[nn.Module, dict[str, Tensor]]:

@@ -13,7 +13,6 @@
 
 #define LANES 64                    /* partial sums of a softmax */
 #define NEVER (1 << 30)             /* excess of a key that is none */
-#define MAGIC 12582912.0f           /* 1.5 * 2^23: added to, it rounds to whole numbers, ties to even */
 
 enum { QUERY, KEY, PROBABILITY, VALUE };
 
@@ -141,12 +140,7 @@ INLINE float power(float x) {
     e = fmaf(e, f, 0.240222421f);
     e = fmaf(e, f, 0.693146978f);
     e = fmaf(e, f, 1.0f);
-    uint32_t exponent, bits;
-    memcpy(&exponent, &z, 4);
-    memcpy(&bits, &e, 4);
-    bits += exponent << 23;
-    memcpy(&e, &bits, 4);
-    return e;
+    return scale_by_power(e, z);
 }
 
 /* Always in the same order. */

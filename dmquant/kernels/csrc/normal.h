@@ -17,10 +17,21 @@ typedef struct {
     int64_t activate;
 } Normal;
 
+#define MAGIC 12582912.0f           /* 1.5 * 2^23: added to, it rounds to whole numbers, ties to even */
+
+/* x times 2^n, by its exponent; n is what MAGIC was added to. */
+static inline __attribute__((always_inline)) float scale_by_power(float x, float n) {
+    uint32_t exponent, bits;
+    memcpy(&exponent, &n, 4);
+    memcpy(&bits, &x, 4);
+    bits += exponent << 23;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
 /* e^x for |x| < 88: 2^n e^r with |r| < 0.35, by the series of e^r. */
 static inline __attribute__((always_inline)) float exponential(float x) {
-    const float magic = 12582912.0f;            /* 1.5 * 2^23: added to, it rounds to whole numbers */
-    float z = fmaf(x, 1.44269504f, magic), n = z - magic;
+    float z = fmaf(x, 1.44269504f, MAGIC), n = z - MAGIC;
     float r = fmaf(n, 1.90465421e-9f, fmaf(n, -0.693147182f, x)), e = 1.0f / 5040;
     e = fmaf(e, r, 1.0f / 720);
     e = fmaf(e, r, 1.0f / 120);
@@ -29,12 +40,7 @@ static inline __attribute__((always_inline)) float exponential(float x) {
     e = fmaf(e, r, 0.5f);
     e = fmaf(e, r, 1.0f);
     e = fmaf(e, r, 1.0f);
-    uint32_t exponent, bits;
-    memcpy(&exponent, &z, 4);
-    memcpy(&bits, &e, 4);
-    bits += exponent << 23;
-    memcpy(&e, &bits, 4);
-    return e;
+    return scale_by_power(e, z);
 }
 
 /* 1 / x for 1 <= x < 2^120, to half a unit in the last place: Newton's steps from a guess by the exponent are
