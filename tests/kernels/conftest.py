@@ -1,0 +1,12 @@
+"""Most tests of kernels run those of C, on numbers that repeat."""
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def by_kernels(monkeypatch):
+    monkeypatch.setenv("DMQUANT_KERNELS", "c")
+    with torch.no_grad():
+        torch.manual_seed(0)
+        yield
