@@ -29,7 +29,8 @@ from dmquant.experiments import Experiment, parse_run
 RESULT = Path(__file__).parent / "results" / "finetune_cost.json"
 STAGES = ("recording", "calibration", "fine-tuning", "clipping")
 HEADINGS = (
-    "run", "steps", "trained, M", "share", "record, s", "calibrate, s", "fine-tune, s", "clip, s", "CPU, s", "peak, MB", "distance",
+    "run", "steps", "trained, M", "share", "record, s", "calibrate, s", "fine-tune, s", "clip, s", "CPU, s", "peak, MB",
+    "distance",
 )  # fmt: skip
 
 

@@ -9,8 +9,8 @@ import pytest
 ROOT = Path(__file__).parents[1] / "dmquant"
 FLOORS = (
     {"errors"},
-    {"report", "packing", "clock", "storage", "progress", "images", "ranks", "columns", "plot", "panels", "effort", "meter", "prompts",
-     "silence", "inputs", "folder"},
+    {"report", "packing", "clock", "storage", "progress", "images", "ranks", "columns", "plot", "panels", "effort", "meter",
+     "prompts", "silence", "inputs", "folder"},
     {"quantizers", "kernels", "comparison"},
     {"layers", "attention", "packed"},
     {"denoiser", "foreign", "blocks", "generation", "clipping", "samples", "calibration", "distill", "denoising", "runs",
@@ -28,7 +28,8 @@ FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in 
 # Same floor, one way: the first may import the second.
 NEIGHBOURS = {
     ("blocks", "denoiser"), ("foreign", "denoiser"),
-    ("generation", "denoiser"), ("clipping", "denoiser"), ("clipping", "generation"), ("samples", "denoiser"), ("samples", "generation"),
+    ("generation", "denoiser"), ("clipping", "denoiser"), ("clipping", "generation"),
+    ("samples", "denoiser"), ("samples", "generation"),
     ("calibration", "samples"), ("calibration", "denoiser"),
     ("distill", "samples"), ("distill", "runs"), ("runs", "samples"), ("denoising", "denoiser"), ("denoising", "generation"),
     ("packed", "layers"), ("packed", "attention"), ("quantization", "hf"), ("checkpoint", "hf"), ("failures", "console"),

@@ -62,7 +62,9 @@ class Method:
     sampling_steps: int = setting(20, "denoising steps of each recorded trajectory")
     eta: float = setting(0.0, "fresh noise in each recorded step, for samplers that take it: 0 as they are, 1 as EfficientDM's")
     calibration_samples: int = setting(128, "recorded samples that set the grids")
-    bias_correction: bool = setting(True, "biases start with what rounding takes from each channel's mean, and the last ends with the teacher's")
+    bias_correction: bool = setting(
+        True, "biases start with what rounding takes from each channel's mean, and the last ends with the teacher's"
+    )
     max_steps: int = setting(600, "optimiser steps of fine-tuning; 0 only calibrates")
     batch: int = setting(16, "samples per optimiser step")
     clip_images: int = setting(
