@@ -13,7 +13,7 @@ from dmquant import __version__
 from dmquant.columns import COST, IDENTITY, Column, name_metric, rank
 from dmquant.comparison import Comparison
 from dmquant.panels import Band, Row, draw_bands, draw_layers
-from dmquant.plot import COLOURS, Point, lines, scatter
+from dmquant.plot import COLOURS, Point, lines, pale, scatter
 from dmquant.report import LayerProfile, Report
 
 TEMPLATE = Path(__file__).parent / "assets" / "page.html"
@@ -110,8 +110,9 @@ def shorten(models: Sequence[str]) -> dict[str, str]:
 
 
 def paint(names: Iterable[str]) -> dict[str, str]:
-    """A colour for each model, the same in all plots."""
-    return {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(dict.fromkeys(names))}
+    """A colour for each model, the same in all plots; from the ninth on they are paler, from the 17th on they come again."""
+    colours = [*COLOURS, *(pale(colour) for colour in COLOURS)]
+    return {name: colours[number % len(colours)] for number, name in enumerate(dict.fromkeys(names))}
 
 
 def draw_profiles(reports: Sequence[Report]) -> str:

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from html import escape
 from itertools import groupby
 
+from dmquant.labels import LETTER
 from dmquant.plot import COLOURS, LEFT, RIGHT, draw_frame, draw_heights, draw_line, make_axis, wrap, write
 
 WIDTH = 1268  # pixels
 PANEL, MAP, GAP = 210, 170, 22  # heights of a panel of curves and of the map, and between two
 STRIP = 8  # height of the strip of roles
 LINE = 18  # of a legend
-LETTER = 6.6  # width of a letter, about
 MIN_PITCH = 12  # between two names of layers
 SMALL_WIDTH, SMALL_HEIGHT = 412, 240
 MAX_ROWS = 25  # of the map

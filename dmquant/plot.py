@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from dmquant.labels import RADIUS, Box, place_labels
+
 WIDTH, HEIGHT = 620, 380  # pixels
 LEFT, RIGHT, TOP, BOTTOM = 70, 20, 16, 48
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d1f", "#7f7f7f")
 NUM_TICKS = 6
-LABEL_GAP = 14  # pixels between two labels
+ENTRY = 14  # pixels between two names of a legend
 
 
 @dataclass(frozen=True)
@@ -52,15 +54,16 @@ def scatter(points: Sequence[Point], *, x_title: str, y_title: str) -> str:
     y_axis = make_axis(y_title, [point.y for point in points], HEIGHT - BOTTOM, TOP, may_be_log=False)
     front = [(x_axis.place(point.x), y_axis.place(point.y)) for point in find_front(points)]
     parts = [draw_frame(x_axis, y_axis), draw_line(front, "currentColor", dash="4 4")]
-    taken: list[tuple[float, float]] = []
-    for point in sorted(points, key=lambda point: (point.y, point.x)):
-        x, y = x_axis.place(point.x), y_axis.place(point.y)
-        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{point.colour}"/>')
-        is_right = x > (LEFT + WIDTH) / 2
-        height = _free(taken, x, y)
-        # above on the right, below on the left: the line that joins the points falls from left to right
-        place = (x - 7, height + 13) if is_right else (x + 7, height - 4)
-        parts.append(write(*place, point.label, "end" if is_right else "start"))
+    ordered = sorted(points, key=lambda point: (point.y, point.x))
+    places = [(x_axis.place(point.x), y_axis.place(point.y)) for point in ordered]
+    boxes = place_labels(places, [point.label for point in ordered], Box(LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM))
+    for point, (x, y), box in zip(ordered, places, boxes):
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{RADIUS}" fill="{point.colour}"/>')
+        is_left = box.right < x
+        edge, middle = box.right if is_left else box.left, (box.top + box.bottom) / 2
+        if abs(middle - y) > ENTRY:  # not at once plain whose label it is
+            parts.append(f'<line x1="{x:.1f}" y1="{y:.1f}" x2="{edge:.1f}" y2="{middle:.1f}" stroke="{point.colour}"/>')
+        parts.append(write(edge, box.bottom - 3, point.label, "end" if is_left else "start"))
     return wrap(parts, f"{y_title} against {x_title}")
 
 
@@ -73,7 +76,7 @@ def lines(
     parts = [draw_frame(x_axis, y_axis)]
     for number, (name, curve) in enumerate(curves.items()):
         parts.append(draw_line([(x_axis.place(x), y_axis.place(y)) for x, y in sorted(curve)], colours[name]))
-        height = HEIGHT - BOTTOM - 12 - LABEL_GAP * (len(curves) - 1 - number)
+        height = HEIGHT - BOTTOM - 12 - ENTRY * (len(curves) - 1 - number)
         parts.append(f'<circle cx="{WIDTH - RIGHT - 12}" cy="{height - 4}" r="4" fill="{colours[name]}"/>')
         parts.append(write(WIDTH - RIGHT - 22, height, name, "end"))
     return wrap(parts, f"{y_title} against {x_title}")
@@ -130,13 +133,9 @@ def draw_heights(axis: Axis, left: float, right: float) -> str:
     return "".join([*parts, f'<rect {box} fill="none" stroke="currentColor"/>'])
 
 
-def _free(taken: list[tuple[float, float]], x: float, y: float) -> float:
-    """A height near y at which no label stands yet; it is taken from now on."""
-    is_right = x > (LEFT + WIDTH) / 2
-    while any(side == is_right and abs(height - y) < LABEL_GAP for side, height in taken):
-        y -= LABEL_GAP / 2
-    taken.append((is_right, y))
-    return y
+def pale(colour: str) -> str:
+    """A colour #rrggbb half-way to white."""
+    return "#" + "".join(f"{(int(colour[place : place + 2], 16) + 255) // 2:02x}" for place in (1, 3, 5))
 
 
 def draw_line(places: Sequence[tuple[float, float]], colour: str, *, dash: str = "none") -> str:

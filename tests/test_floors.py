@@ -9,8 +9,8 @@ import pytest
 ROOT = Path(__file__).parents[1] / "dmquant"
 FLOORS = (
     {"errors"},
-    {"report", "packing", "clock", "storage", "progress", "images", "ranks", "columns", "plot", "panels", "effort", "meter",
-     "prompts", "silence", "inputs", "folder"},
+    {"report", "packing", "clock", "storage", "progress", "images", "ranks", "columns", "labels", "plot", "panels", "effort",
+     "meter", "prompts", "silence", "inputs", "folder"},
     {"quantizers", "kernels", "comparison"},
     {"layers", "attention", "packed"},
     {"denoiser", "foreign", "blocks", "generation", "clipping", "samples", "calibration", "distill", "denoising", "runs",
@@ -34,7 +34,7 @@ NEIGHBOURS = {
     ("distill", "samples"), ("distill", "runs"), ("runs", "samples"), ("denoising", "denoiser"), ("denoising", "generation"),
     ("packed", "layers"), ("packed", "attention"), ("quantization", "hf"), ("checkpoint", "hf"), ("failures", "console"),
     ("interruption", "console"), ("sheet", "page"),
-    ("kernels", "quantizers"), ("panels", "plot"), ("meter", "effort"),
+    ("kernels", "quantizers"), ("panels", "plot"), ("plot", "labels"), ("panels", "labels"), ("meter", "effort"),
 }  # fmt: skip
 FORBIDDEN = {"torchvision", "torch_fidelity", "click"}
 FILES = sorted(ROOT.rglob("*.py"))

@@ -4,7 +4,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from dmquant.plot import Axis, Point, find_front, lines, make_axis, nice_ticks, scatter
+from dmquant.plot import Axis, Point, find_front, lines, make_axis, nice_ticks, pale, scatter
 
 SVG = "{http://www.w3.org/2000/svg}"
 POINTS = [Point(10.0, 5.0, "float"), Point(2.0, 6.0, "w4"), Point(1.0, 9.0, "w1 <&>"), Point(3.0, 7.0, "beaten")]
@@ -55,3 +55,7 @@ def test_a_line_per_curve_with_its_name():
     tree = ElementTree.fromstring(lines(curves, {"a": "#111", "b<": "#222"}, x_title="t", y_title="c"))
     assert [line.get("stroke") for line in tree.iter(f"{SVG}polyline")] == ["#111", "#222"]
     assert {"a", "b<"} <= {text.text for text in tree.iter(f"{SVG}text")}
+
+
+def test_a_pale_colour_is_half_way_to_white():
+    assert pale("#000000") == "#7f7f7f" and pale("#ffffff") == "#ffffff" and pale("#0072b2") == "#7fb8d8"
