@@ -39,6 +39,7 @@ PROTOCOL = {"num_images": 1000, "seed": 0, "steps": 20, "batch": 50}  # where a 
 PROTOCOL_NAMES = (*PROTOCOL, "sampler", "reference", "extractor")
 CONDITIONS = ("prompts", "class_labels", "guidance_scale")  # of a protocol in a file
 CALLS_PER_SAMPLE = 4  # of the denoiser in a training step: forward, backward, and the quantizers' third of both
+CLIP_DRAWS = 6  # of the images that set the sampler's clip range: the float model's, and about as many ranges as are tried
 RUN = re.compile(r"(?P<method>[\w.-]+):(?P<weights>\d+)/(?P<acts>\d+)(?:,(?P<settings>.+))?")
 
 
@@ -53,8 +54,14 @@ class Experiment:
     @property
     def cost(self) -> int:
         """Denoiser calls of quantizing, on one sample each."""
-        recorded = self.method.trajectories * self.method.sampling_steps
-        return recorded + CALLS_PER_SAMPLE * self.method.max_steps * self.method.batch
+        return self.method.trajectories * self.method.sampling_steps + self.cost_when_recorded
+
+    @property
+    def cost_when_recorded(self) -> int:
+        """Those of training and of fitting the clip range."""
+        method = self.method
+        training = CALLS_PER_SAMPLE * method.max_steps * method.batch
+        return training + CLIP_DRAWS * method.clip_images * method.sampling_steps
 
 
 @dataclass(frozen=True)
@@ -183,10 +190,9 @@ def estimate_minutes(experiments: Sequence[Experiment], float_report: Report) ->
     protocol = float_report.protocol
     call_s = float_report.seconds_per_image / protocol.steps
     recordings = {(e.method.trajectories, e.method.sampling_steps, e.method.eta, e.seed) for e in experiments}
-    training = sum(CALLS_PER_SAMPLE * e.method.max_steps * e.method.batch for e in experiments)
-    recording = sum(trajectories * steps for trajectories, steps, *_ in recordings)
+    calls = sum(trajectories * steps for trajectories, steps, *_ in recordings) + sum(e.cost_when_recorded for e in experiments)
     evaluation = len(experiments) * protocol.num_images * float_report.seconds_per_image
-    return (call_s * (training + recording) + evaluation) / 60
+    return (call_s * calls + evaluation) / 60
 
 
 def measure_float(bench: Bench) -> Report:

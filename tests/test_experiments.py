@@ -144,15 +144,16 @@ def test_a_folder_of_another_experiment_is_left_alone(tiny_folder, done):
 
 def test_the_estimate_counts_each_recording_once_and_grows_with_the_work(whole):
     report = whole[1].reports[FLOAT]
-    one, two = (estimate_minutes([make(f"{n}", max_steps=n * 100) for n in range(count)], report) for count in (1, 2))
-    assert 0 < one < two
+    one, two = (estimate_minutes([make(f"{n}", max_steps=100) for n in range(count)], report) for count in (1, 2))
+    longer = estimate_minutes([make("0", max_steps=200)], report)
+    assert 0 < one < two < 2 * one < 2 * longer
 
 
 def test_a_run_is_named_by_method_and_bits():
     plain, tuned = parse_run("lsq:4/8"), parse_run("lsq:2/32,max_steps=5,keep=first")
     assert (plain.name, plain.method.weight_bits, plain.method.act_bits) == ("lsq-w4a8", 4, 8)
     assert tuned.name == "lsq-w2a32-max_steps-5-keep-first" and tuned.method.max_steps == 5
-    assert plain.cost > parse_run("lsq:4/8,max_steps=0").cost
+    assert plain.cost > parse_run("lsq:4/8,max_steps=0").cost and plain.cost > parse_run("lsq:4/8,clip_images=0").cost
 
 
 @pytest.mark.parametrize("text", ["lsq", "lsq:4", "lsq:4/x", ":4/4", "lsq:4/4,", "lqs:4/4", "lsq:9/4", "lsq:4/4,nonsense=1"])
