@@ -62,7 +62,7 @@ def run(query: Tensor, key: Tensor, value: Tensor, grids: Sequence[nn.Module], s
         return None
     scales, zeros = tables(grids, *query.shape[:2])
     is_compiling = torch.compiler.is_compiling()
-    if not is_compiling and not bool((zeros == zeros.round()).all()):
+    if not is_compiling and not bool(((zeros == zeros.round()) & (zeros >= 0) & (zeros < 1 << grids[0].bits)).all()):
         return None
     return (attend_op if is_compiling else attend)(query, key, value, scales, zeros, grids[0].bits, scale, variant)
 
