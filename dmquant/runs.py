@@ -2,8 +2,9 @@
 
     FOLDER/start/   what the run is made of (facts.json) and its recorded samples: written once
     FOLDER/state/   one step: everything with a state_dict, as safetensors and JSON, never pickle
+    FOLDER/store/   what a method keeps beside its state because it is too large for memory; a folder for each rank
 
-Both are published whole, so a process may die at any moment: the state is the old one or the new one. Random numbers are a
+The first two are published whole, so a process may die at any moment: the state is the old one or the new one. Random numbers are a
 function of seed, step and rank, so none are saved, and a continued run ends with the weights of one that never stopped.
 Continuing on another device, with another number of ranks or another version would end elsewhere: it is refused.
 """
@@ -11,9 +12,12 @@ Continuing on another device, with another number of ranks or another version wo
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -29,7 +33,7 @@ from dmquant.samples import Samples
 
 PERIOD_S = 120.0  # between two saves
 SHARE = 0.01  # of the time at most goes into saving: a large state is saved less often
-START, STATE = "start", "state"
+START, STATE, STORE = "start", "state", "store"
 
 
 class Part(Protocol):
@@ -67,6 +71,12 @@ class Run:
         """The steps, one by one; between two of them the parts may be saved, or the run stopped."""
         yield from steps
 
+    @contextmanager
+    def storeroom(self) -> Iterator[Path]:
+        """A folder for what is too large for memory. It is gone afterwards, unless the run is to be continued."""
+        with TemporaryDirectory(prefix="dmquant-") as folder:
+            yield Path(folder)
+
 
 class SavedRun(Run):
     """The same, except that it saves itself now and then, and continues what it finds in its folder.
@@ -96,7 +106,9 @@ class SavedRun(Run):
         if self._is_writer and self.folder.is_dir():
             storage.discard(self._state)
             storage.discard(self._start)
-            if not any(self.folder.iterdir()):
+            for folder in (self.folder / STORE).glob("*"):
+                _remove_store(folder)
+            if self.folder.is_dir() and not any(self.folder.iterdir()):
                 self.folder.rmdir()
 
     def open(self, facts: Mapping[str, Any], tensors: Mapping[str, Iterable[Tensor]]) -> None:
@@ -138,8 +150,23 @@ class SavedRun(Run):
                 due = end + max(self._period_s, (end - begin) / SHARE)
             yield step
 
+    @contextmanager
+    def storeroom(self) -> Iterator[Path]:
+        folder = self.folder / STORE / str(ranks.number())
+        if not self._has_begun:
+            _remove_store(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            yield folder
+        except BaseException:
+            if not self._has_begun:
+                _remove_store(folder)
+            raise
+        _remove_store(folder)
+
     def _save(self, next_step: int, parts: Mapping[str, Part]) -> None:
         if not self._is_writer:
+            self._has_begun = True
             return
         if not self._has_begun:
             with storage.publish(self._start, force=True) as temporary:
@@ -166,6 +193,14 @@ class SavedRun(Run):
         if names:
             changes = "; ".join(f"{name} was {saved.get(name)}, now {facts.get(name)}" for name in names)
             raise InputError(f"{self.folder} holds another run: {changes}. Ask for the same, or start over with --force")
+
+
+def _remove_store(folder: Path) -> None:
+    """Removes a rank's storeroom, and the folders around it if they are empty then."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):  # another rank's is there, or a state
+        folder.parent.rmdir()
+        folder.parent.parent.rmdir()
 
 
 def _hash(tensors: Iterable[Tensor]) -> str:

@@ -18,7 +18,7 @@ from dmquant.errors import DamagedFile, DmquantError, InputError, Interrupted
 from dmquant.layers import swap
 from dmquant.quantization import quantize
 from dmquant.quantizers.uniform import LearnedStep
-from dmquant.runs import SavedRun
+from dmquant.runs import Run, SavedRun
 
 QUICK = dict(trajectories=1, sampling_steps=2, calibration_samples=2, max_steps=6, batch=2, init="minmax")
 
@@ -244,6 +244,35 @@ def test_an_interrupt_before_the_first_step_leaves_no_files(pipeline, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         quantize(pipeline, run=SavedRun(tmp_path / "run", period_s=0), track=press, **QUICK)
     assert list(tmp_path.iterdir()) == []
+
+
+def enter_storeroom(run, steps):
+    """Keeps a file beside the state, and takes that many steps before somebody asks to stop."""
+    run.open({}, {})
+    with run.storeroom() as room:
+        (room / "rows").touch(exist_ok=False)
+        for step in run.keep([Step(number) for number in range(3)], {}):
+            if step.number == steps:
+                raise KeyboardInterrupt
+    return room
+
+
+def test_what_is_kept_beside_the_state_is_gone_with_the_run_unless_it_can_be_continued(tmp_path):
+    assert not enter_storeroom(Run(), 3).exists()
+    folder = tmp_path / "run"
+    assert enter_storeroom(SavedRun(folder), 3) == folder / "store" / "0" and not folder.exists()
+    with pytest.raises(KeyboardInterrupt):
+        enter_storeroom(SavedRun(folder), 1)
+    assert not folder.exists(), "nothing was saved"
+    with pytest.raises(KeyboardInterrupt):
+        enter_storeroom(SavedRun(folder, period_s=0), 1)
+    run = SavedRun(folder)
+    run.open({}, {})
+    with pytest.raises(KeyboardInterrupt), run.storeroom() as room:
+        assert [file.name for file in room.iterdir()] == ["rows"]
+        raise KeyboardInterrupt
+    run.remove()
+    assert not folder.exists()
 
 
 def test_a_save_that_fails_leaves_the_state_before_it(pipeline, whole, folder, monkeypatch):

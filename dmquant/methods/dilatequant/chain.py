@@ -47,14 +47,20 @@ def find_links(student: nn.Module, samples: Samples) -> list[Block]:
 
 
 @torch.no_grad()
-def trace(network: nn.Module, link: Block, part: Samples) -> list[Call]:
-    """The calls of the link's modules when the network runs on samples that are on its device. What follows does not run."""
+def trace(network: nn.Module, link: Block, part: Samples, *, with_answers: bool = True) -> list[Call]:
+    """The calls of the link's modules when the network runs on samples that are on its device. What follows does not run.
+
+    Without answers the last module does not run either, and has none.
+    """
     calls: list[Call] = []
     with ExitStack() as hooks:
         for name in link.modules:
-            module = network.get_submodule(name)
-            is_last = name == link.modules[-1]
-            hooks.callback(module.register_forward_hook(partial(_note, calls, is_last), with_kwargs=True).remove)
+            module, is_last = network.get_submodule(name), name == link.modules[-1]
+            if is_last and not with_answers:
+                hook = module.register_forward_pre_hook(partial(_halt, calls), with_kwargs=True)
+            else:
+                hook = module.register_forward_hook(partial(_note, calls, is_last), with_kwargs=True)
+            hooks.callback(hook.remove)
         try:
             part.call(network)
         except Reached:
@@ -66,6 +72,11 @@ def _note(calls: list[Call], is_last: bool, module: nn.Module, args: tuple, kwar
     calls.append(Call(*tree_flatten((args, kwargs)), *tree_flatten(output)))
     if is_last:
         raise Reached
+
+
+def _halt(calls: list[Call], module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    calls.append(Call(*tree_flatten((args, kwargs)), *tree_flatten(())))
+    raise Reached
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class DilateQuant(Method):
     )
     max_steps: int = setting(1000, "optimiser steps of each block, with scope=model of the whole; 0 only calibrates")
     block_samples: int = setting(1024, "recorded samples, drawn at random, that blocks are trained on")
-    cache_gib: float = setting(6.0, "GiB of memory: half for what a block reads and follows, half for answers of finished ones")
+    cache_gib: float = setting(6.0, "GiB of disk: half for what a block reads and follows, half for answers of finished ones")
 
     def __post_init__(self) -> None:
         super().__post_init__()

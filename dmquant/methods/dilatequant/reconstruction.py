@@ -12,6 +12,7 @@ from dmquant.distill import Training, fit
 from dmquant.methods.dilatequant.chain import Link, find_links, trace
 from dmquant.methods.dilatequant.relay import Leg, Relay
 from dmquant.methods.dilatequant.shelf import Entry, Shelf
+from dmquant.methods.dilatequant.stack import Stack
 from dmquant.progress import Track
 from dmquant.runs import Run
 from dmquant.samples import Samples
@@ -24,20 +25,25 @@ def reconstruct(
     """Trains the links of the student in place, one after the other, max_steps each, and freezes everything else.
 
     DilateQuant, eq. 15. `weight` (N,) says how much each sample counts. Half of the cache is for the link under way, half for
-    what finished blocks answered. In a run that is continued finished blocks are not trained, but answer once more.
+    what finished blocks answered. In a run that is continued they are found again; those that are not answer once more.
     """
-    links, shelf, blocks = find_links(student, samples), Shelf(cache_bytes // 2), find_blocks(student)
+    links, blocks = find_links(student, samples), find_blocks(student)
     relay = Relay(run, student, count=len(links), length=training.max_steps, track=track)
-    for index, block in enumerate(links):
-        link = Link(student, block, samples)
-        how = dict(shelf=shelf, cache_bytes=cache_bytes // 2, batch=training.batch)
-        memory = Memory(student, teacher, block, link, samples, weight, **how)
-        if index >= relay.first:
-            fit(link, Reconstruction(memory, training.max_steps), training, seed=seed, run=Leg(relay, index))
-        # other layers may run more than once in a call
-        if block in blocks and memory.num_rounds == 1:
-            memory.put_away()
-    relay.finish()
+    with run.storeroom() as folder:
+        shelf = Shelf(folder, cache_bytes // 2)
+        for index, block in enumerate(links):
+            link = Link(student, block, samples)
+            if index < relay.first and shelf.recall(block, link):
+                continue
+            shelf.forget(block)
+            how = dict(shelf=shelf, cache_bytes=cache_bytes // 2, batch=training.batch)
+            with Memory(student, teacher, block, link, samples, weight, **how) as memory:
+                if index >= relay.first:
+                    fit(link, Reconstruction(memory, training.max_steps), training, seed=seed, run=Leg(relay, index))
+                # other layers may run more than once in a call
+                if block in blocks and memory.num_rounds == 1:
+                    memory.put_away()
+        relay.finish()
     student.requires_grad_(False)
     for name in (name for link in links for name in link.modules):
         student.get_submodule(name).requires_grad_(True)
@@ -46,7 +52,7 @@ def reconstruct(
 class Memory:
     """What a link reads behind the quantized part of the student, and what the teacher's answers to what it reads itself.
 
-    Samples that do not fit into `cache_bytes` at once come in rounds.
+    Both lie in the shelf's folder until the link is done. Samples that do not fit into `cache_bytes` at once come in rounds.
     """
 
     def __init__(
@@ -61,20 +67,29 @@ class Memory:
         # a batch at least, whatever the budget
         self.num_rounds = math.ceil(len(samples) / max(batch, cache_bytes // max(1, sample_bytes)))
         self._round: int | None = None
+        self.rows: list[Stack] = []
+        self.answers: list[Stack] = []
+
+    def __enter__(self) -> "Memory":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for stack in (*self.rows, *self.answers):
+            stack.remove()
 
     def enter(self, number: int) -> None:
         """Makes this round's inputs and answers those that are there."""
         if number == self._round:
             return
-        self._round, self.rows, self.answers = number, [], []  # the old ones go first
-        turn = torch.arange(number, len(self._samples), self.num_rounds)
+        self.__exit__()
+        self._round, turn = number, torch.arange(number, len(self._samples), self.num_rounds)
         self.timestep, self.weight = self._samples.timestep[turn], self._weight[turn]
         for place in range(0, len(turn), self._batch):
             rows, answers = self._call(turn[place : place + self._batch])
             if not place:
-                self.rows, self.answers = ([_room(tensor, len(turn)) for tensor in kind] for kind in (rows, answers))
-            _copy(rows, self.rows, place)
-            _copy(answers, self.answers, place)
+                self.rows, self.answers = self._stack("rows", rows), self._stack("theirs", answers)
+            _write(rows, self.rows, place)
+            _write(answers, self.answers, place)
 
     @torch.no_grad()
     def put_away(self) -> None:
@@ -82,11 +97,12 @@ class Memory:
         self.enter(0)
         if not self._shelf.has_room(self.answers):
             return
-        ours = [torch.empty_like(answer) for answer in self.answers]
+        ours = self._stack("ours", self.answers)
         for place in range(0, len(self.timestep), self._batch):
             index = torch.arange(place, min(place + self._batch, len(self.timestep)))
-            _copy(self.answer(self._link, index), ours, place)
+            _write(self.answer(self._link, index), ours, place)
         self._shelf.add(Entry(self._block, self._link, ours, self.answers))
+        self.answers = []  # the shelf's from now on
 
     def answer(self, link: nn.Module, index: Tensor) -> Sequence[Tensor]:
         """What a link answers to the rows of this index, its clock at their timesteps."""
@@ -94,13 +110,20 @@ class Memory:
         with self._at(index):
             return link(*(rows[index].to(device) for rows in self.rows))
 
+    def _stack(self, kind: str, like: Sequence[Tensor | Stack]) -> list[Stack]:
+        """Room for what is of the form of these, for each sample of the round."""
+        name, count = f"{self._block.name}-{kind}", len(self.timestep)
+        return [
+            Stack(self._shelf.folder / f"{name}-{number}", (count, *one.shape[1:]), one.dtype) for number, one in enumerate(like)
+        ]
+
     def _at(self, index: Tensor) -> AbstractContextManager:
         return nullcontext() if self._clock is None else self._clock.at(self.timestep[index], len(index))
 
     def _call(self, index: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         part = self._samples[index].on(next(self._student.parameters()).device)
         with self._shelf.standing_in(self._student, index, is_teacher=False):
-            rows = self._link.rows_of(trace(self._student, self._block, part))
+            rows = self._link.rows_of(trace(self._student, self._block, part, with_answers=False))
         with self._shelf.standing_in(self._teacher, index, is_teacher=True):
             return rows, self._link.answers_of(trace(self._teacher, self._block, part))
 
@@ -123,10 +146,6 @@ class Reconstruction:
         return (memory.weight[index].to(device) * error).mean()
 
 
-def _room(tensor: Tensor, count: int) -> Tensor:
-    return torch.empty(count, *tensor.shape[1:], dtype=tensor.dtype)
-
-
-def _copy(parts: Sequence[Tensor], rooms: Sequence[Tensor], place: int) -> None:
-    for part, room in zip(parts, rooms, strict=True):
-        room[place : place + len(part)] = part
+def _write(parts: Sequence[Tensor], stacks: Sequence[Stack], place: int) -> None:
+    for part, stack in zip(parts, stacks, strict=True):
+        stack.write(place, part)

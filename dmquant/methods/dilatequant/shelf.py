@@ -1,13 +1,15 @@
-"""What finished blocks answered, kept so that they do not run again for the blocks after them."""
+"""What finished blocks answered, kept on the disk so that they do not run again for the blocks after them."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from dmquant.blocks import Block
 from dmquant.methods.dilatequant.chain import Link
+from dmquant.methods.dilatequant.stack import Stack, read_index, write_index
 
 
 class Entry(NamedTuple):
@@ -15,24 +17,36 @@ class Entry(NamedTuple):
 
     block: Block
     link: Link
-    ours: Sequence[Tensor]
-    theirs: Sequence[Tensor]
+    ours: Sequence[Stack]
+    theirs: Sequence[Stack]
 
 
 class Shelf:
     """Blocks in order of execution, as many as there is room for; any others run."""
 
-    def __init__(self, room_bytes: int):
+    def __init__(self, folder: Path, room_bytes: int):
+        self.folder = folder
         self._entries: list[Entry] = []
         self._room_bytes = room_bytes
 
-    def has_room(self, answers: Sequence[Tensor]) -> bool:
+    def has_room(self, answers: Sequence[Stack]) -> bool:
         """Whether answers of this size fit, those of the student and those of the teacher."""
         return 2 * sum(answer.nbytes for answer in answers) <= self._room_bytes
 
     def add(self, entry: Entry) -> None:
-        self._room_bytes -= 2 * sum(answer.nbytes for answer in entry.theirs)
-        self._entries.append(entry)
+        write_index(self._index(entry.block), {"ours": entry.ours, "theirs": entry.theirs})
+        self._put(entry)
+
+    def recall(self, block: Block, link: Link) -> bool:
+        """Whether an earlier process has put this block on the shelf; then it stands there again."""
+        if not self._index(block).exists():
+            return False
+        self._put(Entry(block, link, **read_index(self._index(block))))
+        return True
+
+    def forget(self, block: Block) -> None:
+        """What an earlier process kept of a block that is trained once more counts no longer."""
+        self._index(block).unlink(missing_ok=True)
 
     @contextmanager
     def standing_in(self, network: nn.Module, index: Tensor, *, is_teacher: bool) -> Iterator[None]:
@@ -44,3 +58,10 @@ class Shelf:
                 answers = [answer[index].to(device) for answer in (entry.theirs if is_teacher else entry.ours)]
                 stack.enter_context(entry.link.answering(network, entry.block, answers))
             yield
+
+    def _put(self, entry: Entry) -> None:
+        self._room_bytes -= 2 * sum(answer.nbytes for answer in entry.theirs)
+        self._entries.append(entry)
+
+    def _index(self, block: Block) -> Path:
+        return self.folder / f"{block.name}.json"

@@ -78,7 +78,9 @@ def test_every_link_answers_alone_what_it_answers_in_the_network(kind):
         calls = trace(student, block, part)
         with student.clock.at(part.timestep, 4):
             answers = link(*link.rows_of(calls))
+            halted = link.rows_of(trace(student, block, part, with_answers=False))
         assert answers and all(torch.equal(*pair) for pair in zip(answers, link.answers_of(calls), strict=True)), block.name
+        assert all(torch.equal(*pair) for pair in zip(halted, link.rows_of(calls), strict=True)), block.name
 
 
 @every_denoiser
@@ -97,12 +99,14 @@ def test_links_of_a_unet_begin_with_the_time_embedding_and_end_with_the_last_lay
     assert names[:3] == ["time_embedding.linear_1", "time_embedding.linear_2", "conv_in"] and names[-1] == "conv_out"
 
 
-def test_what_follows_a_link_does_not_run():
+def test_what_follows_a_link_does_not_run_and_without_answers_neither_does_its_end():
     student, samples = student_of(UNet2DModel)
-    links, seen = find_links(student, samples), []
-    student.conv_out.register_forward_pre_hook(lambda module, args: seen.append(module))
-    trace(student, links[0], samples)
-    assert not seen and not any(module._forward_hooks for module in student.modules())
+    (first, *_, last), ran, end = find_links(student, samples), [], student.conv_out
+    hook = end.register_forward_hook(lambda *call: ran.append(call))
+    trace(student, first, samples)
+    trace(student, last, samples, with_answers=False)
+    hook.remove()
+    assert not ran and not end._forward_pre_hooks and not any(module._forward_hooks for module in student.modules())
 
 
 def test_parts_that_do_not_follow_each_other_are_refused():
