@@ -4,8 +4,8 @@
     FOLDER/state/   one step: everything with a state_dict, as safetensors and JSON, never pickle
     FOLDER/store/   what a method keeps beside its state because it is too large for memory; a folder for each rank
 
-The first two are published whole, so a process may die at any moment: the state is the old one or the new one. Random numbers are a
-function of seed, step and rank, so none are saved, and a continued run ends with the weights of one that never stopped.
+The first two are published whole, so a process may die at any moment: the state is the old one or the new one. Random numbers
+are a function of seed, step and rank, so none are saved, and a continued run ends with the weights of one that never stopped.
 Continuing on another device, with another number of ranks or another version would end elsewhere: it is refused.
 """
 

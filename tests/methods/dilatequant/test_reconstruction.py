@@ -38,7 +38,9 @@ def content(stacks):
     return [stack[torch.arange(len(stack))] for stack in stacks]
 
 
-def test_inputs_are_those_behind_the_students_prefix_and_answers_the_teachers_behind_its_own(student, pipeline, samples, tmp_path):
+def test_inputs_are_those_behind_the_students_prefix_and_answers_the_teachers_behind_its_own(
+    student, pipeline, samples, tmp_path
+):
     teacher, block, link, memory = remember(student, pipeline, samples, tmp_path, 5)
     memory.enter(0)
     ours, theirs = trace(student, block, samples), trace(teacher, block, samples)
