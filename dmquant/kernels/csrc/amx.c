@@ -44,11 +44,26 @@ static void put_tile(const Band *band, const Tile *tile, const int32_t *sums, in
     Outputs o = outputs_of(job, band->plane, output, job->act_scale[n], job->act_zero[n], bias);
     if (!o.mask) return;
     float *first = job->out + output_pixel(job, band->row) * job->outputs + output;
+    const int32_t *box = band->scratch->box;
+    int64_t outputs = job->outputs;
     for (int i = 0; i < 16; i++) {
         int64_t pixel = tile->pixel[i];
         if (pixel < 0) continue;
-        __m512i sum = _mm512_sub_epi32(_mm512_loadu_si512(sums + 16 * i), o.excess);
-        put(job, &o, band->plane, sum, band->scratch->box + pixel, first + pixel * job->outputs);
+        put(&o, _mm512_sub_epi32(_mm512_load_si512(sums + 16 * i), o.excess), box + pixel, first + pixel * outputs);
+    }
+}
+
+/* What put_tile will read and write of 32 outputs, while they are multiplied. */
+static void fetch_tile(const Band *band, const Tile *tile, int64_t output) {
+    const Job *job = band->job;
+    int64_t first = output_pixel(job, band->row) * job->outputs + output, outputs = job->outputs;
+    for (int i = 0; i < 16; i++) {
+        int64_t at = first + most(0, tile->pixel[i]) * outputs;
+        __builtin_prefetch(job->out + at, 1);
+        __builtin_prefetch(job->out + at + 16, 1);
+        if (!job->residual) continue;
+        __builtin_prefetch(job->residual + at);
+        __builtin_prefetch(job->residual + at + 16);
     }
 }
 
@@ -57,15 +72,17 @@ static void multiply_pair(const Band *band, const Tile *tiles, const uint8_t *le
     int32_t sums[4][256] __attribute__((aligned(64)));
     const uint8_t *first = band->scratch->cells + tiles[0].position * 64, *second = band->scratch->cells + tiles[1].position * 64;
     int64_t count = band->shape->channel_blocks * band->shape->taps, step = 64 * band->job->stride_w;
+    fetch_tile(band, tiles, block * OUTPUTS);
+    fetch_tile(band, tiles + 1, block * OUTPUTS);
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t i = 0; i < count; i++, levels += 2048) {
         int64_t offset = band->scratch->offsets[i];
-        _tile_loadd(6, levels, 128);
+        _tile_stream_loadd(6, levels, 128);
         _tile_loadd(4, first + offset, step);
-        _tile_loadd(7, levels + 64, 128);
+        _tile_stream_loadd(7, levels + 64, 128);
         _tile_loadd(5, second + offset, step);
         _tile_dpbusd(0, 4, 6);
         _tile_dpbusd(1, 4, 7);
@@ -88,9 +105,9 @@ static void multiply_single(const Band *band, const Tile *tile, const uint8_t *l
     _tile_zero(0);
     _tile_zero(1);
     for (int64_t i = 0; i < count; i++, levels += 2048) {
-        _tile_loadd(6, levels, 128);
+        _tile_stream_loadd(6, levels, 128);
         _tile_loadd(4, cells + band->scratch->offsets[i], step);
-        _tile_loadd(7, levels + 64, 128);
+        _tile_stream_loadd(7, levels + 64, 128);
         _tile_dpbusd(0, 4, 6);
         _tile_dpbusd(1, 4, 7);
     }

@@ -125,6 +125,11 @@ static const float *read_row(const Job *job, int64_t n, int64_t h, int64_t width
     return normalized;
 }
 
+/* The k-th of equal shares of the next row. */
+INLINE void fetch_share(const float *next, int64_t count, int64_t k) {
+    for (int64_t i = k * count; i < (k + 1) * count; i += LINE / 4) __builtin_prefetch(next + i, 0, 2);
+}
+
 /* Input row h of image n, padding included, into row `slot` of the band. */
 static void quantize_row(const Job *job, const Shape *s, int64_t n, int64_t h, int64_t slot, Scratch *scratch) {
     float zero = job->act_zero[n * job->act_stride];
@@ -134,6 +139,7 @@ static void quantize_row(const Job *job, const Shape *s, int64_t n, int64_t h, i
     const float *x = width ? read_row(job, n, h, width / job->zoom, scratch->normalized) : NULL;
     if (sums) memset(sums, 0, s->cells_wide * 4);
     for (int64_t k = 0; k < s->channel_blocks; k++) {
+        if (width && !is_normalized(job)) fetch_share(x + width / job->zoom * job->channels, job->block * width / job->zoom, k);
         uint8_t *cells = scratch->cells + k * s->plane_bytes + slot * s->cells_wide * s->cell_bytes;
         fill(job, zero, k, left, cells);
         uint8_t *first = cells + left * s->cell_bytes;

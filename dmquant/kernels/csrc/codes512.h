@@ -42,8 +42,13 @@ static const uint8_t *expand(const Job *job, const Shape *s, const uint8_t *plan
     if (bits == 8) return plane + from * s->weight_bytes;
     const uint8_t *masks = plane + from * s->weight_bytes / 8 * bits;
     int step = level_step(bits);
-    __m512i least_level = _mm512_set1_epi8((char)level_least(bits));
-    for (int64_t i = 0; i < count; i++, masks += 8 * bits) {
+    __m512i least_level = _mm512_set1_epi8((char)level_least(bits)), one = _mm512_set1_epi8(1);
+    for (int64_t i = 0; bits == 1 && i < count; i++) {
+        uint64_t mask;
+        memcpy(&mask, masks + 8 * i, 8);
+        _mm512_store_si512(weights + 64 * i, _mm512_mask_mov_epi8(least_level, mask, one));
+    }
+    for (int64_t i = 0; bits > 1 && i < count; i++, masks += 8 * bits) {
         __m512i level = least_level;
         for (int64_t bit = 0; bit < bits; bit++) {
             uint64_t mask;

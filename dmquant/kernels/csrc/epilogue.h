@@ -8,10 +8,13 @@ typedef struct {
     __mmask16 mask;
     __m512 scale, bias;
     __m512i excess, shift;          /* what codes add too much: zero point times total; what each a adds too much */
+    int is_shifted, is_added;       /* to what an earlier plane wrote */
+    const float *residual, *out;    /* of the whole image; no residual, or not yet: NULL */
 } Outputs;
 
 INLINE Outputs outputs_of(const Job *job, int64_t plane, int64_t first, float act_scale, float act_zero, const float *bias) {
-    Outputs o;
+    Outputs o = {.is_shifted = job->zero != NULL, .is_added = plane > 0, .out = job->out};
+    o.residual = plane == job->planes - 1 ? job->residual : NULL;
     int64_t rest = most(0, least(16, job->outputs - first)), at = plane * job->outputs + first;
     o.mask = (__mmask16)((1u << rest) - 1);
     o.scale = _mm512_maskz_loadu_ps(o.mask, job->scale + at);
@@ -27,13 +30,11 @@ INLINE Outputs outputs_of(const Job *job, int64_t plane, int64_t first, float ac
     return o;
 }
 
-/* Further planes add to what the first one wrote. */
-INLINE void put(const Job *job, const Outputs *o, int64_t plane, __m512i acc, const int32_t *box, float *out) {
-    if (job->zero) acc = _mm512_sub_epi32(acc, _mm512_mullo_epi32(o->shift, _mm512_set1_epi32(*box)));
-    __m512 before = plane ? _mm512_maskz_loadu_ps(o->mask, out) : o->bias;
+INLINE void put(const Outputs *o, __m512i acc, const int32_t *box, float *out) {
+    if (o->is_shifted) acc = _mm512_sub_epi32(acc, _mm512_mullo_epi32(o->shift, _mm512_set1_epi32(*box)));
+    __m512 before = o->is_added ? _mm512_maskz_loadu_ps(o->mask, out) : o->bias;
     __m512 value = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc), o->scale, before);
-    const float *residual = residual_at(job, plane, out);
-    if (residual) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(o->mask, residual));
+    if (o->residual) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(o->mask, o->residual + (out - o->out)));
     _mm512_mask_storeu_ps(out, o->mask, value);
 }
 #endif

@@ -159,8 +159,8 @@ INLINE void tile(const Row *row, int64_t block, int64_t pixel, const int P, cons
             acc[p][0] = from_set(row, acc[p][0], &o0, *box);
             acc[p][1] = from_set(row, acc[p][1], &o1, *box);
         }
-        put(row->job, &o0, row->plane, acc[p][0], box, out);
-        put(row->job, &o1, row->plane, acc[p][1], box, out + 16);
+        put(&o0, acc[p][0], box, out);
+        put(&o1, acc[p][1], box, out + 16);
     }
 }
 

@@ -89,7 +89,9 @@ static inline __attribute__((always_inline)) float activated(int64_t activate, f
 static inline __attribute__((always_inline)) void normalize_by(const Normal *normal, const float *restrict x, int64_t pixels,
                                                                int64_t channels, float *restrict out, const int64_t activate) {
     const float *restrict gain = normal->gain, *restrict offset = normal->offset, *restrict factor = normal->factor;
-    for (int64_t p = 0; p < pixels; p++, x += channels_read(activate, channels), out += channels) {
+    int64_t read = channels_read(activate, channels);
+    for (int64_t p = 0; p < pixels; p++, x += read, out += channels) {
+        for (int64_t c = 0; c < read; c += 16) __builtin_prefetch(x + pixels * read + c, 0, 2);     /* the next row */
         if (activate == GATED)
             for (int64_t c = 0; c < channels; c++) out[c] = x[c] * gelu(x[channels + c]);
         else if (gain)

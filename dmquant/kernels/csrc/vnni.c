@@ -20,8 +20,8 @@ INLINE void tile(const Row *row, int64_t block, const uint8_t *levels, int64_t p
     for (int p = 0; p < P; p++) {
         const int32_t *box = row->box + pixel + p;
         float *out = row->out + (pixel + p) * row->job->outputs + output;
-        put(row->job, &o0, row->plane, _mm512_sub_epi32(acc[p][0], o0.excess), box, out);
-        put(row->job, &o1, row->plane, _mm512_sub_epi32(acc[p][1], o1.excess), box, out + 16);
+        put(&o0, _mm512_sub_epi32(acc[p][0], o0.excess), box, out);
+        put(&o1, _mm512_sub_epi32(acc[p][1], o1.excess), box, out + 16);
     }
 }
 
