@@ -144,14 +144,14 @@ def can_fuse(layer: nn.Module, x: Tensor) -> bool:
     return torch.compiler.is_compiling() or not trial.check_fusion(blocked.kernel, layer.input.bits, x.device)
 
 
-def run_fused(layer: nn.Module, x: Tensor, around: Around) -> Tensor:
-    """The output of a layer that can be fused."""
+def run_fused(layer: nn.Module, x: Tensor, around: Around = NOTHING, out: Tensor | None = None) -> Tensor:
+    """The output of a layer that can be fused; of a linear layer in a tensor that is already there, if it is given."""
     if isinstance(layer.divide, Divide):
         around = _divided(around, layer.divide.reciprocal, x)
-    return apply(layer, layer.weight.blocked, x, around)
+    return apply(layer, layer.weight.blocked, x, around, out)
 
 
-def apply(layer: nn.Module, blocked: Blocked, x: Tensor, around: Around = NOTHING) -> Tensor:
+def apply(layer: nn.Module, blocked: Blocked, x: Tensor, around: Around = NOTHING, out: Tensor | None = None) -> Tensor:
     """The output of a layer by the kernel that its weight is arranged for."""
     weight = layer.weight
     act_scale, act_zero = grid_of(layer, x)
@@ -165,6 +165,7 @@ def apply(layer: nn.Module, blocked: Blocked, x: Tensor, around: Around = NOTHIN
     out = multiply(
         images, blocked.weight, blocked.total, weight.scale, zero, bias, act_scale, act_zero, blocked.kernel, format,
         around.window or window_of(layer), around.gain, around.offset, around.factor, residual, around.activate, around.zoom,
+        **({} if out is None else {"out": as_images(layer, out)}),
     )  # fmt: skip
     if isinstance(layer, nn.Linear):
         return out.view(*x.shape[:-1], -1)

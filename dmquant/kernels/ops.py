@@ -36,7 +36,7 @@ def multiply(
     x: Tensor, weight: Tensor, total: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None,
     act_scale: Tensor, act_zero: Tensor, kernel: str, format: Sequence[int], window: Sequence[int], gain: Tensor | None = None,
     offset: Tensor | None = None, factor: Tensor | None = None, residual: Tensor | None = None, activate: int = 0,
-    zoom: int = 1,
+    zoom: int = 1, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Quantizes x (N, H, W, C) and convolves it with a blocked weight: (N, H', W', O), in the dtype of x.
 
@@ -44,7 +44,8 @@ def multiply(
     padding (top, bottom, left, right). act_scale and act_zero hold one value, or one for each image; bias may be (N, O).
     With gain and offset (N, C), f(x * gain + offset) * factor is quantized instead of x: f is an activation of normal.py, factor
     (C) may be None; with an activation they may be None themselves. GATED reads x (N, H, W, 2 C). residual, of the output's shape,
-    is added to it. Each pixel is read zoom times zoom times. oneDNN knows none of these, Triton SiLU alone.
+    is added to it. Each pixel is read zoom times zoom times. The output is written to `out` if there is one, contiguous. oneDNN
+    knows none of these, Triton SiLU alone.
     x is float32, for Triton half as well.
     """
     bits, halves, act_bits = format
@@ -58,7 +59,7 @@ def multiply(
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     images, height, width, channels = x.shape
     channels //= 2 if activate == GATED else 1
-    out = x.new_empty(images, *output_size(x, window, zoom), total.shape[1])
+    out = x.new_empty(images, *output_size(x, window, zoom), total.shape[1]) if out is None else out
     if out.numel() == 0:
         return out
     tensors = (x, out, weight, total, scale, zero, bias, act_scale, act_zero, gain, offset, factor, residual)

@@ -16,8 +16,9 @@ from dmquant.kernels.dispatch import NOTHING, Around, can_fuse, run_fused
 from dmquant.kernels.fused import LAST, Fused, images, is_free, is_training, is_watched
 from dmquant.kernels.normal import GATED, TANH_GELU, moments_of
 from dmquant.kernels.normal import GELU as EXACT_GELU
+from dmquant.quantizers.base import FixedGrid
 
-HIDDEN_BYTES = 8 << 20  # between two layers: it stays in a cache, and memory that large is new at every call
+HIDDEN_BYTES = 4 << 20  # between two layers: it stays in a cache, and memory that large is new at every call
 ACTIVATIONS = {GEGLU: {None: GATED}, GELU: {"none": EXACT_GELU, "tanh": TANH_GELU}}
 
 
@@ -137,12 +138,28 @@ def has_plain_products(attention: Attention) -> bool:
 def feed_forward(net: nn.ModuleList, tokens: Tensor, before: Around, residual: Tensor, gate: Tensor | None) -> Tensor:
     """The residual plus what two layers and the activation between them make of tokens (B, N, C), some tokens at a time."""
     first, last, activation = net[0].proj, net[2], activation_of(net[0])
+    if before is NOTHING and gate is None and is_same_for_all(first, last):
+        return feed_rows(first, last, activation, tokens, residual)
     count = max(1, HIDDEN_BYTES // (4 * len(tokens) * first.out_features))
     parts = [
         add(last, run_fused(first, some, before), other, gate, activation)
         for some, other in zip(tokens.split(count, 1), residual.split(count, 1))
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def is_same_for_all(*layers: nn.Module) -> bool:
+    """Whether layers do the same to every image; a graph that is compiled writes to no part of a tensor."""
+    return all(type(layer.input) is FixedGrid for layer in layers) and not torch.compiler.is_compiling()
+
+
+def feed_rows(first: nn.Module, last: nn.Module, activation: int, tokens: Tensor, residual: Tensor) -> Tensor:
+    """The same where nobody asks to which image a token belongs: parts lie in one piece, and so does what is made of them."""
+    out, count = torch.empty_like(residual), max(1, HIDDEN_BYTES // (4 * first.out_features))
+    parts = (x.reshape(1, -1, x.shape[-1]).split(count, 1) for x in (tokens, residual, out))
+    for some, other, part in zip(*parts):
+        run_fused(last, run_fused(first, some), Around(activate=activation, residual=other), part)
+    return out
 
 
 def can_feed_forward(feed: FeedForward, tokens: Tensor) -> bool:

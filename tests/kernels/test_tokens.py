@@ -85,12 +85,13 @@ def test_activations_are_those_of_float64(number, wanted):
     assert (normal.normalize(x, activate=number) - wanted(x.double())).abs().max() <= 1e-6 * x.abs().max()
 
 
-def test_many_tokens_are_fed_forward_some_at_a_time(monkeypatch):
-    block, inputs = make("modulated")
+@pytest.mark.parametrize("kind", ["modulated", "to a text"])
+def test_many_tokens_are_fed_forward_some_at_a_time(kind, monkeypatch):
+    block, inputs = make(kind)
     fusion.fuse(block)
     block(**inputs)
     wanted = block(**inputs)
-    monkeypatch.setattr(tokens, "HIDDEN_BYTES", 4 * 2 * 96 * 4)  # four tokens of two images
+    monkeypatch.setattr(tokens, "HIDDEN_BYTES", 4 * 2 * 96 * 4)  # four tokens of two images, or four in all of wider ones
     assert torch.equal(block(**inputs), wanted)
 
 
