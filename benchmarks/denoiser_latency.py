@@ -3,10 +3,11 @@
     python benchmarks/denoiser_latency.py --models embedded cifar ldm4 -o benchmarks/results/denoiser_latency.json
 
 Times depend on shapes, not on values, so the weights are drawn and the grids are made up: W1 signs, other bits uniform codes.
-Ends and time embedding are at 8 bits, as every method has them by default. Packed variants are fused as a loaded pipeline is, with
+Ends and time embedding are at 8 bits, as every method has them. Packed variants are fused as a loaded pipeline is, with
 the factors of attention products in float, and at 8 bits ("A8 attention"); each is also run as diffusers wrote it ("unfused",
-products in float). Read the ratios: rates fall when the machine is busy. On a machine that is busy with other things,
-OMP_NUM_THREADS=1 and --processor-time leave out the time in which others ran.
+products in float). Asked for by flags: bfloat16 eager, float by torch.compile with frozen weights, W8A8 by oneDNN. Read the
+ratios: rates fall when the machine is busy. On a machine that is busy with other things, OMP_NUM_THREADS=1 and --processor-time
+leave out the time in which others ran.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -44,11 +46,13 @@ UNETS = {
 }  # fmt: skip
 BATCHES = {"embedded": 50, "cifar": 4, "ldm4": 1, "sd15": 2, "dit": 2}
 BITS = ((1, 4), (4, 4), (8, 8))
-FLOAT_PRODUCTS, INTEGER_PRODUCTS = "", " A8 attention"  # behind the name of a fused variant
+FLOAT_PRODUCTS, INTEGER_PRODUCTS, UNFUSED = "", " A8 attention", " unfused"  # behind the name of a packed variant
+LAST = torch.channels_last
 
 
 def main() -> None:
     args = parse_arguments()
+    torch.set_num_threads(args.threads or torch.get_num_threads())
     result = {"conditions": conditions(), "models": {name: measure(name, args) for name in args.models}}
     print(json.dumps(result, indent=2))
     if args.output:
@@ -61,10 +65,24 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=BATCHES, default=["embedded", "cifar"])
     parser.add_argument("--batch", type=int, help="images; default: one that suits the model")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--bits", nargs="+", type=format_of, default=BITS, help="weights/activations; default: 1/4 4/4 8/8")
+    parser.add_argument("--fused-only", action="store_true", help="no packed blocks as diffusers wrote them")
+    parser.add_argument("--bf16", action="store_true", help="also: bfloat16 eager")
+    parser.add_argument("--compile", action="store_true", help="also: float by torch.compile, weights frozen; takes minutes")
+    parser.add_argument("--onednn", action="store_true", help="also: W8A8 by oneDNN, as diffusers wrote the blocks")
+    parser.add_argument("--threads", type=int, help="default: torch's")
     parser.add_argument("--processor-time", action="store_true", help="of the one thread that runs, instead of passing time")
     parser.add_argument("--profile", action="store_true", help="also: where the time of W1A4 and of float goes")
     parser.add_argument("-o", "--output", type=Path)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.processor_time and (args.threads or torch.get_num_threads()) > 1:
+        parser.error("--processor-time is that of one thread: --threads 1")
+    return args
+
+
+def format_of(text: str) -> tuple[int, int]:
+    weight, act = map(int, text.split("/"))
+    return weight, act
 
 
 def conditions() -> dict[str, object]:
@@ -79,32 +97,72 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, object]:
     """Milliseconds of each variant, and how many times faster the packed ones are."""
     torch.manual_seed(0)
     denoiser, inputs = make_denoiser(name, args.batch or BATCHES[name])
-    variants = {"fp32 NCHW": denoiser, "fp32 channels_last": copy.deepcopy(denoiser).to(memory_format=torch.channels_last)}
-    for weight, act in BITS:
-        plain = variants[f"W{weight}A{act} unfused"] = pack_randomly(denoiser, weight, act)
-        for suffix, attention_bits in ((FLOAT_PRODUCTS, None), (INTEGER_PRODUCTS, 8)):
-            fused = variants[f"W{weight}A{act}{suffix}"] = copy.deepcopy(plain)
-            if attention_bits:
-                quantize_products(fused, lambda heads: middle_grid(attention_bits))
-            fusion.fuse(fused)
-    calls = {variant: call(model, inputs, "channels_last" in variant) for variant, model in variants.items()}
+    packed = make_packed(denoiser, args)
+    calls = float_calls(denoiser, inputs, args) | {variant: partial(model, **inputs) for variant, model in packed.items()}
+    if args.onednn:
+        calls["W8A8 oneDNN"] = under_onednn(partial(pack_randomly(denoiser, 8, 8), **inputs))
     seconds = time_in_turns(calls, args.repeats, time.thread_time if args.processor_time else time.perf_counter)
     rows = {
         variant: {"median_ms": round(statistics.median(taken) * 1e3, 2), "min_ms": round(min(taken) * 1e3, 2)}
         for variant, taken in seconds.items()
     }
-    for weight, act in BITS:
-        others = ("fp32 NCHW", "fp32 channels_last", f"W{weight}A{act} unfused")
-        for suffix in (FLOAT_PRODUCTS, INTEGER_PRODUCTS):
-            row = rows[f"W{weight}A{act}{suffix}"]
-            row["times_faster_than"] = {other: round(rows[other]["median_ms"] / row["median_ms"], 2) for other in others}
-            row["times_by_minimum"] = round(rows["fp32 channels_last"]["min_ms"] / row["min_ms"], 2)
-            row["kernels"] = count_kernels(variants[f"W{weight}A{act}{suffix}"])
+    for variant, model in packed.items():
+        others = [other for other in rows if other not in packed or other == variant.split()[0] + UNFUSED != variant]
+        rows[variant] |= {
+            "times_faster_than": {other: round(rows[other]["median_ms"] / rows[variant]["median_ms"], 2) for other in others},
+            "times_by_minimum": round(rows["fp32 channels_last"]["min_ms"] / rows[variant]["min_ms"], 2),
+            "kernels": count_kernels(model),
+        }
     parameters = sum(parameter.numel() for parameter in denoiser.parameters())
     result = {"parameters": parameters, "batch": args.batch or BATCHES[name], "variants": rows}
     if args.profile:
-        result["profile"] = {variant: profile(calls[variant]) for variant in ("fp32 channels_last", "W1A4")}
+        result["profile"] = {variant: profile(calls[variant]) for variant in ("fp32 channels_last", "W1A4") if variant in calls}
     return result
+
+
+def float_calls(denoiser: nn.Module, inputs: dict[str, Tensor], args: argparse.Namespace) -> dict[str, Callable[[], object]]:
+    """The denoiser as it is, its pixels channels last, and what the flags ask for."""
+    last_inputs = {name: x.contiguous(memory_format=LAST) if x.dim() == 4 else x for name, x in inputs.items()}
+    last = copy.deepcopy(denoiser).to(memory_format=LAST)
+    calls = {"fp32 NCHW": partial(denoiser, **inputs), "fp32 channels_last": partial(last, **last_inputs)}
+    if args.bf16:
+        halved = {name: x.bfloat16() if x.is_floating_point() else x for name, x in last_inputs.items()}
+        calls["bf16 channels_last"] = partial(copy.deepcopy(last).bfloat16(), **halved)
+    if args.compile:
+        import torch._inductor.config  # slow to import
+
+        torch._inductor.config.freezing = True
+        calls["fp32 compiled"] = partial(torch.compile(copy.deepcopy(last)), **last_inputs)
+    return calls
+
+
+def make_packed(denoiser: nn.Module, args: argparse.Namespace) -> dict[str, nn.Module]:
+    """Packed denoisers by the name of their variant."""
+    models = {}
+    for weight, act in args.bits:
+        plain = pack_randomly(denoiser, weight, act)
+        for suffix, attention_bits in ((FLOAT_PRODUCTS, None), (INTEGER_PRODUCTS, 8)):
+            fused = models[f"W{weight}A{act}{suffix}"] = copy.deepcopy(plain)
+            if attention_bits:
+                quantize_products(fused, lambda heads: middle_grid(attention_bits))
+            fusion.fuse(fused)
+        if not args.fused_only:
+            models[f"W{weight}A{act}{UNFUSED}"] = plain
+    return models
+
+
+def under_onednn(run: Callable[[], object]) -> Callable[[], object]:
+    """The same with oneDNN as the only choice."""
+
+    def run_so() -> object:
+        before = os.environ.get("DMQUANT_KERNELS", "auto")
+        os.environ["DMQUANT_KERNELS"] = "onednn"
+        try:
+            return run()
+        finally:
+            os.environ["DMQUANT_KERNELS"] = before
+
+    return run_so
 
 
 def make_denoiser(name: str, batch: int) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -150,19 +208,10 @@ def middle_grid(bits: int) -> FixedGrid:
     return grid
 
 
-def call(model: nn.Module, inputs: dict[str, Tensor], channels_last: bool) -> Callable[[], object]:
-    if channels_last:
-        inputs = {
-            name: tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
-            for name, tensor in inputs.items()
-        }
-    return lambda: model(**inputs)
-
-
 def time_in_turns(
     calls: dict[str, Callable[[], object]], repeats: int, clock: Callable[[], float]
 ) -> dict[str, list[float]]:
-    """Seconds of each call. The first turn warms up and, for the packed variants, chooses kernels."""
+    """Seconds of each call. The first turn warms up, compiles what is compiled and, for the packed variants, chooses kernels."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
         for name, run in calls.items():
