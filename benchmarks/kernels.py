@@ -2,15 +2,18 @@
 
     python benchmarks/kernels.py -o benchmarks/results/kernels.json
 
-All in one process and in turns. Rates (GMAC/s) fall when the machine is busy; then long calls are interrupted more often than
-short ones, which flatters the ratios of medians, and those of the least times (the table) are the ones to read. Float in, float
-out: quantizing the input is in every packed time. Float weights are not prepacked, which is what torch's eager convolution does;
-on processors for which MKL is slow the float linear layers flatter everybody else.
+All in one process, in turns of shuffled order, each timed call behind one that is not: none begins with what another left in the
+caches, or in the clock of the processor. One thread is measured by its own time, more by the time that passes. Rates (GMAC/s)
+fall when the machine is busy; then long calls are interrupted more often than short ones, which flatters the ratios of medians,
+and those of the least times (the table) are the ones to read. Float in, float out: quantizing the input is in every packed time.
+Float weights are not prepacked, which is what torch's eager convolution does; on processors for which MKL is slow the float linear layers
+flatter everybody else.
 """
 
 import argparse
 import json
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -122,13 +125,16 @@ def make_onednn(layer: nn.Conv2d, x: Tensor) -> Callable[[], Tensor]:
 
 
 def compare(calls: dict[str, Callable[[], Tensor]], products: int, seconds: float) -> dict[str, dict[str, float]]:
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter  # the former leaves out other programs
     taken: dict[str, list[float]] = {name: [] for name in calls}
+    order = random.Random(0)
     started = time.perf_counter()
     while time.perf_counter() - started < seconds or len(taken["fp32 NCHW"]) < 6:
-        for name, run in calls.items():
-            before = time.perf_counter()
-            run()
-            taken[name].append(time.perf_counter() - before)
+        for name in order.sample(list(calls), len(calls)):
+            calls[name]()
+            before = clock()
+            calls[name]()
+            taken[name].append(clock() - before)
     medians = {name: statistics.median(times[1:]) for name, times in taken.items()}
     return {
         name: {
