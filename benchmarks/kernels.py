@@ -6,8 +6,8 @@ All in one process, in turns of shuffled order, each timed call behind one that 
 caches, or in the clock of the processor. One thread is measured by its own time, more by the time that passes. Rates (GMAC/s)
 fall when the machine is busy; then long calls are interrupted more often than short ones, which flatters the ratios of medians,
 and those of the least times (the table) are the ones to read. Float in, float out: quantizing the input is in every packed time.
-Float weights are not prepacked, which is what torch's eager convolution does; on processors for which MKL is slow the float linear layers
-flatter everybody else.
+Float weights are not prepacked, which is what torch's eager convolution does; on processors for which MKL is slow the float
+linear layers flatter everybody else.
 """
 
 import argparse
