@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from dmquant import kernels, methods
 from dmquant.attention import quantize_products
 from dmquant.denoiser import ASSETS
+from dmquant.formats import Format
 from dmquant.kernels import fusion
-from dmquant.packed import Format, empty_layer, layers_of, packed_layers
+from dmquant.packed import empty_layer, layers_of, packed_layers
 from dmquant.quantizers.base import FixedGrid
 
 UNETS = {

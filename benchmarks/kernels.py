@@ -25,8 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from dmquant import kernels
+from dmquant.formats import Format
 from dmquant.kernels import catalogue, dispatch
-from dmquant.packed import Format, PackedConv2d, empty_layer
+from dmquant.packed import PackedConv2d, empty_layer
 
 BITS = ((1, 4), (1, 5), (1, 6), (2, 4), (4, 4), (8, 8))
 

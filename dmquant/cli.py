@@ -21,8 +21,8 @@ from dmquant.options import HIDDEN, Batch, Device, GivenModel, Guidance, Labels,
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from dmquant.formats import Layout
     from dmquant.methods.base import Method
-    from dmquant.packed import Layout
 
 app = typer.Typer(
     name="dmquant",

@@ -11,7 +11,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from dmquant import __version__
 from dmquant.clock import LOOKUPS
 from dmquant.errors import DamagedFile, InputError
-from dmquant.packed import FLOAT_BITS, Format, Layout, Timing, is_kind
+from dmquant.formats import FLOAT_BITS, Format, Layout, Timing, is_kind
 from dmquant.quantizers.temporal import TEMPORAL
 
 FORMAT_VERSION = 1

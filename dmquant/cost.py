@@ -29,9 +29,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from dmquant import foreign
 from dmquant.denoiser import Role, find_roles, named_layers
 from dmquant.errors import InputError
+from dmquant.formats import FLOAT, FLOAT_BITS, Bits, Format, Layout
 from dmquant.inputs import example_inputs
 from dmquant.layers import find_layers
-from dmquant.packed import FLOAT, FLOAT_BITS, Bits, Format, Layout, layer_format, prepare_packed, read_layout
+from dmquant.packed import layer_format, prepare_packed, read_layout
 from dmquant.quantizers.dilated import DILATED
 
 BINARY_OPS_PER_WORD = 64  # one-bit products that a 64-bit word does at once

@@ -19,9 +19,10 @@ from dmquant.config import DmquantConfig, QuantMethod
 from dmquant.errors import DamagedFile, InputError
 from dmquant.kernels.fusion import fuse, unfuse
 from dmquant.layers import find_layers
-from dmquant.packed import PackedWeight, prepare_packed, read_layout, restore_float
+from dmquant.packed import prepare_packed, read_layout, restore_float
 from dmquant.quantizers.base import FixedGrid
 from dmquant.quantizers.dilated import Divide
+from dmquant.weights import PackedWeight
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # modules whose tensors keep the dtype of the file whatever the model computes in

@@ -5,13 +5,9 @@ values are made anew in every forward, the reference that every kernel has to ma
 the model computes in; a cast would move the grid.
 """
 
-import re
 from collections import Counter
-from collections.abc import Mapping
 from copy import copy, deepcopy
-from dataclasses import dataclass, field
 from itertools import chain
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,99 +15,17 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from dmquant import kernels
 from dmquant.attention import QuantInput, product_bits, quantize_products, restore_products
-from dmquant.clock import NEAREST, Clock, attach, detach, link
-from dmquant.kernels.blocked import BlockedCodes
+from dmquant.clock import Clock, attach, detach, link
+from dmquant.formats import BASES, FLOAT, FLOAT_BITS, KINDS, Bits, Format, Layout, Timing, generalize
 from dmquant.layers import find_layers, quantized_layers
-from dmquant.packing import check_bits, pack, unpack
-from dmquant.quantizers.base import BasisCodes, Codes, FixedGrid, Quantizer
+from dmquant.packing import pack, unpack
+from dmquant.quantizers.base import FixedGrid, Quantizer
 from dmquant.quantizers.dilated import DILATED, Divide, spread
-from dmquant.quantizers.split import HEADS, SPLIT, HeadGrids, SplitGrid, is_split, split_place
+from dmquant.quantizers.split import HEADS, HeadGrids, SplitGrid, is_split, split_place
 from dmquant.quantizers.temporal import TEMPORAL, TemporalGrid
+from dmquant.weights import PackedBases, PackedWeight, dense
 
-FLOAT_BITS = 32
 SLICES = WeakTensorKeyDictionary()  # codes of a weight whose input is split -> their version, and a layer for each part
-Bits = tuple[int, int]  # of weights, of activations
-BASES = "bases"  # every bit plane of the weight is a binary basis with a scale of its own
-KINDS = (BASES, TEMPORAL, DILATED, SPLIT, HEADS)
-
-
-class Format(NamedTuple):
-    """How a layer is stored: bits of weights and of activations, and in what its grids are not uniform and static."""
-
-    weight_bits: int
-    act_bits: int
-    kinds: tuple[str, ...] = ()
-
-
-FLOAT = Format(FLOAT_BITS, FLOAT_BITS)
-
-
-def is_kind(text: object) -> bool:
-    """Whether this is a kind that layers are stored in."""
-    return isinstance(text, str) and (is_split(text) or text in KINDS and text != SPLIT)
-
-
-class Timing(NamedTuple):
-    """How many calibrated timesteps the tables of temporal grids have, and how timesteps between them are looked up."""
-
-    num_steps: int
-    lookup: str = NEAREST
-
-
-class PackedWeight(BlockedCodes):
-    """Bit planes with one scale and one zero per slice of dimension 0: value = (code - zero) * scale."""
-
-    def __init__(self, shape: torch.Size, bits: int, *, dtype: torch.dtype, device: torch.device | str | None = None):
-        super().__init__()
-        check_bits(bits)
-        self.shape, self.bits, self.dtype = torch.Size(shape), bits, dtype
-        planes = (bits, -(-self.shape.numel() // 8))
-        self.register_buffer("codes", torch.zeros(planes, dtype=torch.uint8, device=device))
-        self.register_buffer("scale", torch.ones(shape[0], dtype=torch.float32, device=device))
-        self.register_buffer("zero", torch.zeros(shape[0], dtype=torch.float32, device=device))
-
-    @property
-    def device(self) -> torch.device:
-        return self.scale.device
-
-    def numel(self) -> int:
-        return self.shape.numel()
-
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The float weight, a new tensor, in the dtype given or the one the model was loaded in."""
-        column = (-1, *(1,) * (len(self.shape) - 1))
-        values = unpack(self.codes, self.shape).to(torch.float32)
-        return values.sub_(self.zero.view(column)).mul_(self.scale.view(column)).to(dtype or self.dtype)
-
-    def fill(self, codes: Codes) -> None:
-        """One grid per tensor is written as the same grid for each slice, so that the shapes follow from the layer alone."""
-        self.codes.copy_(pack(codes.codes, codes.bits))
-        for target, value in ((self.scale, codes.scale), (self.zero, codes.zero)):
-            if value.numel() not in (1, len(target)):
-                raise ValueError(f"a packed weight holds one grid per output channel ({len(target)}), got {tuple(value.shape)}")
-            target.copy_(value.reshape(-1))
-
-    def extra_repr(self) -> str:
-        return f"{tuple(self.shape)}, bits={self.bits}"
-
-
-class PackedBases(PackedWeight):
-    """Bit planes of signs, each with its own scale per slice of dimension 0: value = sum over planes of scale * sign."""
-
-    kinds = (BASES,)
-
-    def __init__(self, shape: torch.Size, bits: int, *, dtype: torch.dtype, device: torch.device | str | None = None):
-        super().__init__(shape, bits, dtype=dtype, device=device)
-        del self.zero
-        self.register_buffer("scale", torch.ones(bits, shape[0], dtype=torch.float32, device=device))
-
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        scale = self.scale.view(self.bits, -1, *(1,) * (len(self.shape) - 1))
-        return BasisCodes(unpack(self.codes, self.shape), scale).decode().to(dtype or self.dtype)
-
-    def fill(self, codes: BasisCodes) -> None:
-        self.codes.copy_(pack(codes.codes, codes.bits))
-        self.scale.copy_(codes.scale.reshape(self.scale.shape))
 
 
 class PackedLinear(nn.Linear):
@@ -176,32 +90,9 @@ def _slice(layer: PackedConv1d | PackedConv2d, number: int, codes: Tensor) -> nn
     return part
 
 
-def dense(weight: PackedWeight | nn.Parameter, dtype: torch.dtype) -> Tensor:
-    """The values of a weight; one of 32 bits is no PackedWeight."""
-    return weight.dequantize(dtype) if isinstance(weight, PackedWeight) else weight
-
-
 PACKED = {nn.Linear: PackedLinear, nn.Conv1d: PackedConv1d, nn.Conv2d: PackedConv2d}
 CONVOLUTION = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 OPTIONS = {nn.Linear: ("in_features", "out_features"), nn.Conv1d: CONVOLUTION, nn.Conv2d: CONVOLUTION}
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The format of each layer. The names of the overrides are layers, `*` in them any number: blocks.*.conv1."""
-
-    default: Format
-    overrides: Mapping[str, Format] = field(default_factory=dict)
-    attention_bits: int = FLOAT_BITS  # of the factors of attention products
-    attention_kinds: tuple[str, ...] = ()  # in what their grids are not uniform and static
-    timing: Timing | None = None  # of a denoiser with temporal grids
-
-    def format(self, name: str) -> Format:
-        return self.overrides.get(name, self.overrides.get(_generalize(name), self.default))
-
-    def unused(self, names: list[str]) -> set[str]:
-        """Overrides that speak of none of these layers."""
-        return set(self.overrides) - set(names) - set(map(_generalize, names))
 
 
 def read_layout(denoiser: nn.Module, bits: Bits | None = None) -> Layout:
@@ -211,9 +102,9 @@ def read_layout(denoiser: nn.Module, bits: Bits | None = None) -> Layout:
     default = frequent[0][0] if frequent else Format(*bits)
     groups: dict[str, set[Format]] = {}
     for name, format in found.items():
-        groups.setdefault(_generalize(name), set()).add(format)
+        groups.setdefault(generalize(name), set()).add(format)
     overrides = {
-        _generalize(name) if len(groups[_generalize(name)]) == 1 else name: format
+        generalize(name) if len(groups[generalize(name)]) == 1 else name: format
         for name, format in found.items()
         if format != default
     }
@@ -359,7 +250,3 @@ def _share(tensor: Tensor) -> Tensor:
 def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, layer)
-
-
-def _generalize(name: str) -> str:
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)

@@ -18,11 +18,12 @@ from dmquant.denoiser import EMBEDDED, evaluating, find_denoiser, with_denoiser
 from dmquant.denoising import Denoising, open_denoising
 from dmquant.distill import Distillation, weigh
 from dmquant.errors import InputError
+from dmquant.formats import BASES, FLOAT, FLOAT_BITS, Bits, Format, Layout
 from dmquant.generation import Conditioning, complete
 from dmquant.layers import find_layers
 from dmquant.meter import Meter
 from dmquant.methods.base import Method
-from dmquant.packed import BASES, FLOAT, FLOAT_BITS, Bits, Format, Layout, pack_model, read_layout
+from dmquant.packed import pack_model, read_layout
 from dmquant.progress import Track, plain
 from dmquant.runs import Run
 from dmquant.samples import Samples, record, recording_seeds

@@ -12,7 +12,13 @@ import pytest
 import safetensors.torch
 import torch
 from diffusers import (
-    AutoencoderKL, DDIMPipeline, DDIMScheduler, DiffusionPipeline, DiTPipeline, DiTTransformer2DModel, UNet2DModel,
+    AutoencoderKL,
+    DDIMPipeline,
+    DDIMScheduler,
+    DiffusionPipeline,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    UNet2DModel,
 )  # fmt: skip
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

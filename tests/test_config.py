@@ -6,7 +6,7 @@ import pytest
 
 from dmquant.config import DmquantConfig
 from dmquant.errors import DamagedFile, InputError
-from dmquant.packed import Format
+from dmquant.formats import Format
 
 CONFIG = DmquantConfig(
     weight_bits=4, act_bits=8, kinds=["temporal"], overrides={"conv_in": [8, 8, "temporal", "split:2"]}, attention_bits=8,

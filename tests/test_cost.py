@@ -11,9 +11,10 @@ from dmquant.blocks import find_ends
 from dmquant.cost import Cost, measure_cost
 from dmquant.denoiser import Role, find_roles, named_layers
 from dmquant.errors import InputError
+from dmquant.formats import FLOAT, Format, Layout
 from dmquant.inputs import example_inputs
 from dmquant.layers import swap
-from dmquant.packed import FLOAT, Format, Layout, pack_model
+from dmquant.packed import pack_model
 from dmquant.quantizers.dilated import DILATED
 from dmquant.quantizers.uniform import LearnedStep
 from tests.conftest import TINY_UNET

@@ -12,7 +12,7 @@ FLOORS = (
     {"report", "packing", "clock", "storage", "progress", "images", "ranks", "columns", "labels", "plot", "panels", "effort",
      "meter", "prompts", "silence", "inputs", "folder"},
     {"quantizers", "kernels", "comparison"},
-    {"layers", "attention", "packed"},
+    {"layers", "attention", "formats", "weights", "packed"},
     {"denoiser", "foreign", "blocks", "generation", "clipping", "samples", "calibration", "distill", "denoising", "runs",
      "config"},
     {"methods"},
@@ -32,7 +32,8 @@ NEIGHBOURS = {
     ("samples", "denoiser"), ("samples", "generation"),
     ("calibration", "samples"), ("calibration", "denoiser"),
     ("distill", "samples"), ("distill", "runs"), ("runs", "samples"), ("denoising", "denoiser"), ("denoising", "generation"),
-    ("packed", "layers"), ("packed", "attention"), ("quantization", "hf"), ("checkpoint", "hf"), ("failures", "console"),
+    ("packed", "layers"), ("packed", "attention"), ("packed", "formats"), ("packed", "weights"), ("weights", "formats"),
+    ("quantization", "hf"), ("checkpoint", "hf"), ("failures", "console"),
     ("interruption", "console"), ("sheet", "page"),
     ("kernels", "quantizers"), ("panels", "plot"), ("plot", "labels"), ("panels", "labels"), ("meter", "effort"),
 }  # fmt: skip

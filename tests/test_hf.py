@@ -21,10 +21,11 @@ from dmquant.clock import Clock, attach
 from dmquant.errors import DamagedFile, InputError
 from dmquant.hf import DmquantConfig, DmquantQuantizer
 from dmquant.layers import swap
-from dmquant.packed import PackedWeight, pack_model, packed_layers
+from dmquant.packed import pack_model, packed_layers
 from dmquant.quantizers.base import FixedGrid
 from dmquant.quantizers.temporal import TemporalStep
 from dmquant.quantizers.uniform import Uniform
+from dmquant.weights import PackedWeight
 from tests.conftest import TINY_UNET
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -10,15 +10,25 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dmquant.clock import Clock, attach
+from dmquant.formats import BASES, FLOAT, FLOAT_BITS, Format, Layout, Timing
 from dmquant.layers import quantized, swap
 from dmquant.packed import (
-    BASES, FLOAT, FLOAT_BITS, Format, Layout, PackedBases, PackedConv2d, PackedWeight, Timing, layer_bits, layer_format,
-    layers_of, pack_layer, pack_model, packed_layers, prepare_packed, read_layout, restore_float,
+    PackedConv2d,
+    layer_bits,
+    layer_format,
+    layers_of,
+    pack_layer,
+    pack_model,
+    packed_layers,
+    prepare_packed,
+    read_layout,
+    restore_float,
 )
 from dmquant.quantizers.base import BasisCodes, FixedGrid
 from dmquant.quantizers.binary import Binary
 from dmquant.quantizers.temporal import TEMPORAL, TemporalGrid, TemporalStep
 from dmquant.quantizers.uniform import Uniform
+from dmquant.weights import PackedBases, PackedWeight
 
 LAYERS = {
     "linear": (nn.Linear(10, 6), (2, 5, 10)),

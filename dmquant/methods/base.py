@@ -16,8 +16,8 @@ from dmquant.clock import Clock, attach
 from dmquant.denoiser import Role, find_roles
 from dmquant.distill import Objective, Training, fit
 from dmquant.errors import InputError
+from dmquant.formats import FLOAT_BITS
 from dmquant.layers import quantized_layers, swap
-from dmquant.packed import FLOAT_BITS
 from dmquant.progress import Track
 from dmquant.quantizers.base import Quantizer
 from dmquant.quantizers.binary import Binary

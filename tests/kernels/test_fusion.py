@@ -17,7 +17,6 @@ from dmquant.quantizers.dilated import Divide
 from tests.kernels.test_ops import error, make_layer
 from tests.test_packed import run, tiny_unet
 
-
 pytestmark = pytest.mark.usefixtures("by_kernels")
 
 

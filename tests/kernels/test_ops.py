@@ -6,9 +6,10 @@ from torch import Tensor, nn
 
 from dmquant.kernels import catalogue, dispatch, ops
 from dmquant.kernels.catalogue import BY_NAME, KERNELS
-from dmquant.packed import PackedBases, PackedConv1d, PackedConv2d, PackedLinear, PackedWeight
+from dmquant.packed import PackedConv1d, PackedConv2d, PackedLinear
 from dmquant.packing import pack
 from dmquant.quantizers.base import FixedGrid, quantize
+from dmquant.weights import PackedBases, PackedWeight
 
 USABLE = [kernel.name for kernel in KERNELS if not catalogue.state(kernel)]
 

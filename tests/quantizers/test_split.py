@@ -7,8 +7,9 @@ from torch import nn
 from dmquant import kernels
 from dmquant.calibration import Collector
 from dmquant.clock import Clock
+from dmquant.formats import is_kind
 from dmquant.layers import quantized
-from dmquant.packed import empty_layer, is_kind, layer_format, pack_layer, restore_float, slices_of
+from dmquant.packed import empty_layer, layer_format, pack_layer, restore_float, slices_of
 from dmquant.quantizers.dilated import DILATED, DilatedInput, DilatedWeight
 from dmquant.quantizers.split import HEADS, Heads, Split, SplitGrid, split_place
 from dmquant.quantizers.temporal import TEMPORAL, TemporalStep

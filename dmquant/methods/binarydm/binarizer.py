@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dmquant.packed import BASES
+from dmquant.formats import BASES
 from dmquant.quantizers.base import SMALLEST_SCALE, BasisCodes, Codes, widen
 from dmquant.quantizers.binary import Binary, ScaledSign
 

@@ -13,12 +13,12 @@ from dmquant.clock import Clock, Timed, attach
 from dmquant.denoiser import Role, find_roles
 from dmquant.distill import Distillation, Objective
 from dmquant.errors import InputError
+from dmquant.formats import FLOAT_BITS
 from dmquant.layers import find_layers, quantized_inputs
 from dmquant.methods.base import Method, setting
 from dmquant.methods.dilatequant.concatenation import find_places
 from dmquant.methods.dilatequant.dilation import describe_dilation, dilate, smooth, wrap_layers
 from dmquant.methods.dilatequant.reconstruction import reconstruct
-from dmquant.packed import FLOAT_BITS
 from dmquant.progress import Track
 from dmquant.quantizers.base import Quantizer
 from dmquant.quantizers.split import Heads, Split

@@ -8,7 +8,7 @@ from dmquant.kernels import dispatch, fusion, gpu, ops, trial
 from dmquant.kernels.gpu import products
 from dmquant.kernels.gpu.moments import moments
 from dmquant.packed import packed_layers
-from tests.kernels.test_fusion import pack_layers, resnet
+from tests.kernels.test_fusion import resnet
 from tests.kernels.test_ops import CONVOLUTIONS, convolution, error, expected, make_layer
 
 ROUNDING = 1e-6

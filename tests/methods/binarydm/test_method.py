@@ -17,11 +17,12 @@ from dmquant.layers import quantized_layers
 from dmquant.methods.binarydm.binarizer import EvolvableBasis
 from dmquant.methods.binarydm.evolution import set_bases
 from dmquant.methods.binarydm.method import BinaryDM
-from dmquant.packed import PackedBases, packed_layers
+from dmquant.packed import packed_layers
 from dmquant.quantization import make_student, plan, quantize
 from dmquant.quantizers.binary import Binary
 from dmquant.runs import SavedRun
 from dmquant.samples import record
+from dmquant.weights import PackedBases
 from tests.test_cost import DDPM_CIFAR, LDM4_BEDS, on_meta
 
 QUICK = dict(trajectories=4, sampling_steps=3, calibration_samples=8, max_steps=6, batch=4)

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from dmquant.formats import BASES
 from dmquant.layers import quantized, swap
 from dmquant.methods.efficientdm.adapter import QALoRA, adapted_layers, halved, light_layers
-from dmquant.packed import BASES, pack_layer
+from dmquant.packed import pack_layer
 from dmquant.quantizers.base import BasisCodes
 from dmquant.quantizers.binary import Binary
 from dmquant.quantizers.uniform import LearnedStep

@@ -16,11 +16,12 @@ from dmquant.clock import Clock
 from dmquant.denoiser import Role, find_denoiser, find_roles
 from dmquant.distill import Distillation, fit
 from dmquant.errors import InputError, Interrupted
+from dmquant.formats import FLOAT_BITS
 from dmquant.generation import Conditioning, generate, set_sampler
 from dmquant.layers import quantized_layers, swap
 from dmquant.methods.efficientdm.adapter import QALoRA, adapted_layers
 from dmquant.methods.efficientdm.method import EfficientDM
-from dmquant.packed import FLOAT_BITS, packed_layers
+from dmquant.packed import packed_layers
 from dmquant.progress import plain
 from dmquant.quantization import make_student, quantize
 from dmquant.quantizers.temporal import TemporalGrid, TemporalStep
