@@ -62,7 +62,7 @@ def main() -> None:
     for experiment in experiments:
         lengths = sorted({round(share * experiment.method.max_steps) for share in args.shares})
         curves[experiment.name] = [measure(experiment, steps, args) for steps in lengths]
-    show_table(HEADINGS, list_rows(curves), align="lrrrrrrrrr", notes=["", *list_notes(curves)])
+    show_table(HEADINGS, list_rows(curves), align="l" + "r" * (len(HEADINGS) - 1), notes=["", *list_notes(curves)])
     args.result.parent.mkdir(parents=True, exist_ok=True)
     args.result.write_text(json.dumps(summarize(curves, experiments, args), indent=2) + "\n", encoding="utf-8")
     say(f"wrote {args.result}")

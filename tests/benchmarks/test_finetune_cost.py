@@ -82,6 +82,16 @@ def test_a_point_is_a_run_of_its_own_length_that_is_made_once(commands, tmp_path
     assert [line[0] for line in commands] == ["quantize", "eval", "eval"], "more images need no other run"
 
 
+def test_the_whole_command_ends_with_a_row_per_point_and_a_result(commands, tmp_path, monkeypatch, capsys):
+    runs = ["--run", "lsq:4/4,max_steps=8", "--run", "efficientdm:4/4,max_steps=4", "--shares", "1/2,1"]
+    result = tmp_path / "result.json"
+    monkeypatch.setattr("sys.argv", ["finetune_cost.py", *runs, "-o", str(tmp_path / "points"), "--result", str(result)])
+    finetune_cost.main()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("lsq", "efficientdm-w4a4-max_steps-4 "))]
+    assert len(rows) == 4
+    assert [[point["steps"] for point in run["points"]] for run in json.loads(result.read_text())["runs"]] == [[4, 8], [2, 4]]
+
+
 def test_shares_are_fractions_and_the_whole_is_among_them():
     assert [float(share) for share in parse_shares("0,1/8,1")] == [0, 0.125, 1]
     for text in ("0,1/2", "1,2"):
