@@ -3,7 +3,7 @@
     python benchmarks/denoiser_latency.py --models embedded cifar ldm4 -o benchmarks/results/denoiser_latency.json
 
 Times depend on shapes, not on values, so the weights are drawn and the grids are made up: W1 signs, other bits uniform codes.
-Ends and time embedding are at 8 bits, as every method has them. Packed variants are fused as a loaded pipeline is, with
+Ends and time embedding are at 8 bits, each method's default. Packed variants are fused as a loaded pipeline is, with
 the factors of attention products in float, and at 8 bits ("A8 attention"); each is also run as diffusers wrote it ("unfused",
 products in float). Asked for by flags: bfloat16 eager, float by torch.compile with frozen weights, W8A8 by oneDNN. Read the
 ratios: rates fall when the machine is busy. On a machine that is busy with other things, OMP_NUM_THREADS=1 and --processor-time

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from dmquant.labels import HEIGHT as LABEL
 from dmquant.labels import RADIUS, Box, place_labels
 
 WIDTH, HEIGHT = 620, 380  # pixels
@@ -61,7 +62,7 @@ def scatter(points: Sequence[Point], *, x_title: str, y_title: str) -> str:
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{RADIUS}" fill="{point.colour}"/>')
         is_left = box.right < x
         edge, middle = box.right if is_left else box.left, (box.top + box.bottom) / 2
-        if abs(middle - y) > ENTRY:  # not at once plain whose label it is
+        if abs(middle - y) > LABEL:  # not at once plain whose label it is
             parts.append(f'<line x1="{x:.1f}" y1="{y:.1f}" x2="{edge:.1f}" y2="{middle:.1f}" stroke="{point.colour}"/>')
         parts.append(write(edge, box.bottom - 3, point.label, "end" if is_left else "start"))
     return wrap(parts, f"{y_title} against {x_title}")

@@ -165,7 +165,7 @@ def apply(layer: nn.Module, blocked: Blocked, x: Tensor, around: Around = NOTHIN
     out = multiply(
         images, blocked.weight, blocked.total, weight.scale, zero, bias, act_scale, act_zero, blocked.kernel, format,
         around.window or window_of(layer), around.gain, around.offset, around.factor, residual, around.activate, around.zoom,
-        **({} if out is None else {"out": as_images(layer, out)}),
+        **({} if out is None else {"out": as_images(layer, out)}),  # which the operator of compiled graphs does not know
     )  # fmt: skip
     if isinstance(layer, nn.Linear):
         return out.view(*x.shape[:-1], -1)

@@ -32,16 +32,18 @@ def reconstruct(
     with run.storeroom() as folder:
         shelf = Shelf(folder, cache_bytes // 2)
         for index, block in enumerate(links):
+            is_finished, is_shelved = index < relay.first, block in blocks  # other layers may run more than once in a call
+            if is_finished and not is_shelved:
+                continue
             link = Link(student, block, samples)
-            if index < relay.first and shelf.recall(block, link):
+            if is_finished and shelf.recall(block, link):
                 continue
             shelf.forget(block)
             how = dict(shelf=shelf, cache_bytes=cache_bytes // 2, batch=training.batch)
             with Memory(student, teacher, block, link, samples, weight, **how) as memory:
-                if index >= relay.first:
+                if not is_finished:
                     fit(link, Reconstruction(memory, training.max_steps), training, seed=seed, run=Leg(relay, index))
-                # other layers may run more than once in a call
-                if block in blocks and memory.num_rounds == 1:
+                if is_shelved and memory.num_rounds == 1:
                     memory.put_away()
         relay.finish()
     student.requires_grad_(False)
@@ -74,14 +76,13 @@ class Memory:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for stack in (*self.rows, *self.answers):
-            stack.remove()
+        self._clear()
 
     def enter(self, number: int) -> None:
         """Makes this round's inputs and answers those that are there."""
         if number == self._round:
             return
-        self.__exit__()
+        self._clear()
         self._round, turn = number, torch.arange(number, len(self._samples), self.num_rounds)
         self.timestep, self.weight = self._samples.timestep[turn], self._weight[turn]
         for place in range(0, len(turn), self._batch):
@@ -109,6 +110,11 @@ class Memory:
         device = next(self._student.parameters()).device
         with self._at(index):
             return link(*(rows[index].to(device) for rows in self.rows))
+
+    def _clear(self) -> None:
+        for stack in (*self.rows, *self.answers):
+            stack.remove()
+        self.rows, self.answers = [], []
 
     def _stack(self, kind: str, like: Sequence[Tensor | Stack]) -> list[Stack]:
         """Room for what is of the form of these, for each sample of the round."""

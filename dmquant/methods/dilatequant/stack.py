@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dmquant.errors import DamagedFile
+
 
 class Stack:
     """N rows of a tensor in a file. They pass through the system's cache of the disk: memory that it gives back when asked."""
@@ -33,11 +35,12 @@ class Stack:
         self._file.write(_bytes_of(rows.detach().to("cpu", self.dtype).contiguous()))
 
     def __getitem__(self, index: Tensor) -> Tensor:
-        """Copies of the rows of an index (K,), in its order."""
+        """Copies of the rows of an index (K,), in its order. DamagedFile where the file has lost them."""
         rows = torch.empty(len(index), *self.shape[1:], dtype=self.dtype)
         for row, number in zip(rows, index.tolist()):
             self._file.seek(number * self._row_bytes)
-            self._file.readinto(_bytes_of(row))
+            if self._file.readinto(_bytes_of(row)) != self._row_bytes:
+                raise DamagedFile(f"{self.path} has lost rows; this run cannot be continued: start over with --force")
         return rows
 
     def settle(self) -> None:

@@ -67,13 +67,15 @@ def test_modules_run_again_after_a_failure(tmp_path):
 def test_another_process_finds_the_shelf_as_it_was_but_for_what_is_trained_once_more(tmp_path):
     student, samples, links = links_of(UNet2DModel)
     some, index = dict(islice(links.items(), 6)), torch.tensor([3, 1])
+    expected = samples[index].call(student)
     fill(Shelf(tmp_path, 1 << 30), student, samples, some)
     shelf, blocks = Shelf(tmp_path, 1 << 30), find_blocks(student)
     *kept, again = [block for block in some if block in blocks]
     shelf.forget(again)
     assert [block for block, link in some.items() if shelf.recall(block, link)] == kept
     with shelf.standing_in(student, index, is_teacher=False):
-        assert torch.equal(samples[index].call(student), samples[index].call(student))
+        assert torch.equal(samples[index].call(student), expected)
+        assert "forward" in vars(student.get_submodule(kept[-1].modules[0]))
         assert "forward" not in vars(student.get_submodule(again.modules[0]))
 
 

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dmquant.errors import DamagedFile
 from dmquant.methods.dilatequant.stack import Stack, read_index, write_index
 
 
@@ -38,3 +39,10 @@ def test_what_an_index_names_is_found_again_in_another_process_and_can_be_remove
     for stack in found["ours"]:
         stack.remove()
     assert [file.name for file in tmp_path.iterdir()] == ["block.json"]
+
+
+def test_rows_that_a_file_has_lost_are_not_made_up(tmp_path):
+    stack = Stack(tmp_path / "rows", (4, 2), torch.float32)
+    stack.write(0, torch.randn(2, 2))
+    with pytest.raises(DamagedFile, match="has lost rows"):
+        stack[torch.tensor([0, 2])]
