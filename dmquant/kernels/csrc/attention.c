@@ -9,7 +9,7 @@
 #include "products.h"
 #include "softmax.h"
 
-#define CHUNK 256                   /* keys at a time: their scores stay in the nearest cache */
+#define AHEAD 16                    /* tokens: how far keys and values are fetched before they are read */
 #define NEVER (-(1 << 30))          /* score of a key that is none */
 
 enum { QUERY, KEY, PROBABILITY, VALUE };
@@ -39,20 +39,17 @@ typedef struct {
     int64_t chunks;                 /* of keys */
     uint8_t *key_levels, *value_levels;     /* [block of outputs][group of four][output][4] */
     int32_t *key_start, *value_start;       /* of the sums of each key, of each channel of a value */
-    uint8_t *queries;               /* codes (ROWS, depth) */
-    int32_t *sums;                  /* (ROWS, SUMS): scores of a chunk, then products with values */
-    Part *parts;                    /* (ROWS, chunks) */
-    float *shares;                  /* (ROWS, share_step) */
-    uint8_t *codes;                 /* of probabilities (ROWS, code_step) */
-    int64_t sum_step, share_step, code_step;    /* no power of two: rows would share their places in the cache */
+    uint8_t *row;                   /* codes of four tokens, as they come */
+    uint8_t *queries;               /* codes of ROWS */
+    int32_t *sums;                  /* (ROWS, sum_step): scores of a chunk, then products with values */
+    int64_t sum_step;
+    float *shares;                  /* (chunks, ROWS, CHUNK), later codes of probabilities in the first quarter of each chunk */
+    float *totals;                  /* of the shares (ROWS, LANES) */
+    float *shifts;                  /* (ROWS): what is taken off scores times their factor */
 } Head;
 
-/* Blocks of outputs. */
-static void multiply_blocks(const Attention *a, const uint8_t *codes, int64_t step, const uint8_t *levels, int64_t depth,
-                            const int32_t *start, int64_t outputs, int32_t *sums, int64_t width) {
-    for (int64_t o = 0; o < outputs; o += OUTPUTS, levels += OUTPUTS * depth)
-        multiply(codes, step, levels, depth, a->max_code, start + o, sums + o, width);
-}
+#define SHARES (ROWS * CHUNK)       /* of a chunk */
+
 
 static Grid grid_of(const Attention *a, int factor, int64_t at) {
     int64_t place = factor * a->images * a->heads + at, zero = (int64_t)a->grid_zero[place];
@@ -84,16 +81,22 @@ static void encode(const Grid grid, const float *x, int64_t count, int32_t middl
     encode_part(grid, x + count - LANES, middle, codes + count - LANES);    /* some of them once more */
 }
 
+/* A token, some time before it is read or written: tokens of a head lie far apart. */
+INLINE void fetch(const float *x, int64_t channels) {
+    for (int64_t c = 0; c < channels; c += LINE / 4) __builtin_prefetch(x + c);
+}
+
 /* Keys are outputs, their channels the depth. */
 static void lay_keys(const Attention *a, const float *key, Head *head) {
     const Grid *grid = &head->grid[KEY];
-    uint8_t *row = head->queries;   /* not in use yet */
+    uint8_t *row = head->row;
     memset(head->key_levels, 0, head->keys * head->depth);
     memset(row, 0, head->depth);
     for (int64_t t = 0; t < head->keys; t++) {
         int32_t sum = 0;
         head->key_start[t] = NEVER;
         if (t >= a->keys) continue;
+        fetch(key + (t + AHEAD) * a->key_token, a->channels);
         encode(*grid, key + t * a->key_token, a->channels, grid->middle, row);
         for (int64_t c = 0; c < a->channels; c++) sum += (int8_t)row[c];
         uint8_t *levels = head->key_levels + t / OUTPUTS * OUTPUTS * head->depth + t % OUTPUTS * 4;
@@ -106,12 +109,13 @@ static void lay_keys(const Attention *a, const float *key, Head *head) {
 static void lay_values(const Attention *a, const float *value, Head *head) {
     const Grid *grid = &head->grid[VALUE];
     int64_t outputs = up(a->channels, OUTPUTS);
-    uint8_t *rows = head->queries;  /* not in use yet, and as large */
+    uint8_t *rows = head->row;
     memset(head->value_start, 0, 4 * outputs);
     memset(rows, 0, 4 * head->depth);
     for (int64_t t = 0; t < head->keys; t += 4) {
         for (int64_t i = 0; i < 4; i++) {
             uint8_t *row = rows + i * head->depth;
+            fetch(value + (t + i + AHEAD) * a->value_token, a->channels);
             if (t + i < a->keys) encode(*grid, value + (t + i) * a->value_token, a->channels, grid->middle, row);
             else memset(row, 0, a->channels);
         }
@@ -130,76 +134,114 @@ static void lay_values(const Attention *a, const float *value, Head *head) {
     for (int64_t c = 0; c < outputs; c++) head->value_start[c] *= -(int32_t)head->grid[PROBABILITY].zero;
 }
 
-/* Shares of the scores of `count` queries in all keys. */
-static void score(const Attention *a, Head *head, float factor, int64_t count) {
-    for (int64_t i = 0; i < head->chunks; i++) {
-        int64_t first = i * CHUNK, keys = least(CHUNK, a->keys - first);
-        multiply_blocks(a, head->queries, head->depth, head->key_levels + first * head->depth, head->depth,
-                        head->key_start + first, keys, head->sums, head->sum_step);
-        for (int64_t q = 0; q < count; q++)
-            share_out(head->sums + q * head->sum_step, factor, keys, head->shares + q * head->share_step + first,
-                      head->parts + q * head->chunks + i);
+/* Scores of ROWS queries in chunk i of keys. */
+static void score(const Attention *a, const Head *head, int64_t i) {
+    int64_t first = i * CHUNK;
+    multiply(head->queries, ROWS * SPAN, head->key_levels + first * head->depth, head->depth, a->max_code, head->key_start + first,
+             least(CHUNK, a->keys - first), head->sums, head->sum_step);
+}
+
+/* The best scores in chunk i of keys become the pivots of `count` queries, unless they have better ones. */
+static void find_pivots(const Attention *a, const Head *head, float factor, int64_t count, int64_t i) {
+    for (int64_t q = 0; q < count; q++) {
+        float shift = best_of(head->sums + q * head->sum_step, least(CHUNK, a->keys - i * CHUNK)) * factor;
+        head->shifts[q] = i && head->shifts[q] > shift ? head->shifts[q] : shift;
     }
 }
 
-/* Codes of the probabilities of query q, from its shares; the sum of their a. */
-static int32_t soften(const Attention *a, const Head *head, float factor, int64_t q) {
-    Part *parts = head->parts + q * head->chunks;
-    const Grid grid = head->grid[PROBABILITY];
-    Floats inverse = all(weigh(parts, head->chunks, factor) * grid.inverse), zero = all(MAGIC + grid.zero);
-    Floats limit = all(MAGIC + (float)a->max_code);
-    Ints sums = all_ints(0);
+/* Shares of `count` queries in all keys, where pivots are known or else found in the first chunk. Whether none is too large. */
+static int share(const Attention *a, const Head *head, float factor, int64_t count, int has_pivots) {
+    Floats steep = all(factor);
+    int is_right = 1;
+    memset(head->totals, 0, 4 * ROWS * LANES);
     for (int64_t i = 0; i < head->chunks; i++) {
-        int64_t first = i * CHUNK, keys = least(CHUNK, a->keys - first);
-        sums = round_shares(head->shares + q * head->share_step + first, keys, times(load(parts[i].weight), inverse), zero, limit,
-                            head->codes + q * head->code_step + first, sums);
+        int64_t keys = a->keys - i * CHUNK, step = head->sum_step;
+        float *shares = head->shares + i * SHARES;
+        score(a, head, i);
+        if (!i && !has_pivots) find_pivots(a, head, factor, count, i);
+        for (int64_t q = 0; q < count && keys >= CHUNK; q++)
+            share_out(head->sums + q * step, steep, head->shifts[q], CHUNK, shares + q * CHUNK, head->totals + q * LANES);
+        for (int64_t q = 0; q < count && keys < CHUNK; q++)
+            share_out(head->sums + q * step, steep, head->shifts[q], keys, shares + q * CHUNK, head->totals + q * LANES);
     }
-    return (int32_t)sum_lanes(to_floats(sums));     /* below 2^24: exact */
+    for (int64_t q = 0; q < count; q++) is_right &= sum_lanes(load(head->totals + q * LANES)) < TOO_MUCH;
+    return is_right;
+}
+
+/* Shares of `count` queries -> codes of their probabilities, in place; the sums of their a. */
+static void soften(const Attention *a, const Head *head, int64_t count, int32_t *sums) {
+    const Grid grid = head->grid[PROBABILITY];
+    Bytes zero = all_bytes((int64_t)grid.zero), limit = all_bytes(a->max_code);
+    int32_t lanes[ROWS][LANES] = {{0}};
+    float factors[ROWS];
+    for (int64_t q = 0; q < count; q++) factors[q] = 1.0f / sum_lanes(load(head->totals + q * LANES)) * grid.inverse;
+    for (int64_t i = 0; i < head->chunks; i++) {
+        const float *shares = head->shares + i * SHARES;
+        uint8_t *codes = (uint8_t *)shares;
+        for (int64_t q = 0; q < count; q++) {   /* a row of codes ends before the next row of shares begins */
+            Ints found = round_shares(shares + q * CHUNK, factors[q], zero, limit, codes + q * SPAN);
+            store_ints(lanes[q], add_ints(load_ints(lanes[q]), found));
+        }
+    }
+    for (int64_t q = 0; q < count; q++) {
+        sums[q] = (int32_t)-grid.zero * (int32_t)(head->chunks * CHUNK);
+        for (int l = 0; l < LANES; l++) sums[q] += lanes[q][l];
+    }
 }
 
 /* Up to ROWS queries of a head. */
 static void attend(const Attention *a, Head *head, int64_t first) {
     const Grid *query = &head->grid[QUERY], *value = &head->grid[VALUE];
-    int64_t count = least(ROWS, a->queries - first), outputs = up(a->channels, OUTPUTS);
+    int64_t count = least(ROWS, a->queries - first);
     const float *x = a->query + head->image * a->query_image + head->head * a->query_head + first * a->query_token;
     int32_t shifts[ROWS];
     float *out = a->out + ((head->image * a->queries + first) * a->heads + head->head) * a->channels;
-    for (int64_t i = 0; i < ROWS; i++)      /* what is read next and written last lies far apart */
-        for (int64_t c = 0; c < a->channels; c += LINE / 4) {
-            __builtin_prefetch(x + (i + ROWS) * a->query_token + c);
-            __builtin_prefetch(out + i * a->heads * a->channels + c, 1);
-        }
-    for (int64_t i = 0; i < count; i++) encode(*query, x + i * a->query_token, a->channels, 0, head->queries + i * head->depth);
+    for (int64_t i = 0; i < ROWS; i++) {    /* the queries after these */
+        fetch(x + (i + ROWS) * a->query_token, a->channels);
+        fetch(out + i * a->heads * a->channels, a->channels);
+    }
+    memset(head->row, 0, head->depth);
+    for (int64_t i = 0; i < count; i++) {
+        encode(*query, x + i * a->query_token, a->channels, 0, head->row);
+        for (int64_t c = 0; c < a->channels; c += SPAN)
+            memcpy(head->queries + c * ROWS + i * SPAN, head->row + c, SPAN);
+    }
     float factor = query->scale * head->grid[KEY].scale * (float)a->scale * 1.44269504f;     /* powers of two, not of e */
     factor = factor < 64.0f ? factor : 64.0f;
-    score(a, head, factor, count);
-    for (int64_t i = 0; i < count; i++) shifts[i] = soften(a, head, factor, i) * (value->middle - (int32_t)value->zero);
-    multiply_blocks(a, head->codes, head->code_step, head->value_levels, head->keys, head->value_start, outputs, head->sums,
-                    head->sum_step);
+    unsigned mode = drop_tiny();
+    if (!share(a, head, factor, count, 0)) {
+        for (int64_t i = 0; i < head->chunks; i++) score(a, head, i), find_pivots(a, head, factor, count, i);
+        share(a, head, factor, count, 1);
+    }
+    soften(a, head, count, shifts);
+    restore(mode);
+    multiply((uint8_t *)head->shares, 4 * SHARES, head->value_levels, head->keys, a->max_code, head->value_start, a->channels,
+             head->sums, head->sum_step);
     float scale = head->grid[PROBABILITY].scale * value->scale;
     for (int64_t i = 0; i < count; i++, out += a->heads * a->channels) {
         const int32_t *sums = head->sums + i * head->sum_step;
-        for (int64_t c = 0; c < a->channels; c++) out[c] = (float)(sums[c] + shifts[i]) * scale;
+        int32_t shift = shifts[i] * (value->middle - (int32_t)value->zero);
+        for (int64_t c = 0; c < a->channels; c++) out[c] = (float)(sums[c] + shift) * scale;
     }
 }
 
 static int reserve(const Attention *a, Head *head) {
-    int64_t depth = up(a->channels, STEP), keys = up(a->keys, STEP), room = up(keys, CHUNK);
-    head->depth = depth, head->keys = keys, head->chunks = room / CHUNK;
-    head->sum_step = most(CHUNK, depth) + LINE / 4, head->share_step = keys + LINE / 4, head->code_step = keys + LINE;
-    int64_t parts = ROWS * head->chunks * (int64_t)sizeof(Part);
-    int64_t rows = ROWS * (depth + 4 * head->sum_step + 4 * head->share_step + head->code_step);
-    uint8_t *next = keep(2 * keys * depth + 4 * (keys + depth) + parts + rows + 10 * LINE);
+    int64_t depth = up(a->channels, STEP), keys = up(a->keys, STEP), wide = up(depth, SPAN);
+    head->depth = depth, head->keys = keys, head->chunks = up(keys, CHUNK) / CHUNK;
+    head->sum_step = most(CHUNK, up(depth, OUTPUTS));
+    int64_t sums = 4 * ROWS * head->sum_step, shares = 4 * head->chunks * SHARES;
+    uint8_t *next = keep(2 * keys * depth + 4 * (keys + depth) + 4 * wide + ROWS * (wide + 4 * LANES + 4) + sums + shares + 10 * LINE);
     if (!next) return 1;
     head->key_levels = take(&next, keys * depth);
     head->value_levels = take(&next, keys * depth);
     head->key_start = take(&next, 4 * keys);
     head->value_start = take(&next, 4 * depth);
-    head->queries = take(&next, ROWS * depth);
-    head->sums = take(&next, 4 * ROWS * head->sum_step);
-    head->parts = take(&next, parts);
-    head->shares = take(&next, 4 * ROWS * head->share_step);
-    head->codes = take(&next, ROWS * head->code_step);
+    head->row = take(&next, 4 * wide);
+    head->queries = take(&next, ROWS * wide);
+    head->sums = take(&next, sums);
+    head->shares = take(&next, shares);
+    head->totals = take(&next, 4 * ROWS * LANES);
+    head->shifts = take(&next, 4 * ROWS);
     return 0;
 }
 
@@ -217,7 +259,7 @@ static int work(const Attention *a, int64_t first, int64_t last) {
             for (int factor = 0; factor < 4; factor++) head.grid[factor] = grid_of(a, factor, at);
             lay_keys(a, a->key + head.image * a->key_image + head.head * a->key_head, &head);
             lay_values(a, a->value + head.image * a->value_image + head.head * a->value_head, &head);
-            memset(head.queries, 0, ROWS * head.depth);
+            memset(head.queries, 0, ROWS * up(head.depth, SPAN));
         }
         attend(a, &head, i % blocks * ROWS);
     }

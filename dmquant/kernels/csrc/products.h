@@ -1,11 +1,12 @@
-/* ROWS rows of u8 codes against a block of OUTPUTS outputs of s8 levels, [group of four][output][4], into whole sums that
- * begin with `start`: by AMX, AVX-512 VNNI, AVX2 or plain C, as the compiler is told. Rows are `step` bytes apart, those of sums
- * `width`; the depth comes in STEPs. */
+/* ROWS rows of u8 codes against s8 levels, [block of OUTPUTS][group of four][output][4], into whole sums that begin with `start`
+ * and fill the last block: by AMX, AVX-512 VNNI, AVX2 or plain C, as the compiler is told. Codes lie as [64 of the depth][row][64],
+ * `stride` bytes from one to the next; rows of sums are `width` apart; the depth comes in STEPs. */
 #ifndef DMQUANT_PRODUCTS_H
 #define DMQUANT_PRODUCTS_H
 #include "memory.h"
 
 #define OUTPUTS 32
+#define SPAN 64                     /* of the depth: codes of a row that lie side by side */
 
 #if defined(__AMX_INT8__)
 #include "tiles.h"
@@ -19,27 +20,72 @@ static void begin_products(void) {
 
 static void end_products(void) { _tile_release(); }
 
-static void multiply(const uint8_t *codes, int64_t step, const uint8_t *levels, int64_t depth, int64_t max_code,
-                     const int32_t *start, int32_t *sums, int64_t width) {
-    (void)max_code;
-    _tile_loadd(0, start, 0);       /* the same in all rows */
-    _tile_loadd(1, start + 16, 0);
-    _tile_loadd(2, start, 0);
-    _tile_loadd(3, start + 16, 0);
-    for (int64_t d = 0; d < depth; d += 64, levels += 2048) {
-        _tile_loadd(4, codes + d, step);
+/* Of one SPAN: the codes stay in their tiles, and sums are stored while the next ones are multiplied. */
+static void multiply_flat(const uint8_t *codes, const uint8_t *levels, const int32_t *start, int64_t outputs, int32_t *sums,
+                          int64_t width) {
+    int32_t *low = sums + 16 * width;
+    _tile_loadd(4, codes, SPAN);
+    _tile_loadd(5, codes + 16 * SPAN, SPAN);
+    for (int64_t o = 0; o < outputs; o += OUTPUTS, levels += OUTPUTS * SPAN) {
         _tile_loadd(6, levels, 128);
-        _tile_loadd(7, levels + 64, 128);
-        _tile_loadd(5, codes + 16 * step + d, step);
+        _tile_loadd(0, start + o, 0);       /* the same in all rows */
+        _tile_loadd(1, start + o, 0);
         _tile_dpbusd(0, 4, 6);
-        _tile_dpbusd(1, 4, 7);
-        _tile_dpbusd(2, 5, 6);
+        _tile_dpbusd(1, 5, 6);
+        if (o) {
+            _tile_stored(2, sums + o - 16, 4 * width);
+            _tile_stored(3, low + o - 16, 4 * width);
+        }
+        _tile_loadd(7, levels + 64, 128);
+        _tile_loadd(2, start + o + 16, 0);
+        _tile_loadd(3, start + o + 16, 0);
+        _tile_dpbusd(2, 4, 7);
         _tile_dpbusd(3, 5, 7);
+        _tile_stored(0, sums + o, 4 * width);
+        _tile_stored(1, low + o, 4 * width);
+    }
+    _tile_stored(2, sums + up(outputs, OUTPUTS) - 16, 4 * width);
+    _tile_stored(3, low + up(outputs, OUTPUTS) - 16, 4 * width);
+}
+
+/* Of a block, or of its first half. */
+INLINE void multiply_deep(const uint8_t *codes, int64_t stride, const uint8_t *levels, int64_t depth, const int32_t *start,
+                          int32_t *sums, int64_t width, const int is_half) {
+    _tile_loadd(0, start, 0);
+    _tile_loadd(1, start, 0);
+    if (!is_half) {
+        _tile_loadd(2, start + 16, 0);
+        _tile_loadd(3, start + 16, 0);
+    }
+    for (int64_t d = 0; d < depth; d += SPAN, codes += stride, levels += OUTPUTS * SPAN) {
+        _tile_loadd(4, codes, SPAN);
+        _tile_loadd(6, levels, 128);
+        _tile_loadd(5, codes + 16 * SPAN, SPAN);
+        _tile_dpbusd(0, 4, 6);
+        _tile_dpbusd(1, 5, 6);
+        if (!is_half) {
+            _tile_loadd(7, levels + 64, 128);
+            _tile_dpbusd(2, 4, 7);
+            _tile_dpbusd(3, 5, 7);
+        }
     }
     _tile_stored(0, sums, 4 * width);
-    _tile_stored(1, sums + 16, 4 * width);
-    _tile_stored(2, sums + 16 * width, 4 * width);
-    _tile_stored(3, sums + 16 * width + 16, 4 * width);
+    _tile_stored(1, sums + 16 * width, 4 * width);
+    if (!is_half) {
+        _tile_stored(2, sums + 16, 4 * width);
+        _tile_stored(3, sums + 16 * width + 16, 4 * width);
+    }
+}
+
+static void multiply(const uint8_t *codes, int64_t stride, const uint8_t *levels, int64_t depth, int64_t max_code,
+                     const int32_t *start, int64_t outputs, int32_t *sums, int64_t width) {
+    (void)max_code;
+    if (depth == SPAN) multiply_flat(codes, levels, start, outputs, sums, width);
+    else
+        for (int64_t o = 0; o < outputs; o += OUTPUTS, levels += OUTPUTS * depth) {
+            if (outputs - o > 16) multiply_deep(codes, stride, levels, depth, start + o, sums + o, width, 0);
+            else multiply_deep(codes, stride, levels, depth, start + o, sums + o, width, 1);
+        }
     SETTLE;
 }
 #else
@@ -52,14 +98,17 @@ static void end_products(void) {}
 #if defined(__AVX512VNNI__)
 #include "fours.h"
 
-static void multiply(const uint8_t *codes, int64_t step, const uint8_t *levels, int64_t depth, int64_t max_code,
-                     const int32_t *start, int32_t *sums, int64_t width) {
+static void multiply_block(const uint8_t *codes, int64_t stride, const uint8_t *levels, int64_t depth, int64_t max_code,
+                           const int32_t *start, int32_t *sums, int64_t width) {
     (void)max_code;
     for (int row = 0; row < ROWS; row += 8) {
         __m512i acc[8][2];
 #pragma GCC unroll 8
         for (int p = 0; p < 8; p++) acc[p][0] = _mm512_loadu_si512(start), acc[p][1] = _mm512_loadu_si512(start + 16);
-        multiply_groups(acc, codes + row * step, step, levels, depth / 4, 8);
+        for (int64_t d = 0; d < depth; d += SPAN) {
+            const uint8_t *first = codes + d / SPAN * stride + row * SPAN;
+            multiply_groups(acc, first, SPAN, levels + OUTPUTS * d, least(SPAN, depth - d) / 4, 8);
+        }
 #pragma GCC unroll 8
         for (int p = 0; p < 8; p++) {
             _mm512_storeu_si512(sums + (row + p) * width, acc[p][0]);
@@ -70,7 +119,7 @@ static void multiply(const uint8_t *codes, int64_t step, const uint8_t *levels, 
 #elif defined(__AVX2__)
 #include "pairs.h"
 
-INLINE void multiply_by(const int mode, const uint8_t *codes, int64_t step, const uint8_t *levels, int64_t depth,
+INLINE void multiply_by(const int mode, const uint8_t *codes, int64_t stride, const uint8_t *levels, int64_t depth,
                         const int32_t *start, int32_t *sums, int64_t width) {
     for (int row = 0; row < ROWS; row += 4)
         for (int half = 0; half < 2; half++) {
@@ -78,7 +127,10 @@ INLINE void multiply_by(const int mode, const uint8_t *codes, int64_t step, cons
 #pragma GCC unroll 4
             for (int p = 0; p < 4; p++)
                 for (int v = 0; v < 2; v++) acc[p][v] = _mm256_loadu_si256((const __m256i *)(start + 16 * half + 8 * v));
-            multiply_groups(acc, codes + row * step, step, levels + 64 * half, depth / 4, 4, mode);
+            for (int64_t d = 0; d < depth; d += SPAN) {
+                const uint8_t *first = codes + d / SPAN * stride + row * SPAN;
+                multiply_groups(acc, first, SPAN, levels + OUTPUTS * d + 64 * half, least(SPAN, depth - d) / 4, 4, mode);
+            }
 #pragma GCC unroll 4
             for (int p = 0; p < 4; p++) {
                 int32_t *first = sums + (row + p) * width + 16 * half;
@@ -88,23 +140,31 @@ INLINE void multiply_by(const int mode, const uint8_t *codes, int64_t step, cons
         }
 }
 
-static void multiply(const uint8_t *codes, int64_t step, const uint8_t *levels, int64_t depth, int64_t max_code,
-                     const int32_t *start, int32_t *sums, int64_t width) {
-    if (2 * max_code * 127 <= 32767) multiply_by(PAIRS, codes, step, levels, depth, start, sums, width);
-    else multiply_by(SINGLES, codes, step, levels, depth, start, sums, width);
+static void multiply_block(const uint8_t *codes, int64_t stride, const uint8_t *levels, int64_t depth, int64_t max_code,
+                           const int32_t *start, int32_t *sums, int64_t width) {
+    if (2 * max_code * 127 <= 32767) multiply_by(PAIRS, codes, stride, levels, depth, start, sums, width);
+    else multiply_by(SINGLES, codes, stride, levels, depth, start, sums, width);
 }
 #else
-static void multiply(const uint8_t *codes, int64_t step, const uint8_t *levels, int64_t depth, int64_t max_code,
-                     const int32_t *start, int32_t *sums, int64_t width) {
+static void multiply_block(const uint8_t *codes, int64_t stride, const uint8_t *levels, int64_t depth, int64_t max_code,
+                           const int32_t *start, int32_t *sums, int64_t width) {
     (void)max_code;
-    for (int row = 0; row < ROWS; row++, codes += step, sums += width) {
+    for (int row = 0; row < ROWS; row++, codes += SPAN, sums += width) {
         int32_t acc[OUTPUTS];
         memcpy(acc, start, sizeof acc);
-        for (int64_t d = 0; d < depth; d++)
-            for (int o = 0; o < OUTPUTS; o++) acc[o] += codes[d] * (int8_t)levels[OUTPUTS * (d & -4) + 4 * o + (d & 3)];
+        for (int64_t d = 0; d < depth; d++) {
+            int32_t code = codes[d / SPAN * stride + d % SPAN];
+            for (int o = 0; o < OUTPUTS; o++) acc[o] += code * (int8_t)levels[OUTPUTS * (d & -4) + 4 * o + (d & 3)];
+        }
         memcpy(sums, acc, sizeof acc);
     }
 }
 #endif
+
+static void multiply(const uint8_t *codes, int64_t stride, const uint8_t *levels, int64_t depth, int64_t max_code,
+                     const int32_t *start, int64_t outputs, int32_t *sums, int64_t width) {
+    for (int64_t o = 0; o < outputs; o += OUTPUTS, levels += OUTPUTS * depth)
+        multiply_block(codes, stride, levels, depth, max_code, start + o, sums + o, width);
+}
 #endif
 #endif
