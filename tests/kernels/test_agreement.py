@@ -5,8 +5,6 @@ part by a step of its grid, as two layouts of the quantized model itself do. Unt
 is until the end.
 """
 
-import copy
-
 import pytest
 import torch
 from torch import Tensor, nn
