@@ -30,7 +30,7 @@ RESULT = Path(__file__).parent / "results" / "finetune_cost.json"
 STAGES = ("recording", "calibration", "fine-tuning", "clipping")
 HEADINGS = (
     "run", "steps", "trained, M", "share", "record, s", "calibrate, s", "fine-tune, s", "clip, s", "CPU, s", "peak, MB",
-    "distance",
+    "training adds, MB", "distance",
 )  # fmt: skip
 
 
@@ -42,6 +42,7 @@ class Point:
     seconds: dict[str, float]  # by stage
     cpu_seconds: dict[str, float]
     peak_bytes: dict[str, int | None]  # by stage, beyond what the process held with the float pipeline loaded
+    added_bytes: dict[str, int | None]  # by stage, beyond what it held as the stage began
     trained_params: int
     trained_share: float
     distance: float
@@ -120,11 +121,11 @@ def run_command(line: list[str]) -> None:
 def read_point(steps: int, folder: Path, file: Path) -> Point:
     taken = json.loads((folder / effort.FILE_NAME).read_text(encoding="utf-8"))
     stages = taken["stages"].items()
-    seconds, cpu_seconds, peaks = (
-        {name: stage[key] for name, stage in stages} for key in ("seconds", "cpu_seconds", "peak_bytes")
+    measured = (
+        {name: stage[key] for name, stage in stages} for key in ("seconds", "cpu_seconds", "peak_bytes", "added_bytes")
     )
     distance = next(iter(report.Report.load(file).metrics.values()))
-    return Point(steps, seconds, cpu_seconds, peaks, taken["trained_params"], taken["trained_share"], distance)
+    return Point(steps, *measured, taken["trained_params"], taken["trained_share"], distance)
 
 
 def find_time(points: Sequence[Point], goal: float, clock: Callable[[Point], float]) -> float | None:
@@ -152,7 +153,7 @@ def compare(points: Sequence[Point], goal: Point) -> dict[str, float | None]:
         found[f"{clock}_to_goal"] = whole
         found[f"{clock}_ratio"] = goal.total(clock) / whole if whole else None
         found[f"fine_tuning_{clock}_ratio"] = getattr(goal, clock)["fine-tuning"] / training if training else None
-    ours, theirs = points[-1].peak_bytes["fine-tuning"], goal.peak_bytes["fine-tuning"]
+    ours, theirs = points[-1].added_bytes["fine-tuning"], goal.added_bytes["fine-tuning"]
     return found | {
         "memory_ratio": goal.peak / points[-1].peak if points[-1].peak else None,
         "fine_tuning_memory_ratio": theirs / ours if ours else None,
@@ -164,10 +165,14 @@ def list_rows(curves: dict[str, list[Point]]) -> list[list[str]]:
         [
             name, str(point.steps), f"{point.trained_params / 1e6:.2f}", f"{point.trained_share:.1%}",
             *(f"{point.seconds.get(stage, 0):.1f}" for stage in STAGES),
-            f"{point.total('cpu_seconds'):.1f}", "" if point.peak is None else f"{point.peak / 1e6:.0f}", f"{point.distance:.4f}",
+            f"{point.total('cpu_seconds'):.1f}", write_megabytes(point.peak), write_megabytes(point.added_bytes.get("fine-tuning")), f"{point.distance:.4f}",
         ]
         for name, points in curves.items() for point in points
     ]  # fmt: skip
+
+
+def write_megabytes(size: int | None) -> str:
+    return "" if size is None else f"{size / 1e6:.0f}"
 
 
 def list_notes(curves: dict[str, list[Point]]) -> list[str]:
@@ -182,8 +187,8 @@ def list_notes(curves: dict[str, list[Point]]) -> list[str]:
             times = f"{found['seconds_ratio']:.2f} x as fast ({found['cpu_seconds_ratio']:.2f} x by processor time)"
             notes.append(f"{name}: at the goal in {found['seconds_to_goal']:.0f} s, {times}")
         if found["memory_ratio"]:
-            while_training = f"1/{found['fine_tuning_memory_ratio']:.2f} while training"
-            notes.append(f"{name}: peak memory 1/{found['memory_ratio']:.2f} of the first run's, {while_training}")
+            added = f"; training adds 1/{found['fine_tuning_memory_ratio']:.2f}" if found["fine_tuning_memory_ratio"] else ""
+            notes.append(f"{name}: peak memory 1/{found['memory_ratio']:.2f} of the first run's{added}")
     return notes
 
 

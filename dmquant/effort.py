@@ -20,6 +20,7 @@ class Stage:
     seconds: float
     cpu_seconds: float  # of all threads: on a busy machine these grow less than the seconds on the wall
     peak_bytes: int | None  # the most that was held at a time, beyond what was when the run began; None: not to be known here
+    added_bytes: int | None = None  # the same beyond what was when the stage began: what it needs itself
 
 
 @dataclass(frozen=True)

@@ -29,14 +29,15 @@ class Meter:
     def stage(self, name: str) -> Iterator[None]:
         """Counts what happens inside; nothing is noted of a stage that fails."""
         _reset_peak(self._device)
+        held = _read_memory(self._device, peak=False)
         started = time.perf_counter(), time.process_time()
         yield
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         ended, peak = (time.perf_counter(), time.process_time()), _read_memory(self._device, peak=True)
         seconds, cpu_seconds = (end - start for end, start in zip(ended, started))
-        is_known = None not in (peak, self._held)
-        self.stages[name] = Stage(seconds, cpu_seconds, max(0, peak - self._held) if is_known else None)
+        beyond = (None if None in (peak, before) else max(0, peak - before) for before in (self._held, held))
+        self.stages[name] = Stage(seconds, cpu_seconds, *beyond)
 
     def sum_up(self, *, trained_params: int, trained_share: float, is_whole: bool) -> Effort:
         return Effort(dict(self.stages), self._held, self._device.type, trained_params, trained_share, is_whole)

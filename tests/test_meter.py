@@ -32,6 +32,20 @@ def test_a_stage_has_its_own_peak_and_later_ones_do_not_inherit_it():
     assert summed(meter).peak_bytes == meter.stages["large"].peak_bytes
 
 
+def test_what_a_stage_adds_is_beyond_what_was_held_as_it_began():
+    meter, held = Meter(CPU), []
+    with meter.stage("recording"):
+        held.append(torch.ones(128 * MIB // 4))
+    with meter.stage("training"):
+        torch.ones(64 * MIB // 4)
+    training = meter.stages["training"]
+    if not module.STATUS.exists():
+        assert training.added_bytes is None
+        return
+    assert training.peak_bytes > 160 * MIB and 40 * MIB < training.added_bytes < 90 * MIB
+    assert summed(meter).peak_bytes == training.peak_bytes
+
+
 def test_a_peak_that_may_not_be_reset_is_no_failure(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "RESET", tmp_path)  # a folder: writing to it fails
     meter = Meter(CPU)
