@@ -149,7 +149,7 @@ static void find_pivots(const Attention *a, const Head *head, float factor, int6
     }
 }
 
-/* Shares of `count` queries in all keys, where pivots are known or else found in the first chunk. Whether none is too large. */
+/* Shares of `count` queries in all keys, by known pivots or by those of the first chunk. Whether none is too large. */
 static int share(const Attention *a, const Head *head, float factor, int64_t count, int has_pivots) {
     Floats steep = all(factor);
     int is_right = 1;
@@ -230,7 +230,8 @@ static int reserve(const Attention *a, Head *head) {
     head->depth = depth, head->keys = keys, head->chunks = up(keys, CHUNK) / CHUNK;
     head->sum_step = most(CHUNK, up(depth, OUTPUTS));
     int64_t sums = 4 * ROWS * head->sum_step, shares = 4 * head->chunks * SHARES;
-    uint8_t *next = keep(2 * keys * depth + 4 * (keys + depth) + 4 * wide + ROWS * (wide + 4 * LANES + 4) + sums + shares + 10 * LINE);
+    int64_t rows = 4 * wide + ROWS * (wide + 4 * LANES + 4) + sums + shares;
+    uint8_t *next = keep(2 * keys * depth + 4 * (keys + depth) + rows + 10 * LINE);
     if (!next) return 1;
     head->key_levels = take(&next, keys * depth);
     head->value_levels = take(&next, keys * depth);

@@ -24,7 +24,7 @@
 #define OUTPUTS 32                  /* outputs of a block of weights */
 #define CELLS_BYTES (768 << 10)     /* of a band: it stays in a second-level cache */
 #define BAND_PIXELS 4096
-#define WEIGHTS_BYTES (512 << 10)   /* of expanded weights */
+#define WEIGHTS_BYTES (1 << 20)     /* of expanded weights */
 #define SLACK 16                    /* cells behind the last one that a wide tile may read and ignore */
 
 INLINE int is_normalized(const Job *job) { return job->gain || job->activate; }

@@ -1,6 +1,6 @@
 /* ROWS rows of u8 codes against s8 levels, [block of OUTPUTS][group of four][output][4], into whole sums that begin with `start`
- * and fill the last block: by AMX, AVX-512 VNNI, AVX2 or plain C, as the compiler is told. Codes lie as [64 of the depth][row][64],
- * `stride` bytes from one to the next; rows of sums are `width` apart; the depth comes in STEPs. */
+ * and fill the last block: by AMX, AVX-512 VNNI, AVX2 or plain C, as the compiler is told. Codes lie as [SPAN of the depth][row]
+ * [SPAN], `stride` bytes from one to the next; rows of sums are `width` apart; the depth comes in STEPs. */
 #ifndef DMQUANT_PRODUCTS_H
 #define DMQUANT_PRODUCTS_H
 #include "memory.h"
