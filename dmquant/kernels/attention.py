@@ -1,7 +1,7 @@
 """Attention on codes: softmax(q k^T * scale) v, where queries, keys, probabilities and values are rounded to grids of their own.
 
-Products are exact in integers, the softmax is float32 and sees scores that were never rounded to float; the rounding expression
-is that of the quantizers. All variants of csrc/attention.c give the same floats bit for bit. What stays with torch: masks,
+Products are exact in integers, the softmax is float32 and sees scores that were not rounded to float (below 2^24: up to 512
+channels of 8 bits); the rounding expression is that of the quantizers. All variants of csrc/attention.c give the same floats bit for bit. What stays with torch: masks,
 gradients, other dtypes and devices than float32 on the CPU, and factors of different bits.
 """
 

@@ -69,6 +69,17 @@ def test_scores_that_are_far_apart_do_no_harm(keys, scale):
         assert found.isfinite().all() and error(found, attention.reference(*arguments)) < 1e-5
 
 
+@pytest.mark.parametrize("place", [0, 70, 199])
+def test_the_best_key_may_be_anywhere_and_2_to_the_300_better_than_the_others(place):
+    query, key, value = torch.full((1, 2, 33, 32), 2.9), torch.randn(1, 2, 200, 32) / 10, torch.randn(1, 2, 200, 32)
+    key[:, :, place] = 2.9
+    scales, zeros = torch.full((4, 1, 2), 6 / 256), torch.full((4, 1, 2), 128.0)
+    scales[2], zeros[2] = 1 / 255, 0
+    arguments = (query, key, value, scales, zeros, 8, 1.0)
+    for number in USABLE:
+        assert error(attention.attend(*arguments, number), attention.reference(*arguments)) < 1e-6
+
+
 @pytest.mark.parametrize("threads", [2, 3])
 def test_the_number_of_threads_changes_no_bit(threads):
     before, arguments = torch.get_num_threads(), (*factors(2, 3, 40, 50, 24), *grids(2, 3, 8), 8, 0.2)
