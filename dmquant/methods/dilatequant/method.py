@@ -50,10 +50,10 @@ class DilateQuant(Method):
     scope: Literal["block", "model"] = setting(
         "block", "what is trained at a time: one block after the other (BKD), or all together"
     )
-    max_steps: int = setting(500, "optimiser steps of each block, with scope=model of the whole; 0 only calibrates")
+    max_steps: int = setting(400, "optimiser steps of each block, with scope=model of the whole; 0 only calibrates")
     batch: int = setting(8, "samples per optimiser step")
-    learning_rate: float = setting(4e-4, "AdamW rate of weights, biases and norms, decaying to zero along a cosine")
-    block_samples: int = setting(1024, "recorded samples, drawn at random, that blocks are trained on")
+    learning_rate: float = setting(2e-4, "AdamW rate of weights, biases and norms, decaying to zero along a cosine")
+    block_samples: int = setting(768, "recorded samples, drawn at random, that blocks are trained on")
     cache_gib: float = setting(6.0, "GiB of disk: half for what a block reads and follows, half for answers of finished ones")
 
     def __post_init__(self) -> None:
