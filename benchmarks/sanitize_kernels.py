@@ -74,7 +74,7 @@ def check(cases: int, seed: int) -> None:
 
 
 def check_fused(layer, x, draw: random.Random) -> None:
-    """A norm, an activation, factors, a bias for each image, a residual and an enlargement, against the same step by step."""
+    """Norms, an activation, factors, a bias for each image, a residual and an enlargement, against the same step by step."""
     import torch
 
     from dmquant.kernels import dispatch, normal
@@ -91,6 +91,10 @@ def check_fused(layer, x, draw: random.Random) -> None:
     residual = torch.randn_like(wanted)
     found = dispatch.apply(layer, layer.weight.blocked, x, dispatch.replace(around, residual=residual))
     assert torch.equal(found, wanted + residual), (layer, tuple(x.shape), zoom)
+    token = {"gain": gain, "offset": offset, "factor": factor, "epsilon": 1e-5}
+    made = normal.normalize(last, **token).permute(0, 3, 1, 2)
+    found = dispatch.apply(layer, layer.weight.blocked, x, dispatch.Around(**token))
+    assert torch.equal(found, dispatch.apply(layer, layer.weight.blocked, made)), (layer, tuple(x.shape))
     pair = torch.cat([x, torch.randn_like(x)], 1)
     gated = normal.normalize(pair.permute(0, 2, 3, 1), activate=normal.GATED).permute(0, 3, 1, 2)
     found = dispatch.apply(layer, layer.weight.blocked, pair, dispatch.Around(activate=normal.GATED))

@@ -1,8 +1,9 @@
 """Attention on codes: softmax(q k^T * scale) v, where queries, keys, probabilities and values are rounded to grids of their own.
 
 Products are exact in integers, the softmax is float32 and sees scores that were not rounded to float (below 2^24: up to 512
-channels of 8 bits); the rounding expression is that of the quantizers. All variants of csrc/attention.c give the same floats bit for bit. What stays with torch: masks,
-gradients, other dtypes and devices than float32 on the CPU, and factors of different bits.
+channels of 8 bits); the rounding expression is that of the quantizers. All variants of csrc/attention.c give the same floats
+bit for bit. What stays with torch: masks, gradients, other dtypes and devices than float32 on the CPU, and factors of
+different bits.
 """
 
 import ctypes
@@ -13,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from dmquant.kernels import catalogue
+from dmquant.kernels import catalogue, pages
 from dmquant.kernels.catalogue import AMX, AVX2, AVX512, FLAGS_256, FLAGS_512, VNNI, Kernel, choice, library
 from dmquant.quantizers.base import FixedGrid, quantize
 from dmquant.quantizers.split import HeadGrids
@@ -152,7 +153,7 @@ def attend(
     """softmax(q k^T * scale) v by a variant: (B, N, heads * C). scales and zeros: (4, B, heads), contiguous."""
     images, heads, queries, channels = query.shape
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    out = query.new_empty(images, queries, heads * channels)
+    out = pages.empty((images, queries, heads * channels))
     pointers = (tensor.data_ptr() for tensor in (query, key, value, out, scales, zeros))
     strides = (step for x in (query, key, value) for step in x.stride()[:3])
     sizes = (images, heads, queries, key.shape[2], channels)

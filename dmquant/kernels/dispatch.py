@@ -129,6 +129,7 @@ class Around:
     residual: Tensor | None = None  # of the shape of the output
     zoom: int = 1
     window: tuple[int, ...] | None = None  # instead of the layer's
+    epsilon: float = 0.0  # of a layer norm before the gain; 0: none
 
 
 NOTHING = Around()
@@ -165,6 +166,7 @@ def apply(layer: nn.Module, blocked: Blocked, x: Tensor, around: Around = NOTHIN
     out = multiply(
         images, blocked.weight, blocked.total, weight.scale, zero, bias, act_scale, act_zero, blocked.kernel, format,
         around.window or window_of(layer), around.gain, around.offset, around.factor, residual, around.activate, around.zoom,
+        around.epsilon,
         **({} if out is None else {"out": as_images(layer, out)}),  # which the operator of compiled graphs does not know
     )  # fmt: skip
     if isinstance(layer, nn.Linear):

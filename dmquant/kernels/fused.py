@@ -25,7 +25,7 @@ def images(x: Tensor) -> Tensor:
 
 def is_free(*norms: nn.Module) -> bool:
     """Whether nobody wants gradients or watches these norms."""
-    is_readable = all(norm.weight.is_cuda or norm.weight.dtype == torch.float32 for norm in norms)
+    is_readable = all(own.is_cuda or own.dtype == torch.float32 for norm in norms for own in norm.parameters(recurse=False))
     return is_readable and not is_watched(*norms) and not torch.is_grad_enabled()
 
 

@@ -1,8 +1,8 @@
-"""Group norm on images channels last (N, H, W, C), in two steps: its moments, then what a kernel does to each value it reads.
+"""Norms on images channels last (N, H, W, C): group norm in two steps, its moments, then what a kernel does to what it reads.
 
 A group norm is a gain and an offset for each channel of each image. A kernel applies them, and SiLU behind them, to what it is
-about to quantize (ops.multiply), so that no normalized image is ever written. `normalize` writes one, by the same C: it is what
-kernels are compared with.
+about to quantize (ops.multiply), so that no normalized image is ever written. A layer norm it does on its own: that needs only
+the pixel which is read. `normalize` writes a normalized image by the same C: it is what kernels are compared with.
 """
 
 import ctypes
@@ -45,14 +45,18 @@ def moments(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, 
 
 
 def normalize(
-    x: Tensor, gain: Tensor | None = None, offset: Tensor | None = None, *, factor: Tensor | None = None, activate: int = NONE
-) -> Tensor:
-    """f(x * gain + offset) * factor: (N, H, W, C). GATED is x[:C] * gelu(x[C:]), with neither gain nor offset."""
+    x: Tensor, gain: Tensor | None = None, offset: Tensor | None = None, *, factor: Tensor | None = None, activate: int = NONE,
+    epsilon: float = 0,
+) -> Tensor:  # fmt: skip
+    """f(x * gain + offset) * factor: (N, H, W, C). GATED is x[:C] * gelu(x[C:]), with neither gain nor offset.
+
+    With an epsilon x is normalized over its channels first, and f must be NONE.
+    """
     x = x.contiguous()
     channels = x.shape[-1] // (2 if activate == GATED else 1)
     out = x.new_empty(*x.shape[:-1], channels)
     if x.numel():
-        library().dmquant_normalize(ctypes.byref(_norm((x, None, None, gain, offset, None, factor, out), 1, activate, 0.0)))
+        library().dmquant_normalize(ctypes.byref(_norm((x, None, None, gain, offset, None, factor, out), 1, activate, epsilon)))
     return out
 
 

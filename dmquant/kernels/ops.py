@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dmquant.kernels import gpu, onednn
+from dmquant.kernels import gpu, onednn, pages
 from dmquant.kernels.blocking import fill_up
 from dmquant.kernels.catalogue import BY_NAME, library
 from dmquant.kernels.normal import GATED
@@ -30,20 +30,22 @@ class Job(ctypes.Structure):
     """The structure of csrc/job.h."""
 
     _fields_ = [(name, ctypes.c_void_p) for name in POINTERS] + [(name, ctypes.c_int64) for name in NUMBERS]
+    _fields_ += [("epsilon", ctypes.c_double)]
 
 
 def multiply(
     x: Tensor, weight: Tensor, total: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None,
     act_scale: Tensor, act_zero: Tensor, kernel: str, format: Sequence[int], window: Sequence[int], gain: Tensor | None = None,
     offset: Tensor | None = None, factor: Tensor | None = None, residual: Tensor | None = None, activate: int = 0,
-    zoom: int = 1, out: Tensor | None = None,
+    zoom: int = 1, epsilon: float = 0.0, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Quantizes x (N, H, W, C) and convolves it with a blocked weight: (N, H', W', O), in the dtype of x.
 
     format: bits of a plane, whether scales are halved, bits of activations. window: kernel, stride (both height, width) and
     padding (top, bottom, left, right). act_scale and act_zero hold one value, or one for each image; bias may be (N, O).
     With gain and offset (N, C), f(x * gain + offset) * factor is quantized instead of x: f is an activation of normal.py, factor
-    (C) may be None; with an activation they may be None themselves. GATED reads x (N, H, W, 2 C). residual, of the output's
+    (C) may be None; with an activation they may be None themselves. GATED reads x (N, H, W, 2 C). With an epsilon each pixel of x
+    is normalized over its channels first, and nothing activates it. residual, of the output's
     shape, is added to it. Each pixel is read zoom times zoom times. The output is written to `out` if there is one, contiguous.
     oneDNN knows none of these, Triton SiLU alone.
     x is float32, for Triton half as well.
@@ -59,7 +61,7 @@ def multiply(
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     images, height, width, channels = x.shape
     channels //= 2 if activate == GATED else 1
-    out = x.new_empty(images, *output_size(x, window, zoom), total.shape[1]) if out is None else out
+    out = pages.empty((images, *output_size(x, window, zoom), total.shape[1])) if out is None else out
     if out.numel() == 0:
         return out
     tensors = (x, out, weight, total, scale, zero, bias, act_scale, act_zero, gain, offset, factor, residual)
@@ -67,7 +69,7 @@ def multiply(
     per_image = out.shape[3] if bias is not None and bias.dim() == 2 else 0
     layout = (activate, zoom, per_image, act_scale.numel() > 1, (1 << act_bits) - 1, bits, len(weight), weight.shape[1], halves)
     sizes = (BY_NAME[kernel].block_for(channels), images, height * zoom, width * zoom, channels, out.shape[3], width * zoom)
-    job = Job(*pointers, *layout, *sizes, *window[:5], window[6], *out.shape[1:3], torch.get_num_threads())
+    job = Job(*pointers, *layout, *sizes, *window[:5], window[6], *out.shape[1:3], torch.get_num_threads(), epsilon)
     if tuple(window) == (1, 1, 1, 1, 0, 0, 0, 0) and zoom == 1:
         _even_rows(job)
     if library(BY_NAME[kernel]).dmquant_run(ctypes.addressof(job)) != 0:
@@ -97,10 +99,10 @@ def multiply_op(
     x: Tensor, weight: Tensor, total: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None,
     act_scale: Tensor, act_zero: Tensor, kernel: str, format: Sequence[int], window: Sequence[int], gain: Tensor | None = None,
     offset: Tensor | None = None, factor: Tensor | None = None, residual: Tensor | None = None, activate: int = 0,
-    zoom: int = 1,
+    zoom: int = 1, epsilon: float = 0.0,
 ) -> Tensor:  # fmt: skip
     arguments = (x, weight, total, scale, zero, bias, act_scale, act_zero, kernel, format, window)
-    return multiply(*arguments, gain, offset, factor, residual, activate, zoom)
+    return multiply(*arguments, gain, offset, factor, residual, activate, zoom, epsilon)
 
 
 @multiply_op.register_fake
@@ -108,6 +110,6 @@ def _(
     x: Tensor, weight: Tensor, total: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None,
     act_scale: Tensor, act_zero: Tensor, kernel: str, format: Sequence[int], window: Sequence[int], gain: Tensor | None = None,
     offset: Tensor | None = None, factor: Tensor | None = None, residual: Tensor | None = None, activate: int = 0,
-    zoom: int = 1,
+    zoom: int = 1, epsilon: float = 0.0,
 ) -> Tensor:  # fmt: skip
     return x.new_empty(x.shape[0], *output_size(x, window, zoom), total.shape[1])

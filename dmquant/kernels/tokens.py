@@ -1,8 +1,10 @@
 """Transformer blocks of diffusers by kernels: the modulation, the activation and the residual are done on the way.
 
-Layer norms stay with torch: three projections read what one norm writes, and each would have to repeat it. Scales and shifts of
-an adaptive norm are applied to what is read; its gates need a pass over the output.
+A layer norm is done to what is read, by each projection that reads it: that takes less time than writing it once and reading
+that thrice. So are scales and shifts of an adaptive norm; its gates need a pass over the output.
 """
+
+from dataclasses import replace
 
 import torch
 from diffusers.models.activations import GEGLU, GELU
@@ -11,6 +13,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
+from dmquant.kernels import pages
 from dmquant.kernels.attention import Products
 from dmquant.kernels.dispatch import NOTHING, Around, can_fuse, run_fused
 from dmquant.kernels.fused import LAST, Fused, images, is_free, is_training, is_watched
@@ -30,19 +33,15 @@ class FusedBasicTransformerBlock(Fused, BasicTransformerBlock):
         encoder_attention_mask: None = None, timestep: Tensor | None = None, cross_attention_kwargs: dict | None = None,
         class_labels: Tensor | None = None, added_cond_kwargs: dict | None = None,
     ) -> Tensor:  # fmt: skip
-        x, before, between = hidden_states, NOTHING, NOTHING
-        gates: tuple[Tensor | None, Tensor | None] = (None, None)
+        x, gates = hidden_states, (None, None)
         if self.norm_type == "ada_norm_zero":
             before, between, gates = self._modulate(timestep, class_labels, x)
-            tokens = self.norm1.norm(x)
         else:
-            tokens = self.norm1(x)
-        x = attend(self.attn1, tokens, tokens, before, x, gates[0])
+            before, between = (norm_of(norm, len(x)) for norm in (self.norm1, self.norm3))
+        x = attend(self.attn1, x, None, before, gates[0])
         if self.attn2 is not None:
-            tokens = self.norm2(x)
-            context = tokens if encoder_hidden_states is None else encoder_hidden_states
-            x = attend(self.attn2, tokens, context, NOTHING, x)
-        return feed_forward(self.ff.net, self.norm3(x), between, x, gates[1])
+            x = attend(self.attn2, x, encoder_hidden_states, norm_of(self.norm2, len(x)))
+        return feed_forward(self.ff.net, x, between, gates[1])
 
     def can_fuse(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, encoder_hidden_states: Tensor | None = None,
@@ -53,11 +52,17 @@ class FusedBasicTransformerBlock(Fused, BasicTransformerBlock):
         is_plain = all(mask is None for mask in masks) and not cross_attention_kwargs and not torch.is_grad_enabled()
         is_plain &= hidden_states.device.type == "cpu" and self.norm_type in ("layer_norm", "ada_norm_zero")
         is_plain &= self.pos_embed is None and self._chunk_size is None and not self.only_cross_attention
-        if not is_plain or is_watched(self.norm1) or not can_feed_forward(self.ff, hidden_states):
+        if not is_plain or not self._has_plain_norms() or not can_feed_forward(self.ff, hidden_states):
             return False
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         is_fusible = can_attend(self.attn1, hidden_states, hidden_states)
         return is_fusible and (self.attn2 is None or can_attend(self.attn2, hidden_states, context))
+
+    def _has_plain_norms(self) -> bool:
+        first = self.norm1.norm if self.norm_type == "ada_norm_zero" else self.norm1
+        norms = [norm for norm in (first, self.norm2, self.norm3) if norm is not None]
+        is_plain = all(isinstance(norm, nn.LayerNorm) and norm.eps > 0 for norm in norms)
+        return is_plain and is_free(*norms) and not is_watched(self.norm1)
 
     def _modulate(self, timestep: Tensor, labels: Tensor, x: Tensor) -> tuple[Around, Around, tuple[Tensor, Tensor]]:
         """What an adaptive norm does before attention and before the feed-forward layer, and the gates behind both."""
@@ -65,7 +70,8 @@ class FusedBasicTransformerBlock(Fused, BasicTransformerBlock):
         shift, scale, gate, other_shift, other_scale, other_gate = (
             part.contiguous() for part in self.norm1.linear(self.norm1.silu(time)).chunk(6, dim=1)
         )
-        return Around(1 + scale, shift), Around(1 + other_scale, other_shift), (gate, other_gate)
+        first = norm_of(self.norm1.norm, len(x), 1 + scale, shift)
+        return first, norm_of(self.norm3, len(x), 1 + other_scale, other_shift), (gate, other_gate)
 
 
 class FusedTransformer2DModel(Transformer2DModel):
@@ -102,15 +108,22 @@ class FusedTransformer2DModel(Transformer2DModel):
         return image.device.type == "cpu" and is_free(self.norm) and can_fuse(layer, image)
 
 
-def attend(
-    attention: Attention, tokens: Tensor, context: Tensor, before: Around, residual: Tensor, gate: Tensor | None = None
-) -> Tensor:
-    """The residual plus what attention makes of tokens (B, N, C), once more modulated, and of a context."""
-    pairs = ((attention.to_q, tokens), (attention.to_k, context), (attention.to_v, context))
-    query, key, value = (
-        run_fused(layer, x, before).unflatten(-1, (attention.heads, -1)).transpose(1, 2) for layer, x in pairs
-    )  # fmt: skip
-    return add(attention.to_out[0], multiply(attention, query, key, value), residual, gate)
+def norm_of(norm: nn.LayerNorm, images: int, gain: Tensor | None = None, offset: Tensor | None = None) -> Around:
+    """What a kernel has to do to tokens for them to be normed, and modulated by a gain and an offset (B, C) if there are any."""
+    if norm.weight is not None:
+        weight, bias = norm.weight, torch.zeros_like(norm.weight) if norm.bias is None else norm.bias
+        gain, offset = (weight, bias) if gain is None else (gain * weight, torch.addcmul(offset, gain, bias))
+        gain, offset = (x.expand(images, -1).contiguous() for x in (gain, offset))
+    return Around(gain, offset, epsilon=norm.eps)
+
+
+def attend(attention: Attention, x: Tensor, context: Tensor | None, before: Around, gate: Tensor | None = None) -> Tensor:
+    """x (B, N, C) plus what attention makes of it, once normed, and of a context; without one, of itself."""
+    query = run_fused(attention.to_q, x, before)
+    source, before = (x, before) if context is None else (context, NOTHING)
+    key, value = (run_fused(layer, source, before) for layer in (attention.to_k, attention.to_v))
+    heads = (part.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for part in (query, key, value))
+    return add(attention.to_out[0], multiply(attention, *heads), x, gate)
 
 
 def multiply(attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -135,16 +148,13 @@ def has_plain_products(attention: Attention) -> bool:
     return is_known and all(norm is None for norm in norms) and not is_training(attention.to_out[1])
 
 
-def feed_forward(net: nn.ModuleList, tokens: Tensor, before: Around, residual: Tensor, gate: Tensor | None) -> Tensor:
-    """The residual plus what two layers and the activation between them make of tokens (B, N, C), some tokens at a time."""
+def feed_forward(net: nn.ModuleList, x: Tensor, before: Around, gate: Tensor | None) -> Tensor:
+    """x (B, N, C) plus what two layers and the activation between them make of it, once normed, some tokens at a time."""
     first, last, activation = net[0].proj, net[2], activation_of(net[0])
-    if before is NOTHING and gate is None and is_same_for_all(first, last):
-        return feed_rows(first, last, activation, tokens, residual)
-    count = max(1, HIDDEN_BYTES // (4 * len(tokens) * first.out_features))
-    parts = [
-        add(last, run_fused(first, some, before), other, gate, activation)
-        for some, other in zip(tokens.split(count, 1), residual.split(count, 1))
-    ]
+    if gate is None and is_same_for_all(first, last):
+        return feed_rows(first, last, activation, x, before)
+    count = max(1, HIDDEN_BYTES // (4 * len(x) * first.out_features))
+    parts = [add(last, run_fused(first, some, before), some, gate, activation) for some in x.split(count, 1)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
@@ -153,12 +163,13 @@ def is_same_for_all(*layers: nn.Module) -> bool:
     return all(type(layer.input) is FixedGrid for layer in layers) and not torch.compiler.is_compiling()
 
 
-def feed_rows(first: nn.Module, last: nn.Module, activation: int, tokens: Tensor, residual: Tensor) -> Tensor:
+def feed_rows(first: nn.Module, last: nn.Module, activation: int, x: Tensor, before: Around) -> Tensor:
     """The same where nobody asks to which image a token belongs: parts lie in one piece, and so does what is made of them."""
-    out, count = torch.empty_like(residual), max(1, HIDDEN_BYTES // (4 * first.out_features))
-    parts = (x.reshape(1, -1, x.shape[-1]).split(count, 1) for x in (tokens, residual, out))
-    for some, other, part in zip(*parts):
-        run_fused(last, run_fused(first, some), Around(activate=activation, residual=other), part)
+    out, count = pages.empty(x.shape), max(1, HIDDEN_BYTES // (4 * first.out_features))
+    if before.gain is not None:
+        before = replace(before, gain=before.gain[:1], offset=before.offset[:1])
+    for some, part in zip(*(tokens.reshape(1, -1, tokens.shape[-1]).split(count, 1) for tokens in (x, out))):
+        run_fused(last, run_fused(first, some, before), Around(activate=activation, residual=some), part)
     return out
 
 

@@ -28,6 +28,7 @@ REFERENCE = "torch"  # weights made float for each product
 MARGIN = 1.25  # how much faster somebody must be who rounds otherwise
 CPU = torch.device("cpu")
 WINDOWS = ((3, 3, 1, 1, 1, 1, 1, 1), (3, 3, 2, 2, 0, 1, 0, 1), (1, 1, 1, 1, 0, 0, 0, 0))
+FUSIONS = (*((activate, 0.0) for activate in normal.ACTIVATIONS), (normal.NONE, 1e-5))  # with the epsilon of a layer norm
 ODD = (2, 5, 6, 67, 37)  # N, H, W, C, O that fill no block
 LARGE = ((1, 128, 128, 128, 128), (1, 128, 128, 64, 64), (1, 64, 128, 64, 64))  # for each of the larger tiles of a GPU
 
@@ -185,20 +186,29 @@ def _compare_fused(
     common += ((1, blocked.halves, act_bits), WINDOWS[0])
     limit, strays = (TOLERANCE, STRAYS) if kernel == gpu.NAME else (0, 0)
     worst, is_same = 0.0, True
-    for activate in (SILU,) if kernel == gpu.NAME else normal.ACTIVATIONS:
+    for activate, epsilon in ((SILU, 0.0),) if kernel == gpu.NAME else FUSIONS:
         image = x if activate == GATED else x[..., :36].contiguous()
-        gain, offset = normal.moments(image, weight, bias, 6, 1e-5) if activate == SILU else (None, None)
-        wanted = _activate(activate, image, weight, bias)
-        made = wanted if kernel == gpu.NAME else normal.normalize(image, gain, offset, activate=activate)
-        found = ops.multiply(image, *common, gain, offset, None, residual, activate)
+        gain, offset = _affine(activate, epsilon, image, weight, bias)
+        wanted = _normalize(activate, epsilon, image, weight, bias)
+        made = wanted if kernel == gpu.NAME else normal.normalize(image, gain, offset, activate=activate, epsilon=epsilon)
+        found = ops.multiply(image, *common, gain, offset, None, residual, activate, epsilon=epsilon)
         stepwise = ops.multiply(made, *common) + residual
         is_same &= bool((found - stepwise).abs().gt(limit * stepwise.abs().max()).double().mean() <= strays)
         worst = max(worst, float((made - wanted).abs().max() / wanted.abs().max()))
     return worst, is_same
 
 
-def _activate(activate: int, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """An activation by torch; SiLU behind a norm of six groups."""
+def _affine(activate: int, epsilon: float, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Gain and offset of a norm of six groups before SiLU, of a layer norm where there is an epsilon, else none."""
+    if activate == SILU:
+        return normal.moments(x, weight, bias, 6, 1e-5)
+    return (weight.expand(len(x), -1).contiguous(), bias.expand(len(x), -1).contiguous()) if epsilon else (None, None)
+
+
+def _normalize(activate: int, epsilon: float, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """By torch: a layer norm, SiLU behind a norm of six groups, another activation by itself."""
+    if epsilon:
+        return nn.functional.layer_norm(x, x.shape[-1:], weight, bias, epsilon)
     if activate == SILU:
         return nn.functional.silu(nn.functional.group_norm(x.permute(0, 3, 1, 2), 6, weight, bias, 1e-5)).permute(0, 2, 3, 1)
     if activate == GATED:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dmquant.kernels import catalogue, dispatch, ops
+from dmquant.kernels import attention, catalogue, dispatch, ops
 from dmquant.kernels.catalogue import BY_NAME, KERNELS
 from dmquant.packed import PackedConv1d, PackedConv2d, PackedLinear
 from dmquant.packing import pack
@@ -57,6 +57,11 @@ def convolution(case: tuple, weight_bits: int, act_bits: int, **options) -> tupl
     kernel = kernel if isinstance(kernel, tuple) else (kernel, kernel)
     layer = make_layer((outputs, channels, *kernel), weight_bits, act_bits, stride=stride, padding=padding, **options)
     return layer, torch.randn(images, channels, *size)
+
+
+@pytest.mark.parametrize("kernel", (*KERNELS, *attention.VARIANTS), ids=lambda kernel: kernel.name)
+def test_a_kernel_is_missing_for_want_of_instructions_only(kernel):
+    assert "cannot compile" not in catalogue.state(kernel)
 
 
 @pytest.mark.parametrize("act_bits", [1, 4, 5, 6, 8])  # benchmarks/sanitize_kernels.py draws from all

@@ -9,11 +9,12 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from dmquant.attention import quantize_products
-from dmquant.kernels import fusion, normal, tokens
+from dmquant.kernels import dispatch, fusion, normal, tokens
 from dmquant.kernels.normal import GATED, GELU, TANH_GELU
+from dmquant.quantizers.dilated import Divide
 from tests.kernels.test_attention import fixed
 from tests.kernels.test_fusion import pack_layers
-from tests.kernels.test_ops import error
+from tests.kernels.test_ops import USABLE, error, make_layer
 
 KINDS = {
     "to a text": dict(cross_attention_dim=12, activation_fn="geglu"),
@@ -22,6 +23,7 @@ KINDS = {
     "modulated": dict(
         norm_type="ada_norm_zero", num_embeds_ada_norm=10, activation_fn="gelu-approximate", norm_elementwise_affine=False
     ),
+    "modulated and weighted": dict(norm_type="ada_norm_zero", num_embeds_ada_norm=10, activation_fn="gelu"),
 }
 
 
@@ -34,7 +36,7 @@ def make(kind: str) -> tuple[nn.Module, dict[str, Tensor]]:
         nn.init.normal_(parameter, std=0.3)
     if kind == "to a text":
         inputs["encoder_hidden_states"] = torch.randn(2, 7, 12)
-    if kind == "modulated":
+    if kind.startswith("modulated"):
         inputs |= {"timestep": torch.tensor([3, 700]), "class_labels": torch.tensor([1, 4])}
     return pack_layers(block, 4, 8), inputs
 
@@ -85,6 +87,39 @@ def test_activations_are_those_of_float64(number, wanted):
     assert (normal.normalize(x, activate=number) - wanted(x.double())).abs().max() <= 1e-6 * x.abs().max()
 
 
+def normed(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    around = tokens.norm_of(norm, len(x))
+    return normal.normalize(x.unsqueeze(1), around.gain, around.offset, epsilon=around.epsilon).squeeze(1)
+
+
+@pytest.mark.parametrize("channels", [2, 16, 31, 72, 130, 320])
+def test_layer_norms_are_those_of_float64_however_far_values_are_from_zero(channels):
+    x = torch.randn(2, 15, channels) + torch.linspace(-500, 500, 15).view(-1, 1)
+    for options in ({}, {"bias": False}, {"elementwise_affine": False}):
+        norm = nn.LayerNorm(channels, **options)
+        for parameter in norm.parameters():
+            nn.init.normal_(parameter)
+        wanted = copy.deepcopy(norm).double()(x.double())
+        # half a unit in the last place of 500 is 1.5e-5: values are exact, a mean of two of them is not always
+        assert error(normed(x, norm), wanted) < 1e-6
+
+
+def test_a_token_of_one_value_has_no_variance_and_no_harm_is_done():
+    assert normed(torch.full((1, 3, 50), 1e6), nn.LayerNorm(50)).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("name", USABLE)
+@pytest.mark.parametrize("channels", [31, 64, 130])
+def test_every_kernel_norms_tokens_to_the_same_bits(name, channels):
+    layer, x, norm = make_layer((37, channels), 1, 4), 3 * torch.randn(2, 45, channels) + 7, nn.LayerNorm(channels)
+    nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    layer.divide = Divide(channels, 2)
+    layer.divide.reciprocal.uniform_(0.5, 2)
+    layer.weight.block(name)
+    wanted = dispatch.apply(layer, layer.weight.blocked, normed(x, norm) * layer.divide.reciprocal)
+    assert torch.equal(dispatch.run_fused(layer, x, tokens.norm_of(norm, 2)), wanted)
+
+
 @pytest.mark.parametrize("kind", ["modulated", "to a text"])
 def test_many_tokens_are_fed_forward_some_at_a_time(kind, monkeypatch):
     block, inputs = make(kind)
@@ -104,7 +139,7 @@ def test_masks_gradients_and_hooks_leave_a_block_as_it_was():
     assert not block.can_fuse(**inputs, cross_attention_kwargs={"scale": 1.0})
     with torch.enable_grad():
         assert not block.can_fuse(**inputs)
-    for name in ("attn1", "attn2.to_k", "ff", "ff.net.0", "ff.net.2"):
+    for name in ("norm1", "norm2", "norm3", "attn1", "attn2.to_k", "ff", "ff.net.0", "ff.net.2"):
         hook = block.get_submodule(name).register_forward_hook(lambda *_: None)
         assert not block.can_fuse(**inputs), name
         hook.remove()

@@ -137,8 +137,8 @@ static void lay_values(const Attention *a, const float *value, Head *head) {
 /* Scores of ROWS queries in chunk i of keys. */
 static void score(const Attention *a, const Head *head, int64_t i) {
     int64_t first = i * CHUNK;
-    multiply(head->queries, ROWS * SPAN, head->key_levels + first * head->depth, head->depth, a->max_code, head->key_start + first,
-             least(CHUNK, a->keys - first), head->sums, head->sum_step);
+    multiply(head->queries, ROWS * SPAN, head->key_levels + first * head->depth, head->depth, a->max_code,
+             head->key_start + first, least(CHUNK, a->keys - first), head->sums, head->sum_step);
 }
 
 /* The best scores in chunk i of keys become the pivots of `count` queries, unless they have better ones. */

@@ -24,7 +24,7 @@ static void build(const Job *job, int64_t n, int64_t k, const float *x, int64_t 
             _mm_storel_epi64((__m128i *)(cells + c), quantize(&grid, x + c, most(0, real - c), &a));
             sum = _mm256_add_epi32(sum, a);
         }
-        if (sums) sums[p] += sum_lanes(sum);
+        if (sums) sums[p] += sum_eight(sum);
     }
 }
 

@@ -16,18 +16,21 @@
 #endif
 #include "job.h"
 #include "memory.h"
-#include "normal.h"
+#include "token.h"
 
 #ifndef TILE_BYTES
 #define TILE_BYTES 0
 #endif
 #define OUTPUTS 32                  /* outputs of a block of weights */
 #define CELLS_BYTES (768 << 10)     /* of a band: it stays in a second-level cache */
+#define PART_BYTES (16 << 10)       /* of pixels normalized at a time: they stay in a first-level cache until they are cells */
 #define BAND_PIXELS 4096
 #define WEIGHTS_BYTES (1 << 20)     /* of expanded weights */
 #define SLACK 16                    /* cells behind the last one that a wide tile may read and ignore */
 
-INLINE int is_normalized(const Job *job) { return job->gain || job->activate; }
+INLINE int is_normalized(const Job *job) { return job->gain || job->activate || job->epsilon > 0; }
+/* Pixels that are normalized at a time. */
+INLINE int64_t part_of(const Job *job) { return most(4, PART_BYTES / (4 * job->channels)); }
 INLINE int needs_sums(const Job *job) { return job->zero || ALWAYS_SUMS(job); }
 
 typedef struct {
@@ -44,7 +47,7 @@ typedef struct {
     int32_t *tops;                  /* first input row of each output row */
     int32_t *offsets;               /* of each (channel block, tap) from a tile's first cell */
     int32_t *tiles;                 /* TILE_BYTES of each output pixel, for the kernel's own use */
-    float *normalized;              /* an input row */
+    float *normalized;              /* a part of an input row */
 } Scratch;
 
 /* Output rows row..row+count of a band against blocks from..to of a plane of weights. */
@@ -88,7 +91,7 @@ static int reserve(const Job *job, const Shape *s, Scratch *scratch) {
     int64_t sums = up(s->band_slots * s->cells_wide * 4, LINE), box = up(s->band_rows * job->out_width * 4, LINE);
     int64_t tops = up(s->band_rows * 4, LINE), offsets = up(s->channel_blocks * s->taps * 4, LINE);
     int64_t tiles = up(s->band_rows * job->out_width * TILE_BYTES, LINE);
-    int64_t normalized = is_normalized(job) ? up(job->width * job->channels * 4, LINE) : 0;
+    int64_t normalized = is_normalized(job) ? up(part_of(job) * job->channels * 4, LINE) : 0;
     uint8_t *next = keep(cells + weights + sums + box + tops + offsets + tiles + normalized);
     if (!next) return 1;
     scratch->cells = take(&next, cells);
@@ -115,37 +118,47 @@ static void spread(void *cells, int64_t bytes, int64_t count, int64_t zoom) {
     for (int64_t p = zoom > 1 ? count - 1 : 0; p > 0; p--) memcpy(first + p * bytes, first + p / zoom * bytes, bytes);
 }
 
-/* The first of a row of input pixels, normalized if the job wants it. */
-static const float *read_row(const Job *job, int64_t n, int64_t h, int64_t width, float *normalized) {
-    const float *x = job->x + input_pixel(job, n, h) * channels_read(job->activate, job->channels);
-    if (!is_normalized(job)) return x;
-    Normal normal = {.factor = job->factor, .activate = job->activate};
-    if (job->gain) normal.gain = job->gain + n * job->channels, normal.offset = job->offset + n * job->channels;
-    normalize(&normal, x, width, job->channels, normalized);
-    return normalized;
-}
-
 /* The k-th of equal shares of the next row. */
 INLINE void fetch_share(const float *next, int64_t count, int64_t k) {
     for (int64_t i = k * count; i < (k + 1) * count; i += LINE / 4) __builtin_prefetch(next + i, 0, 2);
+}
+
+/* `count` pixels of image n, without padding, into cells; `cells` are those of the first plane. */
+static void build_pixels(const Job *job, const Shape *s, int64_t n, const float *x, int64_t count, uint8_t *cells,
+                         int32_t *sums) {
+    for (int64_t k = 0; k < s->channel_blocks; k++, cells += s->plane_bytes) {
+        if (!is_normalized(job)) fetch_share(x + count * job->channels, job->block * count, k);
+        build(job, n, k, x + k * job->block, count, cells, sums);
+    }
+}
+
+/* The same of pixels that are normalized first, a part at a time. */
+static void build_normalized(const Job *job, const Shape *s, int64_t n, const float *x, int64_t count, uint8_t *cells,
+                             int32_t *sums, float *normalized) {
+    Normal normal = {.factor = job->factor, .activate = job->activate, .epsilon = job->epsilon};
+    if (job->gain) normal.gain = job->gain + n * job->channels, normal.offset = job->offset + n * job->channels;
+    for (int64_t p = 0, part = part_of(job); p < count; p += part) {
+        int64_t some = least(part, count - p);
+        normalize_pixels(&normal, x + p * channels_read(job->activate, job->channels), some, job->channels, normalized);
+        build_pixels(job, s, n, normalized, some, cells + p * s->cell_bytes, sums ? sums + p : NULL);
+    }
 }
 
 /* Input row h of image n, padding included, into row `slot` of the band. */
 static void quantize_row(const Job *job, const Shape *s, int64_t n, int64_t h, int64_t slot, Scratch *scratch) {
     float zero = job->act_zero[n * job->act_stride];
     int64_t width = h < 0 || h >= job->height ? 0 : pixels_of(job, h);
-    int64_t left = width ? job->pad_left : 0, right = s->cells_wide - left - width;
+    int64_t left = width ? job->pad_left : 0, right = s->cells_wide - left - width, read = width / job->zoom;
     int32_t *sums = needs_sums(job) ? scratch->sums + slot * s->cells_wide : NULL;
-    const float *x = width ? read_row(job, n, h, width / job->zoom, scratch->normalized) : NULL;
+    uint8_t *row = scratch->cells + slot * s->cells_wide * s->cell_bytes, *first = row + left * s->cell_bytes;
+    const float *x = job->x + input_pixel(job, n, h) * channels_read(job->activate, job->channels);
     if (sums) memset(sums, 0, s->cells_wide * 4);
-    for (int64_t k = 0; k < s->channel_blocks; k++) {
-        if (width && !is_normalized(job)) fetch_share(x + width / job->zoom * job->channels, job->block * width / job->zoom, k);
-        uint8_t *cells = scratch->cells + k * s->plane_bytes + slot * s->cells_wide * s->cell_bytes;
-        fill(job, zero, k, left, cells);
-        uint8_t *first = cells + left * s->cell_bytes;
-        if (width) build(job, n, k, x + k * job->block, width / job->zoom, first, sums ? sums + left : NULL);
-        spread(first, s->cell_bytes, width, job->zoom);
-        fill(job, zero, k, right, cells + (left + width) * s->cell_bytes);
+    if (width && is_normalized(job)) build_normalized(job, s, n, x, read, first, sums ? sums + left : NULL, scratch->normalized);
+    else if (width) build_pixels(job, s, n, x, read, first, sums ? sums + left : NULL);
+    for (int64_t k = 0; k < s->channel_blocks; k++, row += s->plane_bytes) {
+        fill(job, zero, k, left, row);
+        spread(row + left * s->cell_bytes, s->cell_bytes, width, job->zoom);
+        fill(job, zero, k, right, row + (left + width) * s->cell_bytes);
     }
     if (sums) spread(sums + left, sizeof *sums, width, job->zoom);
 }

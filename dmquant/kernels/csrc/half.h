@@ -36,7 +36,7 @@ INLINE __m128i quantize(const Grid *grid, const float *x, int64_t count, __m256i
     return _mm_packus_epi16(words, words);
 }
 
-INLINE int32_t sum_lanes(__m256i v) {
+INLINE int32_t sum_eight(__m256i v) {
     int32_t lane[8], sum = 0;
     _mm256_storeu_si256((__m256i *)lane, v);
     for (int i = 0; i < 8; i++) sum += lane[i];

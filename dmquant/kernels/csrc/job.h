@@ -33,6 +33,7 @@ typedef struct {
     int64_t last_width;         /* pixels of the last row: a linear layer's rows need not come out even */
     int64_t kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, out_height, out_width;
     int64_t threads;
+    double epsilon;             /* of a layer norm over the channels, before the gain: see token.h; 0: none */
 } Job;
 
 /* 0, or 1 where memory ran out: `out` is then unfinished. */

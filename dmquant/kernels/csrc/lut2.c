@@ -44,7 +44,7 @@ static void build(const Job *job, int64_t n, int64_t k, const float *x, int64_t 
             put_tables(quantize(&grid, x + c, most(0, real - c), &a), cells);
             sum = _mm256_add_epi32(sum, a);
         }
-        sums[p] += sum_lanes(sum);
+        sums[p] += sum_eight(sum);
     }
 }
 

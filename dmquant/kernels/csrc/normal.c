@@ -1,5 +1,5 @@
 /* Group norm: its moments as a gain and an offset for each channel of each image, and the normalized image itself. */
-#include "normal.h"
+#include "token.h"
 #define SLICE 64                    /* channels summed up at a time */
 #define RUN 64                      /* pixels summed up in float before they are added in double */
 #define AHEAD 16                    /* pixels: how far slices are fetched before they are read */
@@ -12,7 +12,7 @@ typedef struct {
     const float *factor;
     float *out;                     /* normalized, or NULL */
     int64_t images, pixels, channels, groups, activate, threads;
-    double epsilon;
+    double epsilon;                 /* of a layer norm, where there are no groups */
 } Norm;
 
 static void sum_slice(const Norm *norm, int64_t n, int64_t first) {
@@ -75,9 +75,9 @@ int dmquant_normalize(const Norm *norm) {
     int64_t step = norm->pixels * norm->channels, read = norm->pixels * channels_read(norm->activate, norm->channels);
 #pragma omp parallel for num_threads((int)norm->threads) if (norm->threads > 1)
     for (int64_t n = 0; n < norm->images; n++) {
-        Normal normal = {.factor = norm->factor, .activate = norm->activate};
+        Normal normal = {.factor = norm->factor, .activate = norm->activate, .epsilon = norm->epsilon};
         if (norm->gain) normal.gain = norm->gain + n * norm->channels, normal.offset = norm->offset + n * norm->channels;
-        normalize(&normal, norm->x + n * read, norm->pixels, norm->channels, norm->out + n * step);
+        normalize_pixels(&normal, norm->x + n * read, norm->pixels, norm->channels, norm->out + n * step);
     }
     return 0;
 }

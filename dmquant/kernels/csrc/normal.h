@@ -1,5 +1,5 @@
 /* What a denoiser does to an image before it is multiplied: a gain and an offset for each channel (a group norm, once its
- * moments are known), an activation, a factor for each channel.
+ * moments are known), an activation, a factor for each channel. Layer norms are in token.h.
  *
  * Plain C that compilers make vectors of, with one rounding for each operation written (fmaf is exact everywhere), so that
  * every kernel gives the same bits. SiLU is within 2e-6 of the exact one, relative; the others within 5e-7, absolute. */
@@ -15,6 +15,7 @@ typedef struct {
     const float *gain, *offset;     /* of each channel of one image, or NULL */
     const float *factor;            /* of each channel, or NULL */
     int64_t activate;
+    double epsilon;                 /* of a layer norm before the gain (token.h), without an activation; 0: none */
 } Normal;
 
 #define MAGIC 12582912.0f           /* 1.5 * 2^23: added to, it rounds to whole numbers, ties to even */
