@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from dmquant.kernels import pages
 from dmquant.kernels.attention import Products
+from dmquant.kernels.blocking import fill_up
 from dmquant.kernels.dispatch import NOTHING, Around, can_fuse, run_fused
 from dmquant.kernels.fused import LAST, Fused, images, is_free, is_training, is_watched
 from dmquant.kernels.normal import GATED, TANH_GELU, moments_of
 from dmquant.kernels.normal import GELU as EXACT_GELU
+from dmquant.kernels.ops import ROW
 from dmquant.quantizers.base import FixedGrid
 
 HIDDEN_BYTES = 4 << 20  # between two layers: it stays in a cache, and memory that large is new at every call
@@ -153,9 +155,14 @@ def feed_forward(net: nn.ModuleList, x: Tensor, before: Around, gate: Tensor | N
     first, last, activation = net[0].proj, net[2], activation_of(net[0])
     if gate is None and is_same_for_all(first, last):
         return feed_rows(first, last, activation, x, before)
-    count = max(1, HIDDEN_BYTES // (4 * len(x) * first.out_features))
+    count = count_at_a_time(len(x) * first.out_features)
     parts = [add(last, run_fused(first, some, before), some, gate, activation) for some in x.split(count, 1)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def count_at_a_time(values: int) -> int:
+    """How many tokens of so many hidden values: whole rows, so that no tile of a kernel is filled up."""
+    return fill_up(max(1, HIDDEN_BYTES // (4 * values)), ROW)
 
 
 def is_same_for_all(*layers: nn.Module) -> bool:
@@ -165,7 +172,7 @@ def is_same_for_all(*layers: nn.Module) -> bool:
 
 def feed_rows(first: nn.Module, last: nn.Module, activation: int, x: Tensor, before: Around) -> Tensor:
     """The same where nobody asks to which image a token belongs: parts lie in one piece, and so does what is made of them."""
-    out, count = pages.empty(x.shape), max(1, HIDDEN_BYTES // (4 * first.out_features))
+    out, count = pages.empty(x.shape), count_at_a_time(first.out_features)
     if before.gain is not None:
         before = replace(before, gain=before.gain[:1], offset=before.offset[:1])
     for some, part in zip(*(tokens.reshape(1, -1, tokens.shape[-1]).split(count, 1) for tokens in (x, out))):
