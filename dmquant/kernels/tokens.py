@@ -23,7 +23,7 @@ from dmquant.kernels.normal import GELU as EXACT_GELU
 from dmquant.kernels.ops import ROW
 from dmquant.quantizers.base import FixedGrid
 
-HIDDEN_BYTES = 4 << 20  # between two layers: it stays in a cache, and memory that large is new at every call
+HIDDEN_BYTES = 4 << 20  # between two layers, about: it stays in a cache
 ACTIVATIONS = {GEGLU: {None: GATED}, GELU: {"none": EXACT_GELU, "tanh": TANH_GELU}}
 
 
