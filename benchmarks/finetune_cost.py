@@ -119,13 +119,11 @@ def run_command(line: list[str]) -> None:
 
 
 def read_point(steps: int, folder: Path, file: Path) -> Point:
-    taken = json.loads((folder / effort.FILE_NAME).read_text(encoding="utf-8"))
-    stages = taken["stages"].items()
-    measured = (
-        {name: stage[key] for name, stage in stages} for key in ("seconds", "cpu_seconds", "peak_bytes", "added_bytes")
-    )
+    taken = effort.Effort.load(folder)
+    keys = ("seconds", "cpu_seconds", "peak_bytes", "added_bytes")
+    measured = ({name: getattr(stage, key) for name, stage in taken.stages.items()} for key in keys)
     distance = next(iter(report.Report.load(file).metrics.values()))
-    return Point(steps, *measured, taken["trained_params"], taken["trained_share"], distance)
+    return Point(steps, *measured, taken.trained_params, taken.trained_share, distance)
 
 
 def find_time(points: Sequence[Point], goal: float, clock: Callable[[Point], float]) -> float | None:
@@ -156,7 +154,7 @@ def compare(points: Sequence[Point], goal: Point) -> dict[str, float | None]:
     ours, theirs = points[-1].added_bytes["fine-tuning"], goal.added_bytes["fine-tuning"]
     return found | {
         "memory_ratio": goal.peak / points[-1].peak if points[-1].peak else None,
-        "fine_tuning_memory_ratio": theirs / ours if ours else None,
+        "fine_tuning_memory_ratio": theirs / ours if ours and theirs else None,
     }
 
 
@@ -165,7 +163,8 @@ def list_rows(curves: dict[str, list[Point]]) -> list[list[str]]:
         [
             name, str(point.steps), f"{point.trained_params / 1e6:.2f}", f"{point.trained_share:.1%}",
             *(f"{point.seconds.get(stage, 0):.1f}" for stage in STAGES),
-            f"{point.total('cpu_seconds'):.1f}", write_megabytes(point.peak), write_megabytes(point.added_bytes.get("fine-tuning")), f"{point.distance:.4f}",
+            f"{point.total('cpu_seconds'):.1f}", write_megabytes(point.peak),
+            write_megabytes(point.added_bytes.get("fine-tuning")), f"{point.distance:.4f}",
         ]
         for name, points in curves.items() for point in points
     ]  # fmt: skip
