@@ -215,7 +215,7 @@ def _write(folder: Path, name: str, tree: dict[str, Any]) -> None:
     tensors: dict[str, Tensor] = {}
     _write_json(folder / f"{name}.json", _split(tree, tensors))
     try:
-        save_file(tensors, folder / f"{name}.safetensors")
+        save_file(_apart(tensors), folder / f"{name}.safetensors")
     except SafetensorError as error:
         raise DmquantError(f"{folder} was not written: {error}") from error
 
@@ -233,14 +233,23 @@ def _split(value: Any, tensors: dict[str, Tensor]) -> Any:
     """The value as JSON; its tensors go into the dict and leave their names behind. Keys of dicts may be numbers."""
     if isinstance(value, Tensor):
         name = str(len(tensors))
-        # a copy: tied weights share memory, which safetensors refuses
-        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+        tensors[name] = value.detach().cpu().contiguous()
         return {"tensor": name}
     if isinstance(value, dict):
         return {"dict": [[key, _split(item, tensors)] for key, item in value.items()]}
     if isinstance(value, list | tuple):
         return [_split(item, tensors) for item in value]
     return value
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same without shared memory, as tied weights have it: safetensors refuses that. Only what is shared is copied."""
+    apart, places = {}, set()
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if place in places else tensor
+        places.add(place)
+    return apart
 
 
 def _join(value: Any, tensors: dict[str, Tensor]) -> Any:

@@ -87,7 +87,7 @@ def record(
                 pass  # the hook keeps what is wanted
         finally:
             hook.remove()
-    samples = recorder.samples()
+    samples = recorder.take()
     return replace(samples, target=keep_used(samples.target, given), guidance=conditioning.guidance)
 
 
@@ -142,15 +142,15 @@ class Recorder:
         answer = output[0] if isinstance(output, tuple) else output.sample
         self._calls.append(Samples(_keep(x), _keep(timestep), _keep(answer), rows, shared, (name, clock)))
 
-    def samples(self) -> Samples:
-        """All calls so far, in the order they were made."""
-        def joined(pick) -> Tensor:
-            return torch.cat([pick(call) for call in self._calls])
-
-        first = self._calls[0]
-        rows = {name: joined(lambda call: call.conditioning[name]) for name in first.conditioning}
-        main = {name: joined(lambda call: getattr(call, name)) for name in ("x", "timestep", "target")}
-        return Samples(**main, conditioning=rows, shared=first.shared, names=first.names)
+    def take(self) -> Samples:
+        """All calls so far, in the order they were made. The recorder forgets them, so that no two of their parts are there twice."""
+        first, calls, self._calls = self._calls[0], self._calls, []
+        rows = {name: [call.conditioning[name] for call in calls] for name in first.conditioning}
+        main = {name: [getattr(call, name) for call in calls] for name in ("x", "timestep", "target")}
+        shared, names = first.shared, first.names
+        del first, calls
+        joined = [{name: torch.cat(columns.pop(name)) for name in list(columns)} for columns in (main, rows)]
+        return Samples(**joined[0], conditioning=joined[1], shared=shared, names=names)
 
 
 def _keep(value: Tensor) -> Tensor:

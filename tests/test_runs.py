@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from dmquant import runs, storage
 from dmquant.denoiser import find_denoiser, open_pipeline
@@ -295,6 +296,20 @@ def test_a_save_that_fails_leaves_the_state_before_it(pipeline, whole, folder, m
     assert len(done) == 3 and all("No space left" in text for text in done)
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
     assert_equal(weights(quantize(pipeline, run=SavedRun(folder), **QUICK)), whole)
+
+
+def test_saving_copies_nothing_but_what_shares_memory(folder, monkeypatch):
+    plain, tied = torch.arange(6.0), nn.Linear(2, 2, bias=False)
+    model = nn.ModuleDict({"one": tied, "other": nn.Linear(2, 2, bias=False)})
+    model["other"].weight = tied.weight
+    save, written = runs.save_file, []
+    monkeypatch.setattr(runs, "save_file", lambda tensors, path: [written.append(tensors), save(tensors, path)])
+    runs._write(folder, "state", {"model": model.state_dict(), "plain": plain})
+    first, second, last = written[0].values()
+    assert first.data_ptr() == tied.weight.data_ptr() != second.data_ptr() and last.data_ptr() == plain.data_ptr()
+    found = runs._read(folder, "state", torch.device("cpu"))
+    assert_equal(found["model"], model.state_dict())
+    assert torch.equal(found["plain"], plain)
 
 
 def test_a_large_state_is_saved_less_often(tmp_path, monkeypatch):

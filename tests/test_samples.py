@@ -1,3 +1,5 @@
+import weakref
+
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
@@ -69,8 +71,8 @@ class Conditional(nn.Module):
         return (total * timestep.view(-1, 1, 1, 1) if timestep.ndim else total * timestep,)
 
 
-def test_nested_and_shared_arguments_are_recorded_and_given_back():
-    denoiser, recorder = Conditional(), Recorder()
+def record_two_calls(denoiser):
+    recorder = Recorder()
     hook = denoiser.register_forward_hook(recorder.note, with_kwargs=True)
     arguments = dict(
         encoder_hidden_states=torch.randn(2, 5, 3), added_cond_kwargs={"text_embeds": torch.randn(2, 4)}, img_ids=torch.ones(7, 3)
@@ -78,11 +80,29 @@ def test_nested_and_shared_arguments_are_recorded_and_given_back():
     for timestep in (900, 100):
         denoiser(torch.randn(2, 3, 4, 4), timestep=torch.tensor(timestep), **arguments, return_dict=False)
     hook.remove()
-    samples = recorder.samples()
+    return recorder
+
+
+def test_nested_and_shared_arguments_are_recorded_and_given_back():
+    denoiser = Conditional()
+    samples = record_two_calls(denoiser).take()
     assert len(samples) == 4 and samples.timestep.tolist() == [900, 900, 100, 100]
     assert set(samples.conditioning) == {"encoder_hidden_states", "added_cond_kwargs.text_embeds"}
     assert set(samples.shared) == {"img_ids"}
     assert torch.allclose(samples[slice(0, 2)].call(denoiser), samples.target[:2])
+
+
+def test_joining_the_calls_lets_go_of_each_part_before_the_next(monkeypatch):
+    recorder, join, alive = record_two_calls(Conditional()), torch.cat, []
+    parts = [weakref.ref(getattr(call, name)) for call in recorder._calls for name in ("x", "target")]
+
+    def count(tensors):
+        alive.append(sum(part() is not None for part in parts))
+        return join(tensors)
+
+    monkeypatch.setattr(torch, "cat", count)
+    recorder.take()
+    assert alive == [4, 2, 2, 0, 0]  # x, timestep, target, then what conditions them
 
 
 def test_a_spread_misses_no_timestep_whatever_the_counts():
@@ -110,7 +130,8 @@ def test_a_sampler_that_reuses_its_tensors_does_not_change_the_recording():
     x, timestep = torch.ones(1, 3), torch.ones(1)
     recorder.note(denoiser, (x, timestep), {}, (x,))
     x.zero_(), timestep.zero_()
-    assert recorder.samples().x.sum() == 3 and recorder.samples().target.sum() == 3 and recorder.samples().timestep == 1
+    samples = recorder.take()
+    assert samples.x.sum() == 3 and samples.target.sum() == 3 and samples.timestep == 1
 
 
 def test_a_teacher_with_dropout_is_recorded_without_and_left_in_its_mode(tiny_folder):
@@ -212,4 +233,5 @@ def test_places_of_tokens_are_shared_even_where_there_are_as_many_as_samples():
     network.forward = lambda hidden_states, timestep, img_ids, ids: None
     x = torch.ones(2, 2, 3)
     recorder.note(network, (x, torch.ones(2)), {"img_ids": torch.ones(2, 3), "ids": torch.ones(2, 2, 3)}, (x,))
-    assert set(recorder.samples().shared) == {"img_ids"} and set(recorder.samples().conditioning) == {"ids"}
+    samples = recorder.take()
+    assert set(samples.shared) == {"img_ids"} and set(samples.conditioning) == {"ids"}

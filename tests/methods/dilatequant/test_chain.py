@@ -32,7 +32,7 @@ def calls_of(network, count=5):
     network(**arguments)
     network._forward_hooks.clear()
     network._forward_hooks_with_kwargs.clear()
-    return recorder.samples()
+    return recorder.take()
 
 
 def randomized(value):
@@ -132,4 +132,4 @@ def test_inputs_without_a_row_per_sample_are_refused():
     x = torch.rand(4, 3)
     recorder.note(network, (x, torch.zeros(4)), {}, (x,))
     with pytest.raises(DmquantError, match="inner reads a tensor that has no row per sample"):
-        Link(network, Block("inner", ("inner",)), recorder.samples())
+        Link(network, Block("inner", ("inner",)), recorder.take())
