@@ -143,7 +143,7 @@ class Recorder:
         self._calls.append(Samples(_keep(x), _keep(timestep), _keep(answer), rows, shared, (name, clock)))
 
     def take(self) -> Samples:
-        """All calls so far, in the order they were made. The recorder forgets them, so that no two of their parts are there twice."""
+        """All calls so far, in the order they were made. The recorder forgets them: one part at a time is there twice."""
         first, calls, self._calls = self._calls[0], self._calls, []
         rows = {name: [call.conditioning[name] for call in calls] for name in first.conditioning}
         main = {name: [getattr(call, name) for call in calls] for name in ("x", "timestep", "target")}
