@@ -6,7 +6,7 @@ A point is a whole run of `dmquant quantize` in a process of its own, so that it
 Rates decay over the length of a run, so that a quarter of the steps is no early look at a long run but a run with max_steps a
 quarter: what somebody with that much time would do. The goal is the distance that the first run reaches in all its steps; the
 time to it is interpolated between the first two neighbouring points that enclose it. Times are sums of all stages, on the
-wall and of the processor: on a busy machine read the latter.
+wall and of the processor: on a busy machine read the latter. With several seeds a point is their mean.
 
 Points that are there are kept, one that was interrupted is begun anew, since its time would be wrong: the same command goes on.
 """
@@ -16,9 +16,10 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from statistics import mean
 
 import torch
 
@@ -45,7 +46,11 @@ class Point:
     added_bytes: dict[str, int | None]  # by stage, beyond what it held as the stage began
     trained_params: int
     trained_share: float
-    distance: float
+    distances: list[float]  # by seed of training
+
+    @property
+    def distance(self) -> float:
+        return mean(self.distances)
 
     def total(self, clock: str) -> float:
         """Seconds of all stages on a clock, "seconds" or "cpu_seconds"."""
@@ -76,11 +81,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shares", type=parse_shares, default="0,1/8,1/4,1/2,1", help="of each run's max_steps: 0,1/8,1/2,1")
     parser.add_argument("-n", "--num-images", type=int, default=2000, help="images of each distance")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps of each image")
-    parser.add_argument("--seed", type=int, default=0, help="of training")
+    parser.add_argument("--seeds", type=parse_seeds, default="0", help="of training: 0,1,2")
     parser.add_argument("--device")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the points")
     parser.add_argument("--result", type=Path, default=RESULT, help="file to write")
     return parser.parse_args()
+
+
+def parse_seeds(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
 
 
 def parse_shares(text: str) -> list[Fraction]:
@@ -91,14 +100,18 @@ def parse_shares(text: str) -> list[Fraction]:
 
 
 def measure(experiment: Experiment, steps: int, args: argparse.Namespace) -> Point:
-    """The point of a run of this length, made where it is not there yet."""
-    folder = args.output / f"{experiment.name}-{steps}-seed{args.seed}"
+    """The point of runs of this length, made where they are not there yet."""
+    return average([measure_once(experiment, steps, seed, args) for seed in args.seeds])
+
+
+def measure_once(experiment: Experiment, steps: int, seed: int, args: argparse.Namespace) -> Point:
+    folder = args.output / f"{experiment.name}-{steps}-seed{seed}"
     where = ["--device", args.device] if args.device else []
     if not (folder / effort.FILE_NAME).is_file():
         method = experiment.method
         chosen = {**method.settings(), "max_steps": steps}
         settings = [part for key, value in chosen.items() for part in ("--set", f"{key}={write(value)}")]
-        goes_to = ["--seed", str(args.seed), "--force", "-o", str(folder)]
+        goes_to = ["--seed", str(seed), "--force", "-o", str(folder)]
         run_command(["quantize", args.model, "--method", method.name, *settings, *goes_to, *where])
     protocol = ["--num-images", str(args.num_images), "--steps", str(args.steps)]
     file = args.output / f"{folder.name}-n{args.num_images}-{args.steps}steps.json"
@@ -123,7 +136,17 @@ def read_point(steps: int, folder: Path, file: Path) -> Point:
     keys = ("seconds", "cpu_seconds", "peak_bytes", "added_bytes")
     measured = ({name: getattr(stage, key) for name, stage in taken.stages.items()} for key in keys)
     distance = next(iter(report.Report.load(file).metrics.values()))
-    return Point(steps, *measured, taken.trained_params, taken.trained_share, distance)
+    return Point(steps, *measured, taken.trained_params, taken.trained_share, [distance])
+
+
+def average(points: Sequence[Point]) -> Point:
+    """The mean of runs that differ in their seed."""
+    def by_stage(key: str) -> dict[str, float | None]:
+        stages = [getattr(point, key) for point in points]
+        return {name: None if None in (values := [stage[name] for stage in stages]) else mean(values) for name in stages[0]}
+
+    measured = {key: by_stage(key) for key in ("seconds", "cpu_seconds", "peak_bytes", "added_bytes")}
+    return replace(points[0], **measured, distances=[distance for point in points for distance in point.distances])
 
 
 def find_time(points: Sequence[Point], goal: float, clock: Callable[[Point], float]) -> float | None:
@@ -194,13 +217,14 @@ def list_notes(curves: dict[str, list[Point]]) -> list[str]:
 def summarize(curves: dict[str, list[Point]], experiments: Sequence[Experiment], args: argparse.Namespace) -> dict:
     goal = curves[experiments[0].name][-1]
     return {
-        "protocol": {"model": args.model, "num_images": args.num_images, "steps": args.steps, "seed": args.seed},
+        "protocol": {"model": args.model, "num_images": args.num_images, "steps": args.steps, "seeds": args.seeds},
         "conditions": {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": args.device or "default"},
         "goal": {"run": experiments[0].name, "distance": goal.distance, "seconds": goal.total("seconds")},
         "runs": [
             {
                 "name": experiment.name, "method": experiment.method.name, "settings": experiment.method.settings(),
-                "points": [asdict(point) for point in curves[experiment.name]], **compare(curves[experiment.name], goal),
+                "points": [asdict(point) | {"distance": point.distance} for point in curves[experiment.name]],
+                **compare(curves[experiment.name], goal),
             }
             for experiment in experiments
         ],

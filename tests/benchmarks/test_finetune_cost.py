@@ -6,7 +6,7 @@ from argparse import Namespace
 import pytest
 
 from benchmarks import finetune_cost
-from benchmarks.finetune_cost import Point, compare, find_time, measure, parse_shares
+from benchmarks.finetune_cost import Point, average, compare, find_time, measure, parse_shares
 from dmquant.effort import Effort, Stage
 from dmquant.experiments import parse_run
 from dmquant.methods import get
@@ -16,7 +16,7 @@ from tests.test_report import document
 def point(steps, distance, seconds=None, peak=1000, added=600):
     stages = {"recording": 10.0, "calibration": 5.0, "fine-tuning": float(steps if seconds is None else seconds)}
     half = {name: value / 2 for name, value in stages.items()}
-    return Point(steps, stages, half, dict.fromkeys(stages, peak), dict.fromkeys(stages, added), 100, 0.5, distance)
+    return Point(steps, stages, half, dict.fromkeys(stages, peak), dict.fromkeys(stages, added), 100, 0.5, [distance])
 
 
 def clock(point):
@@ -68,7 +68,7 @@ def commands(monkeypatch):
 
 
 def test_a_point_is_a_run_of_its_own_length_that_is_made_once(commands, tmp_path):
-    args = Namespace(output=tmp_path, seed=3, device=None, num_images=50, steps=20, model="embedded")
+    args = Namespace(output=tmp_path, seeds=[3], device=None, num_images=50, steps=20, model="embedded")
     experiment = parse_run("efficientdm:4/4,keep=skip,max_steps=80")
     first = measure(experiment, 20, args)
     assert measure(experiment, 20, args) == first and [line[0] for line in commands] == ["quantize", "eval"]
@@ -90,6 +90,16 @@ def test_the_whole_command_ends_with_a_row_per_point_and_a_result(commands, tmp_
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("lsq", "efficientdm-w4a4-max_steps-4 "))]
     assert len(rows) == 4
     assert [[point["steps"] for point in run["points"]] for run in json.loads(result.read_text())["runs"]] == [[4, 8], [2, 4]]
+
+
+def test_a_point_of_several_seeds_is_the_mean_of_a_run_with_each(commands, tmp_path):
+    args = Namespace(output=tmp_path, seeds=[0, 1], device=None, num_images=50, steps=20, model="embedded")
+    found = measure(parse_run("lsq:4/4"), 8, args)
+    assert [line[line.index("--seed") + 1] for line in commands if line[0] == "quantize"] == ["0", "1"]
+    assert len(found.distances) == 2 and found.distance == pytest.approx(sum(found.distances) / 2)
+    both = average([point(8, 2.0, seconds=10, peak=100), point(8, 4.0, seconds=30, peak=300)])
+    assert (both.distance, both.distances, both.seconds["fine-tuning"], both.peak) == (3.0, [2.0, 4.0], 20, 200)
+    assert average([point(8, 2.0), point(8, 2.0, peak=None)]).peak is None
 
 
 def test_shares_are_fractions_and_the_whole_is_among_them():
