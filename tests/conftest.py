@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,29 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     is_whole = config.args == config.getini("testpaths")
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(num_cores, MAX_WORKERS) if is_whole and num_cores > 1 else 0
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What a test says of C code has no object where nothing compiles any. Every other test runs there as well."""
+    if item.get_closest_marker("needs_compiler") and not is_compiler_there():
+        pytest.skip("no C compiler on the PATH")
+
+
+@pytest.fixture(scope="session")
+def has_compiler() -> bool:
+    """Whether kernels of C take part: for tests of what holds with and without them."""
+    return is_compiler_there()
+
+
+@cache
+def is_compiler_there() -> bool:
+    """Only whether one is there: one that fails, or makes a kernel that is wrong, leaves no test out."""
+    from dmquant.kernels import compiler
+
+    try:
+        return bool(compiler.find_compiler())
+    except compiler.CannotCompile:
+        return False
 
 
 @pytest.fixture(autouse=True, scope="session")

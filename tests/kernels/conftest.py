@@ -1,4 +1,4 @@
-"""Most tests of kernels run those of C, on numbers that repeat."""
+"""Most tests of kernels run those of C, where there is a compiler, on numbers that repeat."""
 
 import pytest
 import torch

@@ -1,28 +1,23 @@
 """Attention on codes is that of float64 on the same grids, bit for bit the same by every variant."""
 
-import copy
-
 import pytest
 import torch
-from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from dmquant.attention import quantize_products
 from dmquant.clock import Clock
-from dmquant.kernels import attention, catalogue, fusion
+from dmquant.kernels import attention, catalogue
 from dmquant.quantizers.base import FixedGrid
 from dmquant.quantizers.split import HeadGrids
 from dmquant.quantizers.temporal import TemporalGrid
-from tests.kernels.test_fusion import pack_layers
 from tests.kernels.test_ops import error
 
-USABLE = [number for number, kernel in enumerate(attention.VARIANTS) if not catalogue.state(kernel)]
+USABLE = [number for number, kernel in enumerate(attention.VARIANTS) if kernel.is_portable or not catalogue.state(kernel)]
 SIZES = [  # images, heads, queries, keys, channels
     (1, 2, 5, 3, 7), (2, 1, 33, 330, 40), (1, 3, 16, 64, 64), (2, 2, 17, 97, 100), (1, 1, 1, 1, 1), (1, 1, 40, 1, 16),
 ]  # fmt: skip
 
 
-pytestmark = pytest.mark.usefixtures("by_kernels")
+pytestmark = [pytest.mark.needs_compiler, pytest.mark.usefixtures("by_kernels")]
 
 
 def factors(images: int, heads: int, queries: int, keys: int, channels: int) -> list[Tensor]:
@@ -150,26 +145,6 @@ def test_it_is_chosen_like_every_kernel(monkeypatch):
     assert attention.survey() == ""
     monkeypatch.setenv("DMQUANT_KERNELS", "torch")
     assert attention.survey() == "DMQUANT_KERNELS=torch" and attention.run(*factors(1, 2, 5, 6, 8), four(), 0.3) is None
-
-
-@pytest.mark.parametrize("image", [True, False], ids=["an image", "tokens"])
-def test_an_attention_of_diffusers_runs_by_it_fused_and_unfused(image, monkeypatch):
-    block = Attention(24, heads=2, dim_head=12, norm_num_groups=4 if image else None, residual_connection=image, bias=True)
-    block, x = pack_layers(block, 4, 8), torch.randn(2, 24, 5, 3) if image else torch.randn(2, 15, 24)
-    quantize_products(block, lambda heads: fixed(8, 0.02, 100))
-    monkeypatch.setenv("DMQUANT_KERNELS", "torch")
-    wanted = copy.deepcopy(block)(x)
-    monkeypatch.setenv("DMQUANT_KERNELS", "c")
-    assert error(block(x), wanted) < 1e-4
-    fusion.fuse(block)
-    assert error(block(x), wanted) < 1e-4 and block.can_fuse(x) == image
-
-
-def test_it_compiles_to_one_graph():
-    block, x = pack_layers(Attention(24, heads=2, dim_head=12), 4, 8), torch.randn(2, 15, 24)
-    quantize_products(block, lambda heads: fixed(8, 0.02, 100))
-    wanted = block(x)
-    assert torch.equal(torch.compile(block, backend="eager", fullgraph=True)(x), wanted)
 
 
 def test_the_operator_tells_its_shape_without_computing():

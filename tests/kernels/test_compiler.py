@@ -22,6 +22,7 @@ def files() -> list[str]:
     return sorted(file.suffix for file in compiler.cache_folder().iterdir())
 
 
+@pytest.mark.needs_compiler
 def test_a_library_is_compiled_once_and_left_alone_after():
     library = compile_source("isa", ())
     made = library.stat().st_mtime_ns
@@ -29,12 +30,14 @@ def test_a_library_is_compiled_once_and_left_alone_after():
     assert files() == [".lock", ".so"] and compiler.cache_folder().stat().st_mode & 0o077 == 0
 
 
+@pytest.mark.needs_compiler
 def test_many_at_once_get_one_library():
     with ThreadPoolExecutor(4) as pool:
         assert len(set(pool.map(lambda _: compile_source("isa", ()), range(8)))) == 1
     assert files() == [".lock", ".so"]
 
 
+@pytest.mark.needs_compiler
 def test_flags_sources_and_the_compiler_are_in_the_name(monkeypatch, tmp_path):
     names = {compile_source("isa", flags).name for flags in ((), ("-O1",))}
     sources = tmp_path / "csrc"
@@ -61,6 +64,7 @@ def test_a_compiler_that_is_not_there_or_fails_says_why(monkeypatch, tmp_path):
     assert files() == [".lock"]
 
 
+@pytest.mark.needs_compiler
 def test_a_cache_that_cannot_be_written_is_no_crash(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))

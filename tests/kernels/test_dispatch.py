@@ -36,6 +36,7 @@ def conv(weight_bits: int = 1, act_bits: int = 4, **options) -> nn.Module:
     return make_layer((40, 70, 3, 3), weight_bits, act_bits, padding=1, **options)
 
 
+@pytest.mark.needs_compiler
 def test_the_first_call_chooses_and_the_output_is_that_of_the_reference():
     layer, x = conv(), torch.randn(2, 70, 6, 5)
     found = layer(x)
@@ -43,11 +44,13 @@ def test_the_first_call_chooses_and_the_output_is_that_of_the_reference():
     assert torch.equal(layer(x), found)
 
 
+@pytest.mark.needs_compiler
 def test_channels_last_in_and_plain_give_the_same_values():
     layer, x = conv(), torch.randn(2, 70, 6, 5)
     assert torch.equal(layer(x), layer(x.contiguous(memory_format=torch.channels_last)))
 
 
+@pytest.mark.needs_compiler
 def test_a_one_bit_weight_takes_one_bit_of_memory():
     layers = nn.ModuleList([make_layer((128, 256, 3, 3), 1, 4, padding=1), make_layer((256, 512), 1, 4)])
     for layer, shape in zip(layers, [(1, 256, 4, 4), (3, 512)]):
@@ -57,6 +60,7 @@ def test_a_one_bit_weight_takes_one_bit_of_memory():
     assert resident_bytes(layers) <= float_bytes / 24
 
 
+@pytest.mark.needs_compiler
 def test_what_is_blocked_reads_copies_pickles_and_saves_as_what_was_stored():
     for layer in (conv(), conv(4, 8), conv(8, 8), make_layer((9, 33), 0, 4, bases=2)):
         before, x = copy.deepcopy(layer.state_dict()), torch.randn((2, 70, 6, 5) if layer.weight.shape[1] == 70 else (3, 33))
@@ -120,7 +124,7 @@ def test_a_grid_that_changes_is_followed():
 
 @pytest.mark.parametrize("steps", [[0, 0, 0], [2, 0, 1]], ids=["one timestep", "mixed timesteps"])
 @pytest.mark.parametrize("shape", [(40, 70, 3, 3), (40, 70)])
-def test_each_sample_takes_the_grid_of_its_timestep(shape, steps):
+def test_each_sample_takes_the_grid_of_its_timestep(shape, steps, has_compiler):
     layer = make_layer(shape, 4, 6, **({"padding": 1} if len(shape) == 4 else {}))
     clock = Clock(torch.tensor([0.0, 10.0, 20.0]))
     layer.input = TemporalGrid(6, clock)
@@ -129,13 +133,14 @@ def test_each_sample_takes_the_grid_of_its_timestep(shape, steps):
     x = torch.randn((3, 70, 5, 6) if len(shape) == 4 else (3, 7, 70))
     with clock.at(torch.tensor(steps) * 10.0, 3), torch.no_grad():
         found = layer(x)
-        assert layer.weight.blocked
+        assert bool(layer.weight.blocked) == has_compiler
         weight, quantized = layer.weight.dequantize(torch.float64), layer.input(x).double()
         product = layer._conv_forward if len(shape) == 4 else nn.functional.linear
         wanted = product(quantized, weight, layer.bias.double())
     assert error(found, wanted) < 1e-5
 
 
+@pytest.mark.needs_compiler
 def test_a_kernel_that_is_wrong_is_disabled_with_a_warning(monkeypatch):
     trial.check.cache_clear()
     right = trial.ops.multiply
@@ -148,8 +153,12 @@ def test_a_kernel_that_is_wrong_is_disabled_with_a_warning(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "slow, winner", [((), "scalar"), (("scalar",), "onednn"), (("scalar", "onednn"), None)], ids=["C", "oneDNN", "torch"]
-)
+    "slow, winner",
+    [
+        pytest.param((), "scalar", marks=pytest.mark.needs_compiler, id="C"), pytest.param(("scalar",), "onednn", id="oneDNN"),
+        pytest.param(("scalar", "onednn"), None, id="torch"),
+    ],
+)  # fmt: skip
 def test_nobody_runs_who_is_slower_than_the_others(monkeypatch, slow, winner):
     monkeypatch.setenv("DMQUANT_KERNELS", "auto")
     monkeypatch.setattr(dispatch, "candidates", lambda format: iter(["scalar"]))
@@ -175,6 +184,7 @@ def test_threads_that_call_first_at_once_get_the_same():
     assert len(found) == 4 and all(torch.equal(y, found[0]) for y in found)
 
 
+@pytest.mark.needs_compiler
 def test_a_layer_that_has_run_compiles_to_one_graph_around_the_operator():
     layer, x = conv(), torch.randn(2, 70, 6, 5)
     layer(x)
@@ -190,10 +200,10 @@ def test_a_layer_that_has_run_compiles_to_one_graph_around_the_operator():
     assert len(graphs) == 1 and any("dmquant.multiply" in target for target in targets)
 
 
-def test_a_packed_model_gives_what_the_reference_gives(monkeypatch):
+def test_a_packed_model_gives_what_the_reference_gives(monkeypatch, has_compiler):
     packed = pack_model(tiny_unet())
     found = run(packed)
-    assert all(layer.weight.blocked for layer in packed_layers(packed).values())
+    assert all(bool(layer.weight.blocked) == has_compiler for layer in packed_layers(packed).values())
     monkeypatch.setenv("DMQUANT_KERNELS", "torch")
     assert error(found, run(copy.deepcopy(packed))) < 1e-4
 

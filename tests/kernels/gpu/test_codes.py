@@ -42,6 +42,7 @@ def test_half_precisions_are_quantized_in_float32(dtype):
     assert torch.equal(quantize(x, scale, zero, 8, PADDED, 32), wanted(x, scale, zero, 8, PADDED, 32))
 
 
+@pytest.mark.needs_compiler
 @pytest.mark.parametrize("activate", [False, True])
 def test_an_image_is_normalized_activated_and_divided_on_the_way(activate):
     torch.manual_seed(0)

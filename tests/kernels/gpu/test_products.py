@@ -89,6 +89,7 @@ def test_the_residual_is_added_in_float32():
     assert torch.equal(found, dispatch.apply(layer, layer.weight.blocked, x) + residual)
 
 
+@pytest.mark.needs_compiler
 def test_the_floats_of_a_gpu_are_those_of_c():
     """Where sums need no fma the interpreter rounds as a GPU does: without a bias."""
     for bits in (1, 4):
@@ -104,6 +105,7 @@ def test_a_check_on_a_gpu_runs_every_tile():
     assert [TILE_OF(*shape) for shape in shapes] == list(products.TILES)
 
 
+@pytest.mark.needs_compiler
 def test_a_block_is_fused_as_by_the_kernels_of_c(monkeypatch):
     monkeypatch.setenv("DMQUANT_KERNELS", "c")
     block, x, time = resnet(), torch.randn(2, 12, 3, 4), torch.randn(2, 16)
@@ -116,6 +118,7 @@ def test_a_block_is_fused_as_by_the_kernels_of_c(monkeypatch):
     assert (block(x, time) - wanted).abs().median() < 1e-5 and error(block(x, time), wanted) < 0.1
 
 
+@pytest.mark.needs_compiler
 def test_a_block_in_half_precision_is_fused_on_a_gpu(monkeypatch):
     monkeypatch.setitem(dispatch.DTYPES, "cpu", dispatch.DTYPES["cuda"])
     monkeypatch.setattr(fusion, "is_free", lambda *norms: True)
