@@ -14,7 +14,7 @@ done: AVX-VNNI of 256 bits, ARM, kernels for weights in groups.
 On a CUDA device Triton's kernels (gpu/) take float32, bfloat16 and float16. They were never run on one: see there.
 
 A pipeline that is loaded also gets its blocks fused (fusion.py): norm, activation, residual, enlargement and padding are done by
-the kernels on the way.
+the kernels on the way, and what comes over skips is read where it lies (skips.py).
 """
 
 from dmquant.kernels.dispatch import run, survey

@@ -130,6 +130,7 @@ class Around:
     zoom: int = 1
     window: tuple[int, ...] | None = None  # instead of the layer's
     epsilon: float = 0.0  # of a layer norm before the gain; 0: none
+    beside: Tensor | None = None  # (N, C', H, W): the channels behind those of the input
 
 
 NOTHING = Around()
@@ -161,12 +162,12 @@ def apply(layer: nn.Module, blocked: Blocked, x: Tensor, around: Around = NOTHIN
     format = (blocked.bits, blocked.halves, layer.input.bits)
     per_image = around.gain is not None or around.bias is not None
     images = as_images(layer, x, len(x) if per_image else act_scale.numel())
-    residual = None if around.residual is None else as_images(layer, around.residual)
+    residual, beside = (None if x is None else as_images(layer, x) for x in (around.residual, around.beside))
     bias = layer.bias if around.bias is None else around.bias
     out = multiply(
         images, blocked.weight, blocked.total, weight.scale, zero, bias, act_scale, act_zero, blocked.kernel, format,
         around.window or window_of(layer), around.gain, around.offset, around.factor, residual, around.activate, around.zoom,
-        around.epsilon,
+        around.epsilon, beside,
         **({} if out is None else {"out": as_images(layer, out)}),  # which the operator of compiled graphs does not know
     )  # fmt: skip
     if isinstance(layer, nn.Linear):

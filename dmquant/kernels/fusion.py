@@ -4,7 +4,7 @@
 has no kernel, is watched by a hook, or anything else is out of the ordinary, the block runs as diffusers wrote it.
 
 Not fused: the norm and the activation before the last convolution (they belong to the root), processors of attention other than
-the plain ones and ours, concatenations. Query, key and value each quantize the tokens for themselves: they have grids of their
+the plain ones and ours. Query, key and value each quantize the tokens for themselves: they have grids of their
 own.
 """
 
@@ -14,30 +14,37 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.unets.unet_2d_blocks import AttnUpBlock2D, CrossAttnUpBlock2D, UpBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from dmquant.kernels.dispatch import Around, can_fuse, run_fused, window_of
 from dmquant.kernels.fused import LAST, Fused, images, is_free, is_training
 from dmquant.kernels.normal import SILU, moments_of
+from dmquant.kernels.skips import FusedAttnUpBlock2D, FusedCrossAttnUpBlock2D, FusedUpBlock2D
 from dmquant.kernels.tokens import FusedBasicTransformerBlock, FusedTransformer2DModel, has_plain_products, multiply
 
 
 class FusedResnetBlock2D(Fused, ResnetBlock2D):
-    """Two kernel calls: each normalizes, activates and quantizes what it reads, the second adds the residual."""
+    """Two kernel calls: each normalizes, activates and quantizes what it reads, the second adds the residual.
 
-    def run(self, input_tensor: Tensor, temb: Tensor | None, *args: object, **kwargs: object) -> Tensor:
+    Channels that come over a skip may be given by themselves (skips.py), if `can_join` says so.
+    """
+
+    def run(
+        self, input_tensor: Tensor, temb: Tensor | None, *args: object, skip: Tensor | None = None, **kwargs: object
+    ) -> Tensor:
         x = input_tensor.contiguous(memory_format=LAST)
         time = None if self.time_emb_proj is None else self._embed(temb)
-        gain, offset = moments_of(self.norm1, images(x))
+        gain, offset = moments_of(self.norm1, images(x), *(() if skip is None else (images(skip),)))
         is_shifted = time is not None and self.time_embedding_norm == "default"
         bias = _sum(self.conv1.bias, time) if is_shifted else None
-        hidden = run_fused(self.conv1, x, Around(gain, offset, SILU, bias=bias))
+        hidden = run_fused(self.conv1, x, Around(gain, offset, SILU, bias=bias, beside=skip))
         gain, offset = moments_of(self.norm2, images(hidden))
         if time is not None and not is_shifted:
             scale, shift = time.chunk(2, dim=1)
             gain, offset = gain * (1 + scale), offset * (1 + scale) + shift
-        residual = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        residual = x if self.conv_shortcut is None else self._cut_short(x, skip)
         out = run_fused(self.conv2, hidden, Around(gain, offset, SILU, residual=residual))
         return out if self.output_scale_factor == 1 else out / self.output_scale_factor
 
@@ -46,6 +53,15 @@ class FusedResnetBlock2D(Fused, ResnetBlock2D):
         is_plain &= self.time_embedding_norm in ("default", "scale_shift") and not is_training(self.dropout)
         layers = (self.conv1, self.conv2)
         return is_plain and is_free(self.norm1, self.norm2) and all(can_fuse(layer, input_tensor) for layer in layers)
+
+    def can_join(self, x: Tensor, skip: Tensor) -> bool:
+        """Whether x and what comes over a skip need not be put together for `run`."""
+        is_known = self.conv_shortcut is not None and x.shape[2:] == skip.shape[2:] and x.device.type == "cpu"
+        is_known &= not self._forward_hooks and not self._forward_pre_hooks
+        return is_known and self.can_fuse(x) and can_fuse(self.conv_shortcut, x) and can_fuse(self.conv1, skip)
+
+    def _cut_short(self, x: Tensor, skip: Tensor | None) -> Tensor:
+        return self.conv_shortcut(x) if skip is None else run_fused(self.conv_shortcut, x, Around(beside=skip))
 
     def _embed(self, temb: Tensor) -> Tensor:
         """What the time adds to each channel: (N, O)."""
@@ -107,6 +123,7 @@ class FusedDownsample2D(Fused, Downsample2D):
 FUSED = {
     ResnetBlock2D: FusedResnetBlock2D, Attention: FusedAttention, Upsample2D: FusedUpsample2D, Downsample2D: FusedDownsample2D,
     BasicTransformerBlock: FusedBasicTransformerBlock, Transformer2DModel: FusedTransformer2DModel,
+    UpBlock2D: FusedUpBlock2D, AttnUpBlock2D: FusedAttnUpBlock2D, CrossAttnUpBlock2D: FusedCrossAttnUpBlock2D,
 }  # fmt: skip
 PLAIN = {fused: plain for plain, fused in FUSED.items()}
 

@@ -18,8 +18,8 @@ from dmquant.kernels.gpu.moments import moments as moments_on_gpu
 
 VARIANTS = (Kernel("normal", AVX512, FLAGS_512), Kernel("normal", AVX2, FLAGS_256), Kernel("normal"))  # best first
 ACTIVATIONS = NONE, SILU, GELU, TANH_GELU, GATED = range(5)  # as in csrc/normal.h
-POINTERS = ("x", "weight", "bias", "gain", "offset", "sums", "factor", "out")
-NUMBERS = ("images", "pixels", "channels", "groups", "activate", "threads")
+POINTERS = ("x", "beside", "weight", "bias", "gain", "offset", "sums", "factor", "out")
+NUMBERS = ("images", "pixels", "channels", "beside_channels", "groups", "activate", "threads")
 
 
 class Norm(ctypes.Structure):
@@ -31,16 +31,22 @@ class Norm(ctypes.Structure):
     ]  # fmt: skip
 
 
-def moments(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, epsilon: float) -> tuple[Tensor, Tensor]:
-    """Gain and offset (N, C) of a group norm over x (N, H, W, C): x * gain + offset is what it gives."""
+def moments(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, epsilon: float, beside: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Gain and offset (N, C) of a group norm over x (N, H, W, C): x * gain + offset is what it gives.
+
+    The channels of `beside` (N, H, W, C') are counted as if they lay behind those of x; on a GPU there are none.
+    """
     if x.is_cuda:
         return moments_on_gpu(x, weight, bias, groups, epsilon)
-    x = x.contiguous()
-    images, channels = len(x), x.shape[-1]
+    x, beside = x.contiguous(), None if beside is None else beside.contiguous()
+    images, channels = len(x), x.shape[-1] + (0 if beside is None else beside.shape[-1])
     gain, offset = x.new_empty(images, channels), x.new_empty(images, channels)
     sums = x.new_empty(images, 2, channels, dtype=torch.float64)
     if x.numel():
-        library().dmquant_moments(ctypes.byref(_norm((x, weight, bias, gain, offset, sums, None, None), groups, NONE, epsilon)))
+        job = _norm((x, beside, weight, bias, gain, offset, sums, None, None), channels, groups, NONE, epsilon)
+        library().dmquant_moments(ctypes.byref(job))
     return gain, offset
 
 
@@ -56,7 +62,8 @@ def normalize(
     channels = x.shape[-1] // (2 if activate == GATED else 1)
     out = x.new_empty(*x.shape[:-1], channels)
     if x.numel():
-        library().dmquant_normalize(ctypes.byref(_norm((x, None, None, gain, offset, None, factor, out), 1, activate, epsilon)))
+        job = _norm((x, None, None, None, gain, offset, None, factor, out), channels, 1, activate, epsilon)
+        library().dmquant_normalize(ctypes.byref(job))
     return out
 
 
@@ -78,24 +85,30 @@ def library() -> ctypes.CDLL:
     raise CannotCompile(missing)
 
 
-def _norm(tensors: tuple[Tensor | None, ...], groups: int, activate: int, epsilon: float) -> Norm:
-    x = tensors[0] if tensors[-1] is None else tensors[-1]
+def _norm(tensors: tuple[Tensor | None, ...], channels: int, groups: int, activate: int, epsilon: float) -> Norm:
+    x, beside = tensors[:2]
     pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
     pixels = x.numel() // (len(x) * x.shape[-1])
-    return Norm(*pointers, len(x), pixels, x.shape[-1], groups, activate, torch.get_num_threads(), epsilon)
+    sizes = (len(x), pixels, channels, 0 if beside is None else beside.shape[-1])
+    return Norm(*pointers, *sizes, groups, activate, torch.get_num_threads(), epsilon)
 
 
 @torch.library.custom_op("dmquant::moments", mutates_args=())
-def moments_op(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, epsilon: float) -> tuple[Tensor, Tensor]:
-    return moments(x, weight, bias, groups, epsilon)
+def moments_op(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, epsilon: float, beside: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    return moments(x, weight, bias, groups, epsilon, beside)
 
 
 @moments_op.register_fake
-def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, epsilon: float) -> tuple[Tensor, Tensor]:
-    return tuple(x.new_empty(len(x), x.shape[-1], dtype=torch.float32) for _ in range(2))
+def _(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, epsilon: float, beside: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    channels = x.shape[-1] + (0 if beside is None else beside.shape[-1])
+    return tuple(x.new_empty(len(x), channels, dtype=torch.float32) for _ in range(2))
 
 
-def moments_of(norm: nn.GroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Gain and offset (N, C) of a layer over x (N, H, W, C)."""
+def moments_of(norm: nn.GroupNorm, x: Tensor, beside: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Gain and offset (N, C) of a layer over x (N, H, W, C), and over what lies beside it."""
     act = moments_op if torch.compiler.is_compiling() else moments
-    return act(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
+    return act(x, norm.weight, norm.bias, norm.num_groups, norm.eps, beside)

@@ -18,10 +18,12 @@ ROW = 32  # pixels of a row where the layer does not care: rows are what threads
 
 POINTERS = (
     "x", "out", "weight", "total", "scale", "zero", "bias", "act_scale", "act_zero", "gain", "offset", "factor", "residual",
+    "beside",
 )  # fmt: skip
 NUMBERS = (
     "activate", "zoom", "bias_stride", "act_stride", "act_max", "bits", "planes", "plane_bytes", "halves", "block", "images",
-    "height", "width", "channels", "outputs", "last_width", "kernel_h", "kernel_w", "stride_h", "stride_w", "pad_top", "pad_left",
+    "height", "width", "channels", "outputs",
+    "beside_channels", "last_width", "kernel_h", "kernel_w", "stride_h", "stride_w", "pad_top", "pad_left",
     "out_height", "out_width", "threads",
 )  # fmt: skip
 
@@ -37,7 +39,7 @@ def multiply(
     x: Tensor, weight: Tensor, total: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None,
     act_scale: Tensor, act_zero: Tensor, kernel: str, format: Sequence[int], window: Sequence[int], gain: Tensor | None = None,
     offset: Tensor | None = None, factor: Tensor | None = None, residual: Tensor | None = None, activate: int = 0,
-    zoom: int = 1, epsilon: float = 0.0, out: Tensor | None = None,
+    zoom: int = 1, epsilon: float = 0.0, beside: Tensor | None = None, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Quantizes x (N, H, W, C) and convolves it with a blocked weight: (N, H', W', O), in the dtype of x.
 
@@ -46,7 +48,8 @@ def multiply(
     With gain and offset (N, C), f(x * gain + offset) * factor is quantized instead of x: f is an activation of normal.py, factor
     (C) may be None; with an activation they may be None themselves. GATED reads x (N, H, W, 2 C). With an epsilon each pixel of x
     is normalized over its channels first, and nothing activates it. residual, of the output's
-    shape, is added to it. Each pixel is read zoom times zoom times. The output is written to `out` if there is one, contiguous.
+    shape, is added to it. Each pixel is read zoom times zoom times. The channels of `beside` (N, H, W, C') count as if they lay
+    behind those of x, which must not be GATED. The output is written to `out` if there is one, contiguous.
     oneDNN knows none of these, Triton SiLU alone.
     x is float32, for Triton half as well.
     """
@@ -58,18 +61,18 @@ def multiply(
 
         arguments = (x, weight, total, scale, zero, bias, act_scale, act_zero, format, window)
         return products.multiply(*arguments, gain, offset, factor, residual, bool(activate), zoom)
-    x, residual = x.contiguous(), None if residual is None else residual.contiguous()
-    images, height, width, channels = x.shape
-    channels //= 2 if activate == GATED else 1
+    x, residual, beside = (None if tensor is None else tensor.contiguous() for tensor in (x, residual, beside))
+    (images, height, width, channels), others = x.shape, 0 if beside is None else beside.shape[-1]
+    channels = channels // 2 if activate == GATED else channels + others
     out = pages.empty((images, *output_size(x, window, zoom), total.shape[1])) if out is None else out
     if out.numel() == 0:
         return out
-    tensors = (x, out, weight, total, scale, zero, bias, act_scale, act_zero, gain, offset, factor, residual)
+    tensors = (x, out, weight, total, scale, zero, bias, act_scale, act_zero, gain, offset, factor, residual, beside)
     pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
     per_image = out.shape[3] if bias is not None and bias.dim() == 2 else 0
     layout = (activate, zoom, per_image, act_scale.numel() > 1, (1 << act_bits) - 1, bits, len(weight), weight.shape[1], halves)
-    sizes = (BY_NAME[kernel].block_for(channels), images, height * zoom, width * zoom, channels, out.shape[3], width * zoom)
-    job = Job(*pointers, *layout, *sizes, *window[:5], window[6], *out.shape[1:3], torch.get_num_threads(), epsilon)
+    sizes = (BY_NAME[kernel].block_for(channels), images, height * zoom, width * zoom, channels, out.shape[3])
+    job = Job(*pointers, *layout, *sizes, others, width * zoom, *window[:5], window[6], *out.shape[1:3], torch.get_num_threads(), epsilon)
     if tuple(window) == (1, 1, 1, 1, 0, 0, 0, 0) and zoom == 1:
         _even_rows(job)
     if library(BY_NAME[kernel]).dmquant_run(ctypes.addressof(job)) != 0:
@@ -99,10 +102,10 @@ def multiply_op(
     x: Tensor, weight: Tensor, total: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None,
     act_scale: Tensor, act_zero: Tensor, kernel: str, format: Sequence[int], window: Sequence[int], gain: Tensor | None = None,
     offset: Tensor | None = None, factor: Tensor | None = None, residual: Tensor | None = None, activate: int = 0,
-    zoom: int = 1, epsilon: float = 0.0,
+    zoom: int = 1, epsilon: float = 0.0, beside: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     arguments = (x, weight, total, scale, zero, bias, act_scale, act_zero, kernel, format, window)
-    return multiply(*arguments, gain, offset, factor, residual, activate, zoom, epsilon)
+    return multiply(*arguments, gain, offset, factor, residual, activate, zoom, epsilon, beside)
 
 
 @multiply_op.register_fake
@@ -110,6 +113,6 @@ def _(
     x: Tensor, weight: Tensor, total: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None,
     act_scale: Tensor, act_zero: Tensor, kernel: str, format: Sequence[int], window: Sequence[int], gain: Tensor | None = None,
     offset: Tensor | None = None, factor: Tensor | None = None, residual: Tensor | None = None, activate: int = 0,
-    zoom: int = 1, epsilon: float = 0.0,
+    zoom: int = 1, epsilon: float = 0.0, beside: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     return x.new_empty(x.shape[0], *output_size(x, window, zoom), total.shape[1])

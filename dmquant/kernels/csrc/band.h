@@ -29,6 +29,9 @@
 #define SLACK 16                    /* cells behind the last one that a wide tile may read and ignore */
 
 INLINE int is_normalized(const Job *job) { return job->gain || job->activate || job->epsilon > 0; }
+INLINE int64_t channels_before(const Job *job) { return job->channels - job->beside_channels; }
+/* Whether pixels are written before they become cells: normalized, or in one piece. */
+INLINE int is_prepared(const Job *job) { return is_normalized(job) || (job->beside && channels_before(job) % job->block); }
 /* Pixels that are normalized at a time. */
 INLINE int64_t part_of(const Job *job) { return most(4, PART_BYTES / (4 * job->channels)); }
 INLINE int needs_sums(const Job *job) { return job->zero || ALWAYS_SUMS(job); }
@@ -91,7 +94,7 @@ static int reserve(const Job *job, const Shape *s, Scratch *scratch) {
     int64_t sums = up(s->band_slots * s->cells_wide * 4, LINE), box = up(s->band_rows * job->out_width * 4, LINE);
     int64_t tops = up(s->band_rows * 4, LINE), offsets = up(s->channel_blocks * s->taps * 4, LINE);
     int64_t tiles = up(s->band_rows * job->out_width * TILE_BYTES, LINE);
-    int64_t normalized = is_normalized(job) ? up(part_of(job) * job->channels * 4, LINE) : 0;
+    int64_t normalized = is_prepared(job) ? up(part_of(job) * job->channels * 4, LINE) : 0;
     uint8_t *next = keep(cells + weights + sums + box + tops + offsets + tiles + normalized);
     if (!next) return 1;
     scratch->cells = take(&next, cells);
@@ -126,20 +129,40 @@ INLINE void fetch_share(const float *next, int64_t count, int64_t k) {
 /* `count` pixels of image n, without padding, into cells; `cells` are those of the first plane. */
 static void build_pixels(const Job *job, const Shape *s, int64_t n, const float *x, int64_t count, uint8_t *cells,
                          int32_t *sums) {
-    for (int64_t k = 0; k < s->channel_blocks; k++, cells += s->plane_bytes) {
-        if (!is_normalized(job)) fetch_share(x + count * job->channels, job->block * count, k);
+    for (int64_t k = 0; k * job->block < job->channels; k++, cells += s->plane_bytes) {
+        if (!is_prepared(job)) fetch_share(x + count * job->channels, job->block * count, k);
         build(job, n, k, x + k * job->block, count, cells, sums);
     }
 }
 
-/* The same of pixels that are normalized first, a part at a time. */
-static void build_normalized(const Job *job, const Shape *s, int64_t n, const float *x, int64_t count, uint8_t *cells,
-                             int32_t *sums, float *normalized) {
-    Normal normal = {.factor = job->factor, .activate = job->activate, .epsilon = job->epsilon};
-    if (job->gain) normal.gain = job->gain + n * job->channels, normal.offset = job->offset + n * job->channels;
+/* The same of pixels that lie in two pieces, of whole blocks of channels each. */
+static void build_pieces(const Job *job, const Shape *s, int64_t n, int64_t pixel, int64_t count, uint8_t *cells, int32_t *sums) {
+    Job piece = *job;
+    piece.channels = channels_before(job), piece.beside = NULL;
+    build_pixels(&piece, s, n, job->x + pixel * piece.channels, count, cells, sums);
+    cells += piece.channels / job->block * s->plane_bytes;
+    piece.channels = job->beside_channels;
+    if (job->beside) build_pixels(&piece, s, n, job->beside + pixel * piece.channels, count, cells, sums);
+}
+
+/* What is done to the channels from the given one on. */
+INLINE Normal normal_of(const Job *job, int64_t n, int64_t from) {
+    Normal normal = {.activate = job->activate, .epsilon = job->epsilon, .stride = job->channels};
+    int64_t first = n * job->channels + from;
+    if (job->gain) normal.gain = job->gain + first, normal.offset = job->offset + first;
+    if (job->factor) normal.factor = job->factor + from;
+    return normal;
+}
+
+/* The same, from the given pixel on, of pixels that are prepared first, a part at a time. */
+static void build_prepared(const Job *job, const Shape *s, int64_t n, int64_t pixel, int64_t count, uint8_t *cells,
+                           int32_t *sums, float *normalized) {
+    int64_t before = channels_before(job), after = job->beside_channels;
+    Normal first = normal_of(job, n, 0), last = normal_of(job, n, before);
     for (int64_t p = 0, part = part_of(job); p < count; p += part) {
-        int64_t some = least(part, count - p);
-        normalize_pixels(&normal, x + p * channels_read(job->activate, job->channels), some, job->channels, normalized);
+        int64_t some = least(part, count - p), at = pixel + p;
+        normalize_pixels(&first, job->x + at * channels_read(job->activate, before), some, before, normalized);
+        if (after) normalize_pixels(&last, job->beside + at * after, some, after, normalized + before);
         build_pixels(job, s, n, normalized, some, cells + p * s->cell_bytes, sums ? sums + p : NULL);
     }
 }
@@ -151,10 +174,12 @@ static void quantize_row(const Job *job, const Shape *s, int64_t n, int64_t h, i
     int64_t left = width ? job->pad_left : 0, right = s->cells_wide - left - width, read = width / job->zoom;
     int32_t *sums = needs_sums(job) ? scratch->sums + slot * s->cells_wide : NULL;
     uint8_t *row = scratch->cells + slot * s->cells_wide * s->cell_bytes, *first = row + left * s->cell_bytes;
-    const float *x = job->x + input_pixel(job, n, h) * channels_read(job->activate, job->channels);
+    int64_t pixel = input_pixel(job, n, h);
     if (sums) memset(sums, 0, s->cells_wide * 4);
-    if (width && is_normalized(job)) build_normalized(job, s, n, x, read, first, sums ? sums + left : NULL, scratch->normalized);
-    else if (width) build_pixels(job, s, n, x, read, first, sums ? sums + left : NULL);
+    if (width && is_prepared(job))
+        build_prepared(job, s, n, pixel, read, first, sums ? sums + left : NULL, scratch->normalized);
+    else if (width)
+        build_pieces(job, s, n, pixel, read, first, sums ? sums + left : NULL);
     for (int64_t k = 0; k < s->channel_blocks; k++, row += s->plane_bytes) {
         fill(job, zero, k, left, row);
         spread(row + left * s->cell_bytes, s->cell_bytes, width, job->zoom);

@@ -20,6 +20,7 @@ typedef struct {
     const float *gain, *offset; /* (images, channels): x * gain + offset is quantized instead of x; or NULL */
     const float *factor;        /* (channels), of what they make of x, or NULL */
     const float *residual;      /* added to the output, of its shape; or NULL */
+    const float *beside;        /* (images, height, width, beside_channels): the last channels, those before are in x; or NULL */
     int64_t activate;           /* what is done to x * gain + offset: see normal.h; GATED reads 2 * channels of x */
     int64_t zoom;               /* each pixel of x is read so often in each direction: height and width are zoomed */
     int64_t bias_stride;        /* `outputs` where each image has its own bias, else 0 */
@@ -30,6 +31,7 @@ typedef struct {
     int64_t halves;             /* 1 where the scale is that of a code, and levels are twice as fine: 1 and 2 bits */
     int64_t block;              /* channels of a block, 32 or 64 */
     int64_t images, height, width, channels, outputs;
+    int64_t beside_channels;    /* of `channels`; 0 where all are in x */
     int64_t last_width;         /* pixels of the last row: a linear layer's rows need not come out even */
     int64_t kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, out_height, out_width;
     int64_t threads;

@@ -15,6 +15,7 @@ typedef struct {
     const float *gain, *offset;     /* of each channel of one image, or NULL */
     const float *factor;            /* of each channel, or NULL */
     int64_t activate;
+    int64_t stride;                 /* from one pixel that is written to the next */
     double epsilon;                 /* of a layer norm before the gain (token.h), without an activation; 0: none */
 } Normal;
 
@@ -91,7 +92,7 @@ static inline __attribute__((always_inline)) void normalize_by(const Normal *nor
                                                                int64_t channels, float *restrict out, const int64_t activate) {
     const float *restrict gain = normal->gain, *restrict offset = normal->offset, *restrict factor = normal->factor;
     int64_t read = channels_read(activate, channels);
-    for (int64_t p = 0; p < pixels; p++, x += read, out += channels) {
+    for (int64_t p = 0; p < pixels; p++, x += read, out += normal->stride) {
         for (int64_t c = 0; c < read; c += 16) __builtin_prefetch(x + pixels * read + c, 0, 2);     /* the next row */
         if (activate == GATED)
             for (int64_t c = 0; c < channels; c++) out[c] = x[c] * gelu(x[channels + c]);

@@ -54,7 +54,7 @@ static inline void normalize_pixels(const Normal *normal, const float *restrict 
         normalize(normal, x, pixels, channels, out);
         return;
     }
-    for (int64_t p = 0; p < pixels; p++, x += channels, out += channels) {
+    for (int64_t p = 0; p < pixels; p++, x += channels, out += normal->stride) {
         for (int64_t c = 0; c < channels; c += 16) __builtin_prefetch(x + pixels * channels + c, 0, 2);     /* the next row */
         Token t = measure_token(x, channels, normal->epsilon);
         if (gain)
