@@ -40,6 +40,7 @@ def concatenating(block: nn.Module) -> nn.Module:
     return other
 
 
+@pytest.mark.needs_compiler
 @pytest.mark.parametrize("split", [64, 37, 1, 128])
 @pytest.mark.parametrize("kernel", USABLE)
 def test_every_kernel_reads_two_images_as_one(kernel, split):
@@ -56,6 +57,7 @@ def test_every_kernel_reads_two_images_as_one(kernel, split):
             assert torch.equal(dispatch.apply(layer, layer.weight.blocked, x[:, :split], beside), wanted)
 
 
+@pytest.mark.needs_compiler
 @pytest.mark.parametrize("sizes", [(64, 64), (24, 120), (90, 6), (130, 62)], ids=str)
 def test_moments_of_two_images_are_those_of_one(sizes):
     x, beside = (torch.randn(3, 9, 15, size) * 2 + 5 for size in sizes)  # more pixels than a run
@@ -65,6 +67,7 @@ def test_moments_of_two_images_are_those_of_one(sizes):
     assert all(torch.equal(*pair) for pair in zip(found, wanted))
 
 
+@pytest.mark.needs_compiler
 def test_the_number_of_threads_changes_no_bit_of_the_moments():
     x, beside, threads = torch.randn(2, 9, 15, 200), torch.randn(2, 9, 15, 72), torch.get_num_threads()
     wanted = normal.moments(x, None, None, 8, 1e-5, beside)
@@ -75,6 +78,7 @@ def test_the_number_of_threads_changes_no_bit_of_the_moments():
         torch.set_num_threads(threads)
 
 
+@pytest.mark.needs_compiler
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_an_up_block_gives_what_it_gives_of_concatenations(kind, monkeypatch):
     block, given = pack_layers(BLOCKS[kind]()), inputs(kind)
@@ -86,14 +90,14 @@ def test_an_up_block_gives_what_it_gives_of_concatenations(kind, monkeypatch):
     assert (wanted - plain).abs().median() < 1e-5
 
 
-def test_divided_channels_are_divided_on_both_sides():
+def test_divided_channels_are_divided_on_both_sides(has_compiler):
     block, given = pack_layers(BLOCKS["alone"]()), inputs()
     for resnet in block.resnets:
         for layer in (resnet.conv1, resnet.conv_shortcut):
             layer.divide = Divide(layer.in_channels, 2)
             layer.divide.reciprocal.uniform_(0.5, 2)
     fusion.fuse(block)
-    assert torch.equal(block(**given), concatenating(block)(**given)) and joins(block, given)
+    assert torch.equal(block(**given), concatenating(block)(**given)) and joins(block, given) == has_compiler
 
 
 def joins(block: nn.Module, given: dict[str, object]) -> bool:
