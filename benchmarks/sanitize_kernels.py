@@ -94,7 +94,8 @@ def check_fused(layer, x, draw: random.Random) -> None:
     place = draw.randint(1, x.shape[1])
     if place < x.shape[1]:
         beside = dispatch.replace(around, residual=residual, beside=x[:, place:])
-        assert torch.equal(dispatch.apply(layer, layer.weight.blocked, x[:, :place], beside), found), (layer, tuple(x.shape), place)
+        joined = dispatch.apply(layer, layer.weight.blocked, x[:, :place], beside)
+        assert torch.equal(joined, found), (layer, tuple(x.shape), place)
         pieces = normal.moments(last[..., :place], None, None, groups, 1e-5, last[..., place:])
         assert all(map(torch.equal, pieces, normal.moments(last, None, None, groups, 1e-5))), (tuple(x.shape), place)
     token = {"gain": gain, "offset": offset, "factor": factor, "epsilon": 1e-5}

@@ -72,7 +72,8 @@ def multiply(
     per_image = out.shape[3] if bias is not None and bias.dim() == 2 else 0
     layout = (activate, zoom, per_image, act_scale.numel() > 1, (1 << act_bits) - 1, bits, len(weight), weight.shape[1], halves)
     sizes = (BY_NAME[kernel].block_for(channels), images, height * zoom, width * zoom, channels, out.shape[3])
-    job = Job(*pointers, *layout, *sizes, others, width * zoom, *window[:5], window[6], *out.shape[1:3], torch.get_num_threads(), epsilon)
+    sizes += (others, width * zoom, *window[:5], window[6], *out.shape[1:3])
+    job = Job(*pointers, *layout, *sizes, torch.get_num_threads(), epsilon)
     if tuple(window) == (1, 1, 1, 1, 0, 0, 0, 0) and zoom == 1:
         _even_rows(job)
     if library(BY_NAME[kernel]).dmquant_run(ctypes.addressof(job)) != 0:

@@ -17,7 +17,9 @@ from tests.kernels.test_ops import USABLE, make_layer
 
 pytestmark = pytest.mark.usefixtures("by_kernels")
 
-SIZES = {"in_channels": 8, "prev_output_channel": 24, "out_channels": 16, "temb_channels": 20, "resnet_groups": 4, "num_layers": 2}  # fmt: skip
+SIZES = {
+    "in_channels": 8, "prev_output_channel": 24, "out_channels": 16, "temb_channels": 20, "resnet_groups": 4, "num_layers": 2,
+}  # fmt: skip
 BLOCKS = {
     "alone": lambda: UpBlock2D(**SIZES, add_upsample=True),
     "attention": lambda: AttnUpBlock2D(**SIZES, attention_head_dim=4, upsample_type="conv"),

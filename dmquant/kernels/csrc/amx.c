@@ -88,6 +88,7 @@ static void multiply_pair(const Band *band, const Tile *tiles, const uint8_t *le
         _tile_dpbusd(1, 4, 7);
         _tile_dpbusd(2, 5, 6);
         _tile_dpbusd(3, 5, 7);
+        if (i % STRETCH == STRETCH - 1) _tile_stored(0, sums[0], 64);
     }
     _tile_stored(0, sums[0], 64);
     _tile_stored(1, sums[1], 64);
@@ -110,6 +111,7 @@ static void multiply_single(const Band *band, const Tile *tile, const uint8_t *l
         _tile_stream_loadd(7, levels + 64, 128);
         _tile_dpbusd(0, 4, 6);
         _tile_dpbusd(1, 4, 7);
+        if (i % STRETCH == STRETCH - 1) _tile_stored(0, sums[0], 64);
     }
     _tile_stored(0, sums[0], 64);
     _tile_stored(1, sums[1], 64);

@@ -68,6 +68,7 @@ INLINE void multiply_deep(const uint8_t *codes, int64_t stride, const uint8_t *l
             _tile_dpbusd(2, 4, 7);
             _tile_dpbusd(3, 5, 7);
         }
+        if (d / SPAN % STRETCH == STRETCH - 1) _tile_stored(0, sums, 4 * width);
     }
     _tile_stored(0, sums, 4 * width);
     _tile_stored(1, sums + 16 * width, 4 * width);
