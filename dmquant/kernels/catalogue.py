@@ -36,6 +36,9 @@ class Kernel:
     must_ask: bool = False  # the operating system for permission
     is_portable: bool = False
 
+    def __hash__(self) -> int:
+        return hash(self.name)  # that of all fields would be computed at each call of a layer
+
     @property
     def is_wide(self) -> bool:
         """Whether it has registers of 512 bits: nothing else was ever much faster then."""
@@ -44,6 +47,7 @@ class Kernel:
     def fits(self, weight_bits: int, act_bits: int) -> bool:
         return weight_bits <= self.max_weight_bits and act_bits <= self.max_act_bits
 
+    @cache
     def block_for(self, channels: int) -> int:
         """The largest block of channels among those that are filled up the least."""
         return min(self.blocks, key=lambda block: (blocking.fill_up(channels, block), -block))

@@ -39,16 +39,17 @@ def run(layer: nn.Module, x: Tensor) -> Tensor | None:
 
 def is_supported(layer: nn.Module, x: Tensor) -> bool:
     """Whether this is a product of codes by codes, in a float that kernels take, without gradients, of a plain shape."""
-    if not isinstance(layer.weight, BlockedCodes) or type(layer.input) not in (FixedGrid, TemporalGrid):
+    weight, device = layer.weight, x.device  # each look at a module takes its time
+    if not isinstance(weight, BlockedCodes) or type(layer.input) not in (FixedGrid, TemporalGrid):
         return False
-    if x.dtype not in DTYPES.get(x.device.type, ()) or torch.is_autocast_enabled(x.device.type):
+    if x.dtype not in DTYPES.get(device.type, ()) or torch.is_autocast_enabled(device.type):
         return False
-    if x.numel() == 0 or layer.weight.scale.device != x.device or (torch.is_grad_enabled() and x.requires_grad):
+    if x.numel() == 0 or weight.scale.device != device or (torch.is_grad_enabled() and x.requires_grad):
         return False
     if isinstance(layer, nn.Linear):
         return True
     is_plain = layer.groups == 1 and layer.padding_mode == "zeros" and set(layer.dilation) == {1}
-    return is_plain and x.dim() == len(layer.weight.shape)
+    return is_plain and x.dim() == len(weight.shape)
 
 
 def prepare(layer: nn.Module, x: Tensor) -> None:
@@ -148,18 +149,19 @@ def can_fuse(layer: nn.Module, x: Tensor) -> bool:
 
 def run_fused(layer: nn.Module, x: Tensor, around: Around = NOTHING, out: Tensor | None = None) -> Tensor:
     """The output of a layer that can be fused; of a linear layer in a tensor that is already there, if it is given."""
-    if isinstance(layer.divide, Divide):
-        around = _divided(around, layer.divide.reciprocal, x)
+    divide = layer.divide
+    if isinstance(divide, Divide):
+        around = _divided(around, divide.reciprocal, x)
     return apply(layer, layer.weight.blocked, x, around, out)
 
 
 def apply(layer: nn.Module, blocked: Blocked, x: Tensor, around: Around = NOTHING, out: Tensor | None = None) -> Tensor:
     """The output of a layer by the kernel that its weight is arranged for."""
-    weight = layer.weight
-    act_scale, act_zero = grid_of(layer, x)
+    weight, grid = layer.weight, layer.input
+    act_scale, act_zero = grid_of(grid, x)
     multiply = ops.multiply_op if torch.compiler.is_compiling() else ops.multiply
     zero = weight.zero if blocked.is_shifted else None
-    format = (blocked.bits, blocked.halves, layer.input.bits)
+    format = (blocked.bits, blocked.halves, grid.bits)
     per_image = around.gain is not None or around.bias is not None
     images = as_images(layer, x, len(x) if per_image else act_scale.numel())
     residual, beside = (None if x is None else as_images(layer, x) for x in (around.residual, around.beside))
@@ -184,11 +186,11 @@ def _divided(around: Around, reciprocal: Tensor, x: Tensor) -> Around:
     return replace(around, gain=reciprocal.expand(shape).contiguous(), offset=reciprocal.new_zeros(shape))
 
 
-def grid_of(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and zero of the input, one each or one for each sample."""
-    if not isinstance(layer.input, TemporalGrid):
-        return layer.input.scale, layer.input.zero
-    scale, zero = layer.input.rows(len(x))
+def grid_of(grid: FixedGrid | TemporalGrid, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero of an input, one each or one for each sample."""
+    if not isinstance(grid, TemporalGrid):
+        return grid.scale, grid.zero
+    scale, zero = grid.rows(len(x))
     # a GPU is not asked: the answer would be waited for
     can_ask = x.device.type == "cpu" and not torch.compiler.is_compiling()
     # samplers call with one timestep for all; one image of many pixels is less work than many of few

@@ -19,7 +19,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from dmquant.kernels.dispatch import Around, can_fuse, run_fused, window_of
-from dmquant.kernels.fused import LAST, Fused, images, is_free, is_training
+from dmquant.kernels.fused import LAST, Fused, images, is_free, is_training, is_watched
 from dmquant.kernels.normal import SILU, moments_of
 from dmquant.kernels.skips import FusedAttnUpBlock2D, FusedCrossAttnUpBlock2D, FusedUpBlock2D
 from dmquant.kernels.tokens import FusedBasicTransformerBlock, FusedTransformer2DModel, has_plain_products, multiply
@@ -57,8 +57,8 @@ class FusedResnetBlock2D(Fused, ResnetBlock2D):
     def can_join(self, x: Tensor, skip: Tensor) -> bool:
         """Whether x and what comes over a skip need not be put together for `run`."""
         is_known = self.conv_shortcut is not None and x.shape[2:] == skip.shape[2:] and x.device.type == "cpu"
-        is_known &= not self._forward_hooks and not self._forward_pre_hooks
-        return is_known and self.can_fuse(x) and can_fuse(self.conv_shortcut, x) and can_fuse(self.conv1, skip)
+        is_known &= x.dtype == skip.dtype and x.device == skip.device and not is_watched(self)
+        return is_known and self.can_fuse(x) and can_fuse(self.conv_shortcut, x)
 
     def _cut_short(self, x: Tensor, skip: Tensor | None) -> Tensor:
         return self.conv_shortcut(x) if skip is None else run_fused(self.conv_shortcut, x, Around(beside=skip))
