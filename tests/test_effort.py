@@ -50,7 +50,8 @@ def test_what_was_not_kept_is_none_and_what_was_damaged_is_refused(tmp_path):
     assert Effort.load(tmp_path) is None
     TAKEN.save(tmp_path)
     whole = json.loads((tmp_path / FILE_NAME).read_text())
-    for damage in ("{", "[]", {**whole, "more": 1}, {**whole, "stages": {"a": {"seconds": "1"}}}, {**whole, "trained_params": "x"}):
+    worded = ({**whole, "more": 1}, {**whole, "stages": {"a": {"seconds": "1"}}}, {**whole, "trained_params": "x"})
+    for damage in ("{", "[]", *worded):
         (tmp_path / FILE_NAME).write_text(damage if isinstance(damage, str) else json.dumps(damage))
         with pytest.raises(DamagedFile, match="does not say what a run took"):
             Effort.load(tmp_path)

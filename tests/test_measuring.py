@@ -161,7 +161,8 @@ def test_compare_writes_a_page_beside_its_table(folder, capsys, monkeypatch):
 
 
 def test_the_worst_layer_is_named_read_alone_and_in_its_own_model():
-    layers = [LayerProfile(f"l{n}", "body", 4, 8, alone, total, {}) for n, (alone, total) in enumerate([(20.0, 9.0), (12.0, 15.0)])]
+    errors = [(20.0, 9.0), (12.0, 15.0)]  # dB, read alone and in its own model
+    layers = [LayerProfile(f"l{n}", "body", 4, 8, alone, total, {}) for n, (alone, total) in enumerate(errors)]
     silent = replace(layers[0], local_db=None, total_db=None)  # one without an error
     assert describe_worst([*layers, silent]) == [
         "worst layer, read alone: l1 (body, 4/8), SQNR 12.0 dB", "worst layer, in its own model: l0 (body, 4/8), SQNR 9.0 dB",

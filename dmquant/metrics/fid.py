@@ -54,7 +54,8 @@ class Frechet(Metric):
             raise InputError(f"{self.key} needs at least 2 images, got {count}; raise num_images")
         if self.key in ("fid", "sfid") and count < MIN_UNBIASED:
             warnings.warn(f"{_written(self.key)} over {count} images is biased upward; use at least {MIN_UNBIASED}", stacklevel=2)
-        value = float(self._distance.compute())
+        # some builds of LAPACK crash on a NaN
+        value = float(self._distance.compute()) if self._distance.fake_features_cov_sum.isfinite().all() else math.nan
         if not math.isfinite(value):
             raise DmquantError(f"{self.key} of {count} images is {value}: the features are not finite")
         return {self.key: value}
