@@ -39,6 +39,7 @@ INLINE int needs_sums(const Job *job) { return job->zero || ALWAYS_SUMS(job); }
 typedef struct {
     int64_t channel_blocks, output_blocks, taps;
     int64_t cell_bytes, cells_wide, plane_bytes;    /* cells_wide: of a row; plane_bytes: of a channel block */
+    int64_t shared;                                 /* cells of padding that end one row and begin the next one */
     int64_t band_rows, band_slots;                  /* output rows at a time, input rows they need at most */
     int64_t group;                                  /* output blocks expanded at a time */
     int64_t weight_bytes;                           /* of an expanded output block */
@@ -75,13 +76,17 @@ static Shape measure(const Job *job) {
     s.taps = job->kernel_h * job->kernel_w;
     s.cell_bytes = job->block * CELL;
     s.cells_wide = most(job->pad_left + job->width, (job->out_width - 1) * job->stride_w + job->kernel_w);
+    /* no output begins in what is shared, or two would begin at one cell; rows of other images may have another zero point */
+    s.shared = least(job->pad_left, s.cells_wide - job->pad_left - job->width);
+    s.shared = job->act_stride ? 0 : least(s.shared, s.cells_wide - (job->out_width - 1) * job->stride_w - 1);
+    s.cells_wide -= s.shared;
     int64_t row_bytes = s.cells_wide * s.cell_bytes * s.channel_blocks;
     int64_t step = least(job->stride_h, job->kernel_h);
     s.band_rows = most(1, (CELLS_BYTES / row_bytes - job->kernel_h) / step);
     s.band_rows = least(s.band_rows, job->images * job->out_height);
     s.band_rows = least(s.band_rows, most(1, BAND_PIXELS / job->out_width));
     s.band_slots = s.band_rows * step + (s.band_rows / job->out_height + 2) * job->kernel_h;
-    s.plane_bytes = s.band_slots * s.cells_wide * s.cell_bytes;
+    s.plane_bytes = (s.band_slots * s.cells_wide + s.shared) * s.cell_bytes;
     s.plane_bytes += s.plane_bytes / LINE % 2 ? 0 : LINE;   /* odd in lines: planes of one pixel fall into different sets */
     s.weight_bytes = s.channel_blocks * s.taps * job->block * OUTPUTS;
     s.group = least(s.output_blocks, most(1, WEIGHTS_BYTES / s.weight_bytes));
@@ -91,7 +96,7 @@ static Shape measure(const Job *job) {
 static int reserve(const Job *job, const Shape *s, Scratch *scratch) {
     int64_t cells = up(s->plane_bytes * s->channel_blocks + SLACK * s->cell_bytes * job->stride_w, LINE);
     int64_t weights = up(s->weight_bytes * s->group, LINE);
-    int64_t sums = up(s->band_slots * s->cells_wide * 4, LINE), box = up(s->band_rows * job->out_width * 4, LINE);
+    int64_t sums = up((s->band_slots * s->cells_wide + s->shared) * 4, LINE), box = up(s->band_rows * job->out_width * 4, LINE);
     int64_t tops = up(s->band_rows * 4, LINE), offsets = up(s->channel_blocks * s->taps * 4, LINE);
     int64_t tiles = up(s->band_rows * job->out_width * TILE_BYTES, LINE);
     int64_t normalized = is_prepared(job) ? up(part_of(job) * job->channels * 4, LINE) : 0;
@@ -198,6 +203,9 @@ static void quantize_band(const Job *job, const Shape *s, int64_t row, int64_t c
         scratch->tops[r] = (int32_t)(slot - (next - first));
         for (; next < first + job->kernel_h; next++) quantize_row(job, s, n, next, slot++, scratch);
     }
+    uint8_t *end = scratch->cells + slot * s->cells_wide * s->cell_bytes;
+    for (int64_t k = 0; k < s->channel_blocks; k++) fill(job, job->act_zero[0], k, s->shared, end + k * s->plane_bytes);
+    if (needs_sums(job)) memset(scratch->sums + slot * s->cells_wide, 0, s->shared * 4);
 }
 
 /* The sum of a under each output pixel of a row. */
