@@ -8,6 +8,9 @@ fall when the machine is busy; then long calls are interrupted more often than s
 and those of the least times (the table) are the ones to read. Float in, float out: quantizing the input is in every packed time.
 Float weights are not prepacked, which is what torch's eager convolution does; on processors for which MKL is slow the float
 linear layers flatter everybody else.
+
+`--isa avx512` measures as on a processor that has AVX-512 VNNI and no AMX: our kernel for AMX is left out, and oneDNN is told to do
+without. It must be a process of its own, for oneDNN asks once.
 """
 
 import argparse
@@ -29,6 +32,7 @@ from dmquant.formats import Format
 from dmquant.kernels import catalogue, dispatch
 from dmquant.packed import PackedConv2d, empty_layer
 
+ONEDNN_NAMES = {"avx512": "AVX512_CORE_VNNI"}
 BITS = ((1, 4), (1, 5), (1, 6), (2, 4), (4, 4), (8, 8))
 
 
@@ -56,9 +60,12 @@ SHAPES = (
 
 def main() -> None:
     args = parse_arguments()
-    rows = [measure(shape, args.seconds) for shape in SHAPES]
+    if args.isa:
+        os.environ["ONEDNN_MAX_CPU_ISA"] = ONEDNN_NAMES[args.isa]  # read when oneDNN is first used
+    rows = [measure(shape, args.seconds, without=catalogue.AMX if args.isa else 0) for shape in SHAPES]
     conditions = {
         "torch": torch.__version__, "threads": torch.get_num_threads(), "load": os.getloadavg(), "kernels": kernels.survey(),
+        "isa": args.isa,
     }  # fmt: skip
     print(table(rows))
     if args.output:
@@ -69,12 +76,14 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=3.0, help="of each shape")
+    parser.add_argument("--isa", choices=ONEDNN_NAMES, help="as on a processor of this kind; default: all that this one has")
     parser.add_argument("-o", "--output", type=Path)
     return parser.parse_args()
 
 
 @torch.no_grad()
-def measure(shape: Shape, seconds: float) -> dict[str, object]:
+def measure(shape: Shape, seconds: float, *, without: int = 0) -> dict[str, object]:
+    """Every variant on one shape; `without`: instruction sets that no kernel may use."""
     torch.manual_seed(0)
     layer = nn.Conv2d(shape.channels, shape.outputs, shape.kernel, shape.stride, shape.kernel // 2)
     x = torch.randn(shape.images, shape.channels, shape.side, shape.side)
@@ -84,16 +93,16 @@ def measure(shape: Shape, seconds: float) -> dict[str, object]:
         "fp32 NCHW": lambda: layer(x), "fp32 channels_last": lambda: layer._conv_forward(last, weight_last, layer.bias),
     }  # fmt: skip
     for weight_bits, act_bits in BITS:
-        for kernel in fitting(weight_bits, act_bits):
+        for kernel in fitting(weight_bits, act_bits, without):
             packed = make_packed(layer, weight_bits, act_bits, kernel)
             calls[f"W{weight_bits}A{act_bits} {kernel}"] = partial(dispatch.apply, packed, packed.weight.blocked, last)
     calls["oneDNN W8A8"] = make_onednn(layer, last)
     return {"shape": shape._asdict(), "variants": compare(calls, shape.products, seconds)}
 
 
-def fitting(weight_bits: int, act_bits: int) -> list[str]:
-    found = [kernel.name for kernel in catalogue.KERNELS if kernel.fits(weight_bits, act_bits) and not catalogue.state(kernel)]
-    return [name for name in found if name != "scalar"]
+def fitting(weight_bits: int, act_bits: int, without: int) -> list[str]:
+    usable = [kernel for kernel in catalogue.KERNELS if kernel.fits(weight_bits, act_bits) and not catalogue.state(kernel)]
+    return [kernel.name for kernel in usable if not kernel.is_portable and not kernel.needs & without]
 
 
 def make_packed(layer: nn.Conv2d, weight_bits: int, act_bits: int, kernel: str) -> PackedConv2d:
