@@ -9,8 +9,8 @@ and those of the least times (the table) are the ones to read. Float in, float o
 Float weights are not prepacked, which is what torch's eager convolution does; on processors for which MKL is slow the float
 linear layers flatter everybody else.
 
-`--isa avx512` measures as on a processor that has AVX-512 VNNI and no AMX: our kernel for AMX is left out, and oneDNN is told to do
-without. It must be a process of its own, for oneDNN asks once.
+`--isa avx512` measures as on a processor that has AVX-512 VNNI and no AMX: our kernel for AMX is left out, and oneDNN is told to
+do without. It must be a process of its own, for oneDNN asks once.
 """
 
 import argparse

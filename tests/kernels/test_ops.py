@@ -18,6 +18,7 @@ USABLE = [kernel.name for kernel in KERNELS if kernel.is_portable or not catalog
 CONVOLUTIONS = [
     (3, 5, (2, 7, 9), 3, 1, 1), (33, 37, (1, 6, 5), 3, 2, 1), (64, 32, (3, 4, 4), 3, 1, 1), (70, 40, (2, 5, 1), 1, 1, 0),
     (20, 33, (1, 9, 8), 5, 3, (2, 1)), (130, 66, (1, 3, 3), 1, 2, 0), (16, 7, (2, 3, 40), (1, 3), 1, (0, 1)),
+    (65, 16, (1, 5, 6), 1, 2, 2),
 ]  # fmt: skip
 
 pytestmark = pytest.mark.needs_compiler
