@@ -6,8 +6,10 @@ the model computes in; a cast would move the grid.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from copy import copy, deepcopy
-from itertools import chain
+from functools import reduce
+from itertools import accumulate, chain, count
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +44,11 @@ class PackedConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         return convolve(self, x)
 
+    def join(self, *pieces: Tensor) -> Tensor:
+        """The output for these pieces of an input that is split, each with the channels of its grid."""
+        y = run_parts(self, pieces)
+        return self(torch.cat(pieces, 1)) if y is None else y
+
 
 # The two seams where a kernel takes over: a packed layer and its float input in, its float output out.
 
@@ -53,20 +60,24 @@ def linear(layer: PackedLinear, x: Tensor) -> Tensor:
 
 
 def convolve(layer: PackedConv1d | PackedConv2d, x: Tensor) -> Tensor:
+    if isinstance(layer.input, SplitGrid):
+        y = run_parts(layer, x.split(layer.input.channels, 1))
+        if y is not None:
+            return y
     x = layer.divide(x)
-    y = run_parts(layer, x) if isinstance(layer.input, SplitGrid) else kernels.run(layer, x)
+    y = kernels.run(layer, x)
     return layer._conv_forward(layer.input(x), dense(layer.weight, x.dtype), layer.bias) if y is None else y
 
 
-def run_parts(layer: PackedConv1d | PackedConv2d, x: Tensor) -> Tensor | None:
+def run_parts(layer: PackedConv1d | PackedConv2d, pieces: Sequence[Tensor]) -> Tensor | None:
     """conv(cat(a, b)) = conv_a(a) + conv_b(b): each part of the input meets its own codes. None where no kernel multiplies."""
     if not isinstance(layer.weight, PackedWeight) or layer.groups > 1 or torch.compiler.is_compiling():
         return None
-    pairs = [(part, piece) for part, (_, piece) in zip(slices_of(layer), layer.input.pairs(x))]
-    outputs = [kernels.run(part, piece) for part, piece in pairs]
+    pairs = list(zip(slices_of(layer), pieces, strict=True))
+    outputs = [kernels.run_divided(part, piece) for part, piece in pairs]
     if all(output is None for output in outputs):
         return None
-    return sum(part(piece) if output is None else output for output, (part, piece) in zip(outputs, pairs))
+    return reduce(torch.add, (part(piece) if output is None else output for output, (part, piece) in zip(outputs, pairs)))
 
 
 def slices_of(layer: PackedConv1d | PackedConv2d) -> list[nn.Module]:
@@ -76,16 +87,18 @@ def slices_of(layer: PackedConv1d | PackedConv2d) -> list[nn.Module]:
     known = SLICES.get(codes)
     if known is None or known[0] != version:
         pieces = unpack(codes, layer.weight.shape).split(layer.input.channels, 1)
-        known = SLICES[codes] = version, [_slice(layer, number, piece) for number, piece in enumerate(pieces)]
+        places = accumulate(layer.input.channels, initial=0)
+        known = SLICES[codes] = version, [_slice(layer, *each) for each in zip(count(), places, pieces)]
     return known[1]
 
 
-def _slice(layer: PackedConv1d | PackedConv2d, number: int, codes: Tensor) -> nn.Module:
+def _slice(layer: PackedConv1d | PackedConv2d, number: int, place: int, codes: Tensor) -> nn.Module:
     weight = type(layer.weight)(codes.shape, layer.weight.bits, dtype=layer.weight.dtype, device=codes.device)
     weight._buffers |= {**layer.weight._buffers, "codes": pack(codes.contiguous(), weight.bits)}
     part = copy(layer)
     part.in_channels = codes.shape[1]
-    vars(part)["_modules"] = {"weight": weight, "input": layer.input.parts[number], "divide": nn.Identity()}
+    divide = layer.divide.cut(place, part.in_channels) if isinstance(layer.divide, Divide) else layer.divide
+    vars(part)["_modules"] = {"weight": weight, "input": layer.input.parts[number], "divide": divide}
     vars(part)["_parameters"] = {"bias": None if number else layer.bias}  # of the sum it is one
     return part
 

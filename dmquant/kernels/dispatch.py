@@ -37,6 +37,11 @@ def run(layer: nn.Module, x: Tensor) -> Tensor | None:
     return apply(layer, blocked, x)
 
 
+def run_divided(layer: nn.Module, x: Tensor) -> Tensor | None:
+    """The same for an input that is not divided yet: the kernel does it, where it can."""
+    return run_fused(layer, x) if can_fuse(layer, x) else run(layer, layer.divide(x))
+
+
 def is_supported(layer: nn.Module, x: Tensor) -> bool:
     """Whether this is a product of codes by codes, in a float that kernels take, without gradients, of a plain shape."""
     weight, device = layer.weight, x.device  # each look at a module takes its time

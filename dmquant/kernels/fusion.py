@@ -23,6 +23,7 @@ from dmquant.kernels.fused import LAST, Fused, images, is_free, is_training, is_
 from dmquant.kernels.normal import SILU, moments_of
 from dmquant.kernels.skips import FusedAttnUpBlock2D, FusedCrossAttnUpBlock2D, FusedUpBlock2D
 from dmquant.kernels.tokens import FusedBasicTransformerBlock, FusedTransformer2DModel, has_plain_products, multiply
+from dmquant.quantizers.split import SplitGrid
 
 
 class FusedResnetBlock2D(Fused, ResnetBlock2D):
@@ -58,14 +59,23 @@ class FusedResnetBlock2D(Fused, ResnetBlock2D):
         """Whether x and what comes over a skip need not be put together for `run`."""
         is_known = self.conv_shortcut is not None and x.shape[2:] == skip.shape[2:] and x.device.type == "cpu"
         is_known &= x.dtype == skip.dtype and x.device == skip.device and not is_watched(self)
-        return is_known and self.can_fuse(x) and can_fuse(self.conv_shortcut, x)
+        return is_known and self.can_fuse(x) and (can_fuse(self.conv_shortcut, x) or takes_parts(self.conv_shortcut, x, skip))
 
     def _cut_short(self, x: Tensor, skip: Tensor | None) -> Tensor:
-        return self.conv_shortcut(x) if skip is None else run_fused(self.conv_shortcut, x, Around(beside=skip))
+        if skip is None:
+            return self.conv_shortcut(x)
+        is_cut = isinstance(self.conv_shortcut.input, SplitGrid)
+        return self.conv_shortcut.join(x, skip) if is_cut else run_fused(self.conv_shortcut, x, Around(beside=skip))
 
     def _embed(self, temb: Tensor) -> Tensor:
         """What the time adds to each channel: (N, O)."""
         return self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
+
+
+def takes_parts(layer: nn.Module, x: Tensor, skip: Tensor) -> bool:
+    """Whether a layer has a grid for what comes from below and one for what comes over a skip, and nobody watches it."""
+    grid = getattr(layer, "input", None)
+    return isinstance(grid, SplitGrid) and grid.channels == (x.shape[1], skip.shape[1]) and not is_watched(layer)
 
 
 class FusedAttention(Fused, Attention):

@@ -57,6 +57,12 @@ class Divide(Float32Buffers):
     def forward(self, x: Tensor) -> Tensor:
         return x * self.reciprocal.view(-1, *(1,) * self.trailing).to(x.dtype)
 
+    def cut(self, place: int, channels: int) -> "Divide":
+        """The same for so many channels from a place on, in the same memory."""
+        part = Divide(channels, self.trailing, self.reciprocal.device)
+        part.reciprocal = self.reciprocal[place : place + channels]
+        return part
+
 
 class DilatedInput(Quantizer):
     """inner(x / s). Its codes are those of the quotient, and so is the tensor it gives: the weight has the factor."""

@@ -106,9 +106,10 @@ def joins(block: nn.Module, given: dict[str, object]) -> bool:
     return block.resnets[0].can_join(given["hidden_states"], given["res_hidden_states_tuple"][-1])
 
 
-def split_shortcut(block: nn.Module) -> None:
+def split_shortcut(block: nn.Module, sizes: tuple[int, int] = (20, 20)) -> None:
     layer = block.resnets[0].conv_shortcut
-    layer.input = SplitGrid([layer.input, copy.deepcopy(layer.input)], (24, 16))
+    layer.input = SplitGrid([layer.input, copy.deepcopy(layer.input)], sizes)
+    layer.input.parts[1].scale.mul_(2)
 
 
 def watch(block: nn.Module) -> None:
@@ -117,6 +118,22 @@ def watch(block: nn.Module) -> None:
 
 def watch_layer(block: nn.Module) -> None:
     block.resnets[0].conv_shortcut.register_forward_hook(lambda *_: None)
+
+
+def test_a_shortcut_of_two_grids_gets_its_two_parts(has_compiler, monkeypatch):
+    block, given = pack_layers(BLOCKS["alone"]()), inputs()
+    layer = block.resnets[0].conv_shortcut
+    split_shortcut(block, (24, 16))
+    layer.divide = Divide(40, 2)
+    layer.divide.reciprocal.uniform_(0.5, 2)
+    plain = block(**given)
+    fusion.fuse(block)
+    block(**given)
+    wanted = concatenating(block)(**given)
+    assert (wanted - plain).abs().median() < 1e-5 and joins(block, given) == has_compiler
+    if has_compiler:
+        monkeypatch.setattr(skips.torch, "cat", None)
+    assert torch.equal(block(**given), wanted)
 
 
 @pytest.mark.parametrize("change", [split_shortcut, watch, watch_layer])

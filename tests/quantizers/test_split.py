@@ -22,6 +22,7 @@ MAKES = {
     "conv2d": (lambda: nn.Conv2d(8, 6, 3, padding=1), (3, 8, 7, 7)),
 }
 every_layer = pytest.mark.parametrize("name", MAKES)
+FACTOR = torch.tensor([1.0, 2, 1, 1.5, 1, 3, 1, 1.1])
 CLOCK = Clock(torch.tensor([9.0, 5.0, 0.0]))
 
 
@@ -57,7 +58,7 @@ def test_the_law_holds_and_each_part_is_rounded_as_alone(name, temporal):
 
 
 @every_layer
-@pytest.mark.parametrize("factor", [None, torch.tensor([1.0, 2, 1, 1.5, 1, 3, 1, 1.1])], ids=["plain", "dilated"])
+@pytest.mark.parametrize("factor", [None, FACTOR], ids=["plain", "dilated"])
 @torch.no_grad()
 def test_a_packed_layer_computes_the_same_and_says_where_the_second_part_begins(name, factor):
     layer, x = split_layer(name, factor=factor)
@@ -74,10 +75,12 @@ def test_a_packed_layer_computes_the_same_and_says_where_the_second_part_begins(
 
 
 @every_layer
-@pytest.mark.parametrize("temporal", [False, True])
+@pytest.mark.parametrize(
+    ("temporal", "factor"), [(False, None), (True, None), (True, FACTOR)], ids=["static", "temporal", "dilated"]
+)
 @torch.no_grad()
-def test_kernels_multiply_each_part_by_its_own_codes(name, temporal, monkeypatch, has_compiler):
-    layer, x = split_layer(name, temporal=temporal)
+def test_kernels_multiply_each_part_by_its_own_codes(name, temporal, factor, monkeypatch, has_compiler):
+    layer, x = split_layer(name, temporal=temporal, factor=factor)
     packed = pack_layer(layer)
     expected, stored = packed(x), {key: value.clone() for key, value in packed.state_dict().items()}
     monkeypatch.setenv("DMQUANT_KERNELS", "c")
@@ -86,12 +89,14 @@ def test_kernels_multiply_each_part_by_its_own_codes(name, temporal, monkeypatch
     assert [part.weight.shape[1] for part in parts] == [5, 3]
     assert all(bool(part.weight.blocked) == has_compiler for part in parts)
     assert slices_of(packed) is parts and all(torch.equal(value, stored[key]) for key, value in packed.state_dict().items())
-    run = kernels.run
-    monkeypatch.setattr(kernels, "run", lambda part, piece: None if part is parts[1] else run(part, piece))
+    run = kernels.run_divided
+    monkeypatch.setattr(kernels, "run_divided", lambda part, piece: None if part is parts[1] else run(part, piece))
+    monkeypatch.setattr(kernels, "run", lambda layer, x: None)
     assert torch.allclose(packed(x), expected, atol=1e-5 * expected.abs().max().item()), "one part has no kernel"
     packed.weight.codes.zero_()
     values = packed.weight.dequantize()
-    assert torch.allclose(packed(x), packed._conv_forward(packed.input(x), values, packed.bias), rtol=1e-4, atol=1e-3)
+    expected = packed._conv_forward(packed.input(packed.divide(x)), values, packed.bias)
+    assert torch.allclose(packed(x), expected, rtol=1e-4, atol=1e-3)
 
 
 def test_calibration_draws_from_each_part_by_itself():
