@@ -19,6 +19,7 @@ TINY_UNET = dict(
 )  # fmt: skip
 
 
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """A process per core for the whole suite. One file or folder starts sooner without: each process imports torch anew."""
     is_whole = config.args == config.getini("testpaths")
