@@ -74,7 +74,9 @@ def check(cases: int, seed: int) -> None:
 
 
 def check_fused(layer, x, draw: random.Random) -> None:
-    """Norms, an activation, factors, a bias for each image, a residual and an enlargement, against the same step by step."""
+    """Norms, an activation, factors, a bias for each image, a residual, an enlargement and an image in two pieces, against the
+    same step by step.
+    """
     import torch
 
     from dmquant.kernels import dispatch, normal

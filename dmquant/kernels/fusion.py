@@ -4,8 +4,7 @@
 has no kernel, is watched by a hook, or anything else is out of the ordinary, the block runs as diffusers wrote it.
 
 Not fused: the norm and the activation before the last convolution (they belong to the root), processors of attention other than
-the plain ones and ours. Query, key and value each quantize the tokens for themselves: they have grids of their
-own.
+the plain ones and ours. Query, key and value each quantize the tokens for themselves: they have grids of their own.
 """
 
 import torch
@@ -37,7 +36,7 @@ class FusedResnetBlock2D(Fused, ResnetBlock2D):
     ) -> Tensor:
         x = input_tensor.contiguous(memory_format=LAST)
         time = None if self.time_emb_proj is None else self._embed(temb)
-        gain, offset = moments_of(self.norm1, images(x), *(() if skip is None else (images(skip),)))
+        gain, offset = moments_of(self.norm1, images(x), None if skip is None else images(skip))
         is_shifted = time is not None and self.time_embedding_norm == "default"
         bias = _sum(self.conv1.bias, time) if is_shifted else None
         hidden = run_fused(self.conv1, x, Around(gain, offset, SILU, bias=bias, beside=skip))

@@ -22,9 +22,8 @@ POINTERS = (
 )  # fmt: skip
 NUMBERS = (
     "activate", "zoom", "bias_stride", "act_stride", "act_max", "bits", "planes", "plane_bytes", "halves", "block", "images",
-    "height", "width", "channels", "outputs",
-    "beside_channels", "last_width", "kernel_h", "kernel_w", "stride_h", "stride_w", "pad_top", "pad_left",
-    "out_height", "out_width", "threads",
+    "height", "width", "channels", "outputs", "beside_channels", "last_width", "kernel_h", "kernel_w", "stride_h", "stride_w",
+    "pad_top", "pad_left", "out_height", "out_width", "threads",
 )  # fmt: skip
 
 
@@ -47,11 +46,10 @@ def multiply(
     padding (top, bottom, left, right). act_scale and act_zero hold one value, or one for each image; bias may be (N, O).
     With gain and offset (N, C), f(x * gain + offset) * factor is quantized instead of x: f is an activation of normal.py, factor
     (C) may be None; with an activation they may be None themselves. GATED reads x (N, H, W, 2 C). With an epsilon each pixel of x
-    is normalized over its channels first, and nothing activates it. residual, of the output's
-    shape, is added to it. Each pixel is read zoom times zoom times. The channels of `beside` (N, H, W, C') count as if they lay
-    behind those of x, which must not be GATED. The output is written to `out` if there is one, contiguous.
-    oneDNN knows none of these, Triton SiLU alone.
-    x is float32, for Triton half as well.
+    is normalized over its channels first, and nothing activates it. residual, of the output's shape, is added to it. Each pixel
+    is read zoom times zoom times. The channels of `beside` (N, H, W, C') count as if they lay behind those of x, which must not
+    be GATED. The output is written to `out` if there is one, contiguous. oneDNN knows none of these, Triton SiLU alone. x is
+    float32, for Triton half as well.
     """
     bits, halves, act_bits = format
     if kernel == onednn.NAME:

@@ -122,7 +122,11 @@ def test_a_block_is_fused_as_by_the_kernels_of_c(monkeypatch):
 def test_a_block_in_half_precision_is_fused_on_a_gpu(monkeypatch):
     monkeypatch.setitem(dispatch.DTYPES, "cpu", dispatch.DTYPES["cuda"])
     monkeypatch.setattr(fusion, "is_free", lambda *norms: True)
-    monkeypatch.setattr(fusion, "moments_of", lambda norm, x: moments(x, norm.weight, norm.bias, norm.num_groups, norm.eps))
+
+    def moments_of(norm, x, beside=None):
+        return moments(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
+
+    monkeypatch.setattr(fusion, "moments_of", moments_of)
     block, x, time = resnet().bfloat16(), torch.randn(2, 12, 3, 4).bfloat16(), torch.randn(2, 16).bfloat16()
     for layer in packed_layers(block).values():
         layer.weight.block(gpu.NAME)
