@@ -16,7 +16,8 @@ typedef struct {
 #include "tiles.h"
 
 /* Which cells go into which tile; also the sums of a under each pixel. */
-static int64_t lay_tiles(const Band *band, Tile *tiles) {
+static int64_t arrange(const Band *band) {
+    Tile *tiles = (Tile *)band->scratch->tiles;
     const Job *job = band->job;
     int64_t count = 0, stride = job->stride_w, pixel = 0;
     for (int64_t r = 0; r < band->count; r++) {
@@ -120,14 +121,13 @@ static void multiply_single(const Band *band, const Tile *tile, const uint8_t *l
 }
 
 static void multiply(const Band *band) {
-    Tile *tiles = (Tile *)band->scratch->tiles;
-    int64_t count = lay_tiles(band, tiles);
+    const Tile *tiles = (const Tile *)band->scratch->tiles;
     configure();
     SETTLE;
-    for (int64_t i = 0; i < count; i += 2)
+    for (int64_t i = 0; i < band->tiles; i += 2)
         for (int64_t block = band->from; block < band->to; block++) {
             const uint8_t *levels = band->weights + (block - band->from) * band->shape->weight_bytes;
-            if (i + 1 < count) multiply_pair(band, tiles + i, levels, block);
+            if (i + 1 < band->tiles) multiply_pair(band, tiles + i, levels, block);
             else multiply_single(band, tiles + i, levels, block);
         }
     _tile_release();

@@ -5,6 +5,7 @@
  * pixel. The file that includes this one defines CELL and
  *   fill(job, zero, k, count, cells)              `count` cells of padding in block k
  *   build(job, n, k, x, count, cells, sums)       cells of `count` pixels; adds their sums of a to `sums` unless NULL
+ *   arrange(band)                                 what the products need of the cells of a band; how many tiles they are
  *   expand(job, shape, plane, from, to, weights)  blocks from..to of a plane as the tiles read them
  *   multiply(band)                                the products
  * and ALWAYS_SUMS(job), whether it needs the sums of a even where the weights have no shift.
@@ -60,12 +61,14 @@ typedef struct {
     const Shape *shape;
     const Scratch *scratch;
     int64_t row, count;
+    int64_t tiles;                  /* as arrange() counted them */
     int64_t from, to, plane;
     const uint8_t *weights;         /* of block `from`, as expand() left them */
 } Band;
 
 static void fill(const Job *job, float zero, int64_t k, int64_t count, uint8_t *cells);
 static void build(const Job *job, int64_t n, int64_t k, const float *x, int64_t count, uint8_t *cells, int32_t *sums);
+static int64_t arrange(const Band *band);
 static const uint8_t *expand(const Job *job, const Shape *s, const uint8_t *plane, int64_t from, int64_t to, uint8_t *weights);
 static void multiply(const Band *band);
 
@@ -245,18 +248,20 @@ static int work(const Job *job, const Shape *s, int64_t first, int64_t last, int
         for (int64_t y = 0; y < job->kernel_h; y++)
             for (int64_t x = 0; x < job->kernel_w; x++)
                 scratch.offsets[i++] = (int32_t)(k * s->plane_bytes + (y * s->cells_wide + x) * s->cell_bytes);
-    const uint8_t *weights = NULL;
+    Band band = {.job = job, .shape = s, .scratch = &scratch};
     int64_t held = -1;
     for (int64_t row = first; row < last; row += s->band_rows) {
         int64_t count = least(s->band_rows, last - row);
         quantize_band(job, s, row, count, &scratch);
+        band.row = row, band.count = count;
+        band.tiles = arrange(&band);
         for (int64_t plane = 0; plane < job->planes; plane++)
             for (int64_t block = from; block < to; block += s->group) {
                 int64_t end = least(to, block + s->group), name = plane * s->output_blocks + block;
                 const uint8_t *blocked = job->weight + plane * job->plane_bytes;
-                if (held != name) weights = expand(job, s, blocked, block, end, scratch.weights);
+                if (held != name) band.weights = expand(job, s, blocked, block, end, scratch.weights);
                 held = name;
-                Band band = {job, s, &scratch, row, count, block, end, plane, weights};
+                band.from = block, band.to = end, band.plane = plane;
                 multiply(&band);
             }
     }

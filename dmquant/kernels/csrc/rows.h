@@ -22,6 +22,8 @@ typedef struct {
 
 static void row_of_tiles(const Row *row);
 
+static int64_t arrange(const Band *band) { return band->count; }
+
 static void multiply(const Band *band) {
     const Job *job = band->job;
     const Shape *s = band->shape;
