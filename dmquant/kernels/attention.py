@@ -6,7 +6,7 @@ bit for bit. What stays with torch: masks, gradients, other dtypes and devices t
 different bits.
 """
 
-import ctypes
+import struct
 import warnings
 from collections.abc import Sequence
 from functools import cache
@@ -34,13 +34,7 @@ STRIDES = tuple(f"{factor}_{step}" for factor in ("query", "key", "value") for s
 NUMBERS = ("images", "heads", "queries", "keys", "channels", *STRIDES, "max_code", "threads")
 
 
-class Attention(ctypes.Structure):
-    """The structure of csrc/attention.c."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in POINTERS), *((name, ctypes.c_int64) for name in NUMBERS),
-        ("scale", ctypes.c_double),
-    ]  # fmt: skip
+ATTENTION = struct.Struct(f"{len(POINTERS)}P{len(NUMBERS)}qd")  # the structure of csrc/attention.c; the last is the scale
 
 
 class Products(nn.Module):
@@ -63,7 +57,7 @@ def run(query: Tensor, key: Tensor, value: Tensor, grids: Sequence[nn.Module], s
         return None
     scales, zeros = tables(grids, *query.shape[:2])
     is_compiling = torch.compiler.is_compiling()
-    if not is_compiling and not bool(((zeros == zeros.round()) & (zeros >= 0) & (zeros < 1 << grids[0].bits)).all()):
+    if not is_compiling and not all(zero.is_integer() and 0 <= zero < 1 << grids[0].bits for zero in zeros.view(-1).tolist()):
         return None
     return (attend_op if is_compiling else attend)(query, key, value, scales, zeros, grids[0].bits, scale, variant)
 
@@ -134,6 +128,9 @@ def reference(query: Tensor, key: Tensor, value: Tensor, scales: Tensor, zeros: 
 
 def tables(grids: Sequence[nn.Module], images: int, heads: int) -> tuple[Tensor, Tensor]:
     """Scales and zeros of the four factors: (4, B, heads) each."""
+    if all(type(grid) is FixedGrid for grid in grids):  # one row for all, in fewer steps
+        pairs = zip(*((grid._buffers["scale"], grid._buffers["zero"]) for grid in grids))
+        return tuple(torch.stack(values).view(-1, 1, 1).repeat(1, images, heads) for values in pairs)
     rows = [_rows(grid, images, heads) for grid in grids]
     return torch.stack([scale for scale, _ in rows]), torch.stack([zero for _, zero in rows])
 
@@ -154,11 +151,12 @@ def attend(
     images, heads, queries, channels = query.shape
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     out = pages.empty((images, queries, heads * channels))
-    pointers = (tensor.data_ptr() for tensor in (query, key, value, out, scales, zeros))
-    strides = (step for x in (query, key, value) for step in x.stride()[:3])
-    sizes = (images, heads, queries, key.shape[2], channels)
-    job = Attention(*pointers, *sizes, *strides, (1 << bits) - 1, torch.get_num_threads(), scale)
-    if library(VARIANTS[variant]).dmquant_run(ctypes.addressof(job)) != 0:
+    job = ATTENTION.pack(
+        *(tensor.data_ptr() for tensor in (query, key, value, out, scales, zeros)),
+        images, heads, queries, key.shape[2], channels, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
+        (1 << bits) - 1, torch.get_num_threads(), scale,
+    )  # fmt: skip
+    if library(VARIANTS[variant]).dmquant_run(job) != 0:
         raise MemoryError("no memory for an attention")
     return out
 

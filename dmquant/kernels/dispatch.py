@@ -7,20 +7,22 @@ GPU there is one kernel, Triton's.
 
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from dmquant.kernels import attention, catalogue, gpu, onednn, ops, trial
+from dmquant.kernels import attention, catalogue, gpu, onednn, ops, pages, trial
 from dmquant.kernels.blocked import Blocked, BlockedCodes
 from dmquant.kernels.catalogue import BY_NAME, KERNELS, choice
+from dmquant.kernels.fused import LAST
 from dmquant.quantizers.base import FixedGrid
 from dmquant.quantizers.dilated import Divide
 from dmquant.quantizers.temporal import TemporalGrid
 
 DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16, torch.float16)}  # of inputs; no other devices
 LARGEST_SUM = 2**16  # products of an output: 2^16 * 255 * 128 fits 32 bits
+OTHERS = (onednn.NAME, gpu.NAME)  # kernels that are not of C
 LOCK = threading.Lock()  # two threads may call a layer for the first time at once
 
 
@@ -28,7 +30,7 @@ def run(layer: nn.Module, x: Tensor) -> Tensor | None:
     """The output of a packed layer, or None where the reference has to compute it."""
     if not is_supported(layer, x):
         return None
-    weight = layer.weight
+    weight = layer._modules["weight"]
     if weight.blocked is None and not weight.is_left_alone and not torch.compiler.is_compiling():
         prepare(layer, x)
     blocked = weight.blocked
@@ -44,12 +46,13 @@ def run_divided(layer: nn.Module, x: Tensor) -> Tensor | None:
 
 def is_supported(layer: nn.Module, x: Tensor) -> bool:
     """Whether this is a product of codes by codes, in a float that kernels take, without gradients, of a plain shape."""
-    weight, device = layer.weight, x.device  # each look at a module takes its time
-    if not isinstance(weight, BlockedCodes) or type(layer.input) not in (FixedGrid, TemporalGrid):
+    parts, device = layer._modules, x.device  # to ask a module for its parts by name takes its time
+    weight = parts.get("weight")
+    if not isinstance(weight, BlockedCodes) or type(parts["input"]) not in (FixedGrid, TemporalGrid):
         return False
     if x.dtype not in DTYPES.get(device.type, ()) or torch.is_autocast_enabled(device.type):
         return False
-    if x.numel() == 0 or weight.scale.device != device or (torch.is_grad_enabled() and x.requires_grad):
+    if x.numel() == 0 or weight._buffers["scale"].device != device or (torch.is_grad_enabled() and x.requires_grad):
         return False
     if isinstance(layer, nn.Linear):
         return True
@@ -123,8 +126,7 @@ def has_whole_zeros(layer: nn.Module) -> bool:
     return bool(is_code.all()) and (zero is None or bool((zero * step == (zero * step).round()).all()))
 
 
-@dataclass(frozen=True)
-class Around:
+class Around(NamedTuple):
     """What a kernel does on its way to a product and from it, beside what the layer itself says: see ops.multiply."""
 
     gain: Tensor | None = None  # (N, C)
@@ -146,22 +148,51 @@ def can_fuse(layer: nn.Module, x: Tensor) -> bool:
     """Whether a layer is multiplied by a kernel that takes an Around, and nobody watches what it reads or gives."""
     if layer._forward_hooks or layer._forward_pre_hooks or not is_supported(layer, x):
         return False
-    blocked = layer.weight.blocked
-    if blocked is None or blocked.kernel == onednn.NAME or type(layer.divide) not in (nn.Identity, Divide):
+    parts = layer._modules
+    blocked = parts["weight"].blocked
+    if blocked is None or blocked.kernel == onednn.NAME or type(parts["divide"]) not in (nn.Identity, Divide):
         return False
-    return torch.compiler.is_compiling() or not trial.check_fusion(blocked.kernel, layer.input.bits, x.device)
+    return torch.compiler.is_compiling() or not trial.check_fusion(blocked.kernel, parts["input"].bits, x.device)
 
 
 def run_fused(layer: nn.Module, x: Tensor, around: Around = NOTHING, out: Tensor | None = None) -> Tensor:
     """The output of a layer that can be fused; of a linear layer in a tensor that is already there, if it is given."""
-    divide = layer.divide
-    if isinstance(divide, Divide):
-        around = _divided(around, divide.reciprocal, x)
-    return apply(layer, layer.weight.blocked, x, around, out)
+    parts = layer._modules
+    if isinstance(parts["divide"], Divide):
+        around = _divided(around, parts["divide"].reciprocal, x)
+    return apply(layer, parts["weight"].blocked, x, around, out)
 
 
 def apply(layer: nn.Module, blocked: Blocked, x: Tensor, around: Around = NOTHING, out: Tensor | None = None) -> Tensor:
     """The output of a layer by the kernel that its weight is arranged for."""
+    if blocked.kernel in OTHERS or isinstance(layer, nn.Conv1d) or torch.compiler.is_compiling():
+        return apply_operator(layer, blocked, x, around)
+    weight, grid = layer._modules["weight"], layer._modules["input"]
+    act_scale, act_zero = grid_of(grid, x)
+    bias = layer._parameters["bias"] if around.bias is None else around.bias
+    outputs, residual, beside = blocked.total.shape[1], around.residual, around.beside
+    if isinstance(layer, nn.Linear):
+        x, residual, window = x.contiguous(), residual if residual is None else residual.contiguous(), ops.POINT
+        channels = x.shape[-1]
+        images = x.shape[0] if around.gain is not None or around.bias is not None else act_scale.numel()
+        size, out_size = (images, 1, x.numel() // (images * channels), channels), (1, x.numel() // (images * channels))
+        out = pages.empty((*x.shape[:-1], outputs)) if out is None else out
+    else:
+        x, residual, beside = (part if part is None else part.contiguous(memory_format=LAST) for part in (x, residual, beside))
+        (images, channels, height, width), window = x.shape, around.window or window_of(layer)
+        size, out_size = (images, height, width, channels), ops.size_behind(height, width, window, around.zoom)
+        out = pages.empty((images, outputs, *out_size), LAST)
+    ops.write(
+        out, out_size, x, size, blocked.weight, blocked.total, weight._buffers["scale"],
+        weight._buffers["zero"] if blocked.is_shifted else None, bias, act_scale, act_zero, blocked.kernel,
+        (blocked.bits, blocked.halves, grid.bits), window, around.gain, around.offset, around.factor, residual,
+        around.activate, around.zoom, around.epsilon, beside,
+    )  # fmt: skip
+    return out
+
+
+def apply_operator(layer: nn.Module, blocked: Blocked, x: Tensor, around: Around) -> Tensor:
+    """The same by the operator that graphs and every kernel know, on views of the tensors as (N, H, W, C)."""
     weight, grid = layer.weight, layer.input
     act_scale, act_zero = grid_of(grid, x)
     multiply = ops.multiply_op if torch.compiler.is_compiling() else ops.multiply
@@ -175,7 +206,6 @@ def apply(layer: nn.Module, blocked: Blocked, x: Tensor, around: Around = NOTHIN
         images, blocked.weight, blocked.total, weight.scale, zero, bias, act_scale, act_zero, blocked.kernel, format,
         around.window or window_of(layer), around.gain, around.offset, around.factor, residual, around.activate, around.zoom,
         around.epsilon, beside,
-        **({} if out is None else {"out": as_images(layer, out)}),  # which the operator of compiled graphs does not know
     )  # fmt: skip
     if isinstance(layer, nn.Linear):
         return out.view(*x.shape[:-1], -1)
@@ -184,17 +214,17 @@ def apply(layer: nn.Module, blocked: Blocked, x: Tensor, around: Around = NOTHIN
 
 
 def _divided(around: Around, reciprocal: Tensor, x: Tensor) -> Around:
-    """The same on inputs whose channels are divided first, after all that a gain and an offset do."""
-    if around.gain is not None:
-        return replace(around, factor=reciprocal)
+    """The same on inputs whose channels are divided first, after all that a gain, an offset and an activation do."""
+    if around.gain is not None or around.activate:
+        return around._replace(factor=reciprocal)
     shape = (len(x), len(reciprocal))
-    return replace(around, gain=reciprocal.expand(shape).contiguous(), offset=reciprocal.new_zeros(shape))
+    return around._replace(gain=reciprocal.expand(shape).contiguous(), offset=reciprocal.new_zeros(shape))
 
 
 def grid_of(grid: FixedGrid | TemporalGrid, x: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and zero of an input, one each or one for each sample."""
     if not isinstance(grid, TemporalGrid):
-        return grid.scale, grid.zero
+        return grid._buffers["scale"], grid._buffers["zero"]
     scale, zero = grid.rows(len(x))
     # a GPU is not asked: the answer would be waited for
     can_ask = x.device.type == "cpu" and not torch.compiler.is_compiling()

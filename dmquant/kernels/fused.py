@@ -25,8 +25,10 @@ def images(x: Tensor) -> Tensor:
 
 def is_free(*norms: nn.Module) -> bool:
     """Whether nobody wants gradients or watches these norms."""
-    is_readable = all(own.is_cuda or own.dtype == torch.float32 for norm in norms for own in norm.parameters(recurse=False))
-    return is_readable and not is_watched(*norms) and not torch.is_grad_enabled()
+    if torch.is_grad_enabled() or is_watched(*norms):
+        return False
+    parameters = (own for norm in norms for own in norm._parameters.values() if own is not None)
+    return all(own.dtype == torch.float32 or own.is_cuda for own in parameters)
 
 
 def is_watched(*modules: nn.Module) -> bool:

@@ -35,17 +35,18 @@ class FusedResnetBlock2D(Fused, ResnetBlock2D):
         self, input_tensor: Tensor, temb: Tensor | None, *args: object, skip: Tensor | None = None, **kwargs: object
     ) -> Tensor:
         x = input_tensor.contiguous(memory_format=LAST)
+        own = self._modules  # to ask a module for its parts by name takes its time
         time = None if self.time_emb_proj is None else self._embed(temb)
-        gain, offset = moments_of(self.norm1, images(x), None if skip is None else images(skip))
+        gain, offset = moments_of(own["norm1"], x, skip)
         is_shifted = time is not None and self.time_embedding_norm == "default"
-        bias = _sum(self.conv1.bias, time) if is_shifted else None
-        hidden = run_fused(self.conv1, x, Around(gain, offset, SILU, bias=bias, beside=skip))
-        gain, offset = moments_of(self.norm2, images(hidden))
+        bias = _sum(own["conv1"]._parameters["bias"], time) if is_shifted else None
+        hidden = run_fused(own["conv1"], x, Around(gain, offset, SILU, bias=bias, beside=skip))
+        gain, offset = moments_of(own["norm2"], hidden)
         if time is not None and not is_shifted:
             scale, shift = time.chunk(2, dim=1)
             gain, offset = gain * (1 + scale), offset * (1 + scale) + shift
         residual = x if self.conv_shortcut is None else self._cut_short(x, skip)
-        out = run_fused(self.conv2, hidden, Around(gain, offset, SILU, residual=residual))
+        out = run_fused(own["conv2"], hidden, Around(gain, offset, SILU, residual=residual))
         return out if self.output_scale_factor == 1 else out / self.output_scale_factor
 
     def can_fuse(self, input_tensor: Tensor, *args: object, **kwargs: object) -> bool:
@@ -68,7 +69,12 @@ class FusedResnetBlock2D(Fused, ResnetBlock2D):
 
     def _embed(self, temb: Tensor) -> Tensor:
         """What the time adds to each channel: (N, O)."""
-        return self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
+        layer = self.time_emb_proj
+        if self.skip_time_act:
+            return layer(temb)
+        if is_watched(self.nonlinearity) or not can_fuse(layer, temb):
+            return layer(self.nonlinearity(temb))
+        return run_fused(layer, temb, Around(activate=SILU))
 
 
 def takes_parts(layer: nn.Module, x: Tensor, skip: Tensor) -> bool:
@@ -82,10 +88,9 @@ class FusedAttention(Fused, Attention):
 
     def run(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
         tokens = images(hidden_states.contiguous(memory_format=LAST)).flatten(1, 2)  # (N, tokens, C)
-        gain, offset = moments_of(self.group_norm, tokens.unsqueeze(1))
+        gain, offset = moments_of(self.group_norm, tokens)
         query, key, value = (
-            run_fused(layer, tokens, Around(gain, offset)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for layer in (self.to_q, self.to_k, self.to_v)
+            run_fused(layer, tokens, Around(gain, offset)) for layer in (self.to_q, self.to_k, self.to_v)
         )
         answer = multiply(self, query, key, value)
         answer = run_fused(self.to_out[0], answer, Around(residual=tokens if self.residual_connection else None))

@@ -6,6 +6,7 @@ the pixel which is read. `normalize` writes a normalized image by the same C: it
 """
 
 import ctypes
+import struct
 from functools import cache
 
 import torch
@@ -22,13 +23,7 @@ POINTERS = ("x", "beside", "weight", "bias", "gain", "offset", "sums", "factor",
 NUMBERS = ("images", "pixels", "channels", "beside_channels", "groups", "activate", "threads")
 
 
-class Norm(ctypes.Structure):
-    """The structure of csrc/normal.c."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in POINTERS), *((name, ctypes.c_int64) for name in NUMBERS),
-        ("epsilon", ctypes.c_double),
-    ]  # fmt: skip
+NORM = struct.Struct(f"{len(POINTERS)}P{len(NUMBERS)}qd")  # the structure of csrc/normal.c; the last is epsilon
 
 
 def moments(
@@ -41,12 +36,24 @@ def moments(
     if x.is_cuda:
         return moments_on_gpu(x, weight, bias, groups, epsilon)
     x, beside = x.contiguous(), None if beside is None else beside.contiguous()
-    images, channels = len(x), x.shape[-1] + (0 if beside is None else beside.shape[-1])
-    gain, offset = x.new_empty(images, channels), x.new_empty(images, channels)
-    sums = x.new_empty(images, 2, channels, dtype=torch.float64)
+    return measure(x, beside, x.shape[-1], weight, bias, groups, epsilon)
+
+
+def measure(
+    x: Tensor, beside: Tensor | None, channels: int, weight: Tensor | None, bias: Tensor | None, groups: int, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """The same by C for x of N images with so many channels: shapes say nothing else here, memory is channels last."""
+    images = x.shape[0]
+    pixels = x.numel() // max(1, images * channels)
+    others = 0 if beside is None else beside.numel() // max(1, images * pixels)
+    shape = (images, channels + others)
+    gain, offset, sums = torch.empty(shape), torch.empty(shape), torch.empty((2, *shape), dtype=torch.float64)
     if x.numel():
-        job = _norm((x, beside, weight, bias, gain, offset, sums, None, None), channels, groups, NONE, epsilon)
-        library().dmquant_moments(ctypes.byref(job))
+        job = NORM.pack(
+            x.data_ptr(), place(beside), place(weight), place(bias), gain.data_ptr(), offset.data_ptr(), sums.data_ptr(), 0, 0,
+            images, pixels, channels + others, others, groups, NONE, torch.get_num_threads(), epsilon,
+        )  # fmt: skip
+        library().dmquant_moments(job)
     return gain, offset
 
 
@@ -62,8 +69,11 @@ def normalize(
     channels = x.shape[-1] // (2 if activate == GATED else 1)
     out = x.new_empty(*x.shape[:-1], channels)
     if x.numel():
-        job = _norm((x, None, None, None, gain, offset, None, factor, out), channels, 1, activate, epsilon)
-        library().dmquant_normalize(ctypes.byref(job))
+        job = NORM.pack(
+            x.data_ptr(), 0, 0, 0, place(gain), place(offset), 0, place(factor), out.data_ptr(),
+            len(x), x.numel() // (len(x) * x.shape[-1]), channels, 0, 1, activate, torch.get_num_threads(), epsilon,
+        )  # fmt: skip
+        library().dmquant_normalize(job)
     return out
 
 
@@ -85,12 +95,9 @@ def library() -> ctypes.CDLL:
     raise CannotCompile(missing)
 
 
-def _norm(tensors: tuple[Tensor | None, ...], channels: int, groups: int, activate: int, epsilon: float) -> Norm:
-    x, beside = tensors[:2]
-    pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
-    pixels = x.numel() // (len(x) * x.shape[-1])
-    sizes = (len(x), pixels, channels, 0 if beside is None else beside.shape[-1])
-    return Norm(*pointers, *sizes, groups, activate, torch.get_num_threads(), epsilon)
+def place(tensor: Tensor | None) -> int:
+    """Where a tensor lies in memory; 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 @torch.library.custom_op("dmquant::moments", mutates_args=())
@@ -109,6 +116,13 @@ def _(
 
 
 def moments_of(norm: nn.GroupNorm, x: Tensor, beside: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Gain and offset (N, C) of a layer over x (N, H, W, C), and over what lies beside it."""
-    act = moments_op if torch.compiler.is_compiling() else moments
-    return act(x, norm.weight, norm.bias, norm.num_groups, norm.eps, beside)
+    """Gain and offset (N, C) of a layer over images (N, C, H, W), and over what lies beside them, or over tokens (N, T, C)."""
+    weight, bias = norm._parameters["weight"], norm._parameters["bias"]
+    is_image = x.dim() == 4
+    if x.is_cuda or torch.compiler.is_compiling():
+        act = moments_op if torch.compiler.is_compiling() else moments
+        x, beside = (x.permute(0, 2, 3, 1), beside) if is_image else (x.unsqueeze(1), beside)
+        return act(x, weight, bias, norm.num_groups, norm.eps, None if beside is None else beside.permute(0, 2, 3, 1))
+    order = torch.channels_last if is_image else torch.contiguous_format
+    x, beside = x.contiguous(memory_format=order), None if beside is None else beside.contiguous(memory_format=order)
+    return measure(x, beside, x.shape[1 if is_image else 2], weight, bias, norm.num_groups, norm.eps)

@@ -3,8 +3,9 @@
 Images are channels last throughout: (N, H, W, C) in, (N, H', W', O) out. A linear layer is one image of one row.
 """
 
-import ctypes
-from collections.abc import Sequence
+import struct
+from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from dmquant.kernels import gpu, onednn, pages
 from dmquant.kernels.blocking import fill_up
 from dmquant.kernels.catalogue import BY_NAME, library
-from dmquant.kernels.normal import GATED
+from dmquant.kernels.normal import GATED, place
 
 ROW = 32  # pixels of a row where the layer does not care: rows are what threads share
 
@@ -25,20 +26,15 @@ NUMBERS = (
     "height", "width", "channels", "outputs", "beside_channels", "last_width", "kernel_h", "kernel_w", "stride_h", "stride_w",
     "pad_top", "pad_left", "out_height", "out_width", "threads",
 )  # fmt: skip
-
-
-class Job(ctypes.Structure):
-    """The structure of csrc/job.h."""
-
-    _fields_ = [(name, ctypes.c_void_p) for name in POINTERS] + [(name, ctypes.c_int64) for name in NUMBERS]
-    _fields_ += [("epsilon", ctypes.c_double)]
+JOB = struct.Struct(f"{len(POINTERS)}P{len(NUMBERS)}qd")  # the structure of csrc/job.h; the last is epsilon
+POINT = (1, 1, 1, 1, 0, 0, 0, 0)  # the window of a linear layer
 
 
 def multiply(
     x: Tensor, weight: Tensor, total: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None,
     act_scale: Tensor, act_zero: Tensor, kernel: str, format: Sequence[int], window: Sequence[int], gain: Tensor | None = None,
     offset: Tensor | None = None, factor: Tensor | None = None, residual: Tensor | None = None, activate: int = 0,
-    zoom: int = 1, epsilon: float = 0.0, beside: Tensor | None = None, out: Tensor | None = None,
+    zoom: int = 1, epsilon: float = 0.0, beside: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Quantizes x (N, H, W, C) and convolves it with a blocked weight: (N, H', W', O), in the dtype of x.
 
@@ -48,10 +44,9 @@ def multiply(
     (C) may be None; with an activation they may be None themselves. GATED reads x (N, H, W, 2 C). With an epsilon each pixel of x
     is normalized over its channels first, and nothing activates it. residual, of the output's shape, is added to it. Each pixel
     is read zoom times zoom times. The channels of `beside` (N, H, W, C') count as if they lay behind those of x, which must not
-    be GATED. The output is written to `out` if there is one, contiguous. oneDNN knows none of these, Triton SiLU alone. x is
-    float32, for Triton half as well.
+    be GATED. oneDNN knows none of these, Triton SiLU alone. x is float32, for Triton half as well.
     """
-    bits, halves, act_bits = format
+    _, halves, act_bits = format
     if kernel == onednn.NAME:
         return onednn.multiply(x, weight, scale.view(-1) * (0.5 if halves else 1), bias, act_scale, act_zero, act_bits, window)
     if kernel == gpu.NAME:
@@ -60,40 +55,68 @@ def multiply(
         arguments = (x, weight, total, scale, zero, bias, act_scale, act_zero, format, window)
         return products.multiply(*arguments, gain, offset, factor, residual, bool(activate), zoom)
     x, residual, beside = (None if tensor is None else tensor.contiguous() for tensor in (x, residual, beside))
-    (images, height, width, channels), others = x.shape, 0 if beside is None else beside.shape[-1]
-    channels = channels // 2 if activate == GATED else channels + others
-    out = pages.empty((images, *output_size(x, window, zoom), total.shape[1])) if out is None else out
-    if out.numel() == 0:
-        return out
-    tensors = (x, out, weight, total, scale, zero, bias, act_scale, act_zero, gain, offset, factor, residual, beside)
-    pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
-    per_image = out.shape[3] if bias is not None and bias.dim() == 2 else 0
-    layout = (activate, zoom, per_image, act_scale.numel() > 1, (1 << act_bits) - 1, bits, len(weight), weight.shape[1], halves)
-    sizes = (BY_NAME[kernel].block_for(channels), images, height * zoom, width * zoom, channels, out.shape[3])
-    sizes += (others, width * zoom, *window[:5], window[6], *out.shape[1:3])
-    job = Job(*pointers, *layout, *sizes, torch.get_num_threads(), epsilon)
-    if tuple(window) == (1, 1, 1, 1, 0, 0, 0, 0) and zoom == 1:
-        _even_rows(job)
-    if library(BY_NAME[kernel]).dmquant_run(ctypes.addressof(job)) != 0:
-        raise MemoryError(f"no memory for the kernel {kernel}")
+    out = pages.empty((len(x), *output_size(x, window, zoom), total.shape[1]))
+    arguments = (weight, total, scale, zero, bias, act_scale, act_zero, kernel, format, tuple(window), gain, offset, factor)
+    write(out, out.shape[1:3], x, x.shape, *arguments, residual, activate, zoom, epsilon, beside)
     return out
 
 
+def write(
+    out: Tensor, out_size: Sequence[int], x: Tensor, size: Sequence[int], weight: Tensor, total: Tensor, scale: Tensor,
+    zero: Tensor | None, bias: Tensor | None, act_scale: Tensor, act_zero: Tensor, kernel: str, format: Sequence[int],
+    window: tuple[int, ...], gain: Tensor | None, offset: Tensor | None, factor: Tensor | None, residual: Tensor | None,
+    activate: int, zoom: int, epsilon: float, beside: Tensor | None,
+) -> None:  # fmt: skip
+    """The same by a kernel of C, to where it belongs. size is (N, H, W, C) of x and out_size (H', W'): shapes say nothing here,
+    memory is channels last without gaps. A call costs as much as it touches, for products left nothing of Python in caches."""
+    if out.numel() == 0:
+        return
+    (images, height, width, channels), (out_height, out_width) = size, out_size
+    others = 0 if beside is None else beside.numel() // (images * height * width)
+    channels = channels // 2 if activate == GATED else channels + others
+    bits, halves, act_bits = format
+    (planes, plane_bytes), outputs = weight.shape, total.shape[1]
+    bias_stride, act_stride = outputs if bias is not None and bias.dim() == 2 else 0, act_scale.numel() > 1
+    height, width, last_width = height * zoom, width * zoom, width * zoom
+    if window == POINT and zoom == 1:
+        if not (act_stride or bias_stride or gain is not None):
+            height, images = height * images, 1
+        height, width, last_width = rows_of(height * width)
+        out_height, out_width = height, width
+    run, block = entry(kernel, channels)
+    job = JOB.pack(
+        x.data_ptr(), out.data_ptr(), weight.data_ptr(), total.data_ptr(), scale.data_ptr(), place(zero), place(bias),
+        act_scale.data_ptr(), act_zero.data_ptr(), place(gain), place(offset), place(factor), place(residual), place(beside),
+        activate, zoom, bias_stride, act_stride, (1 << act_bits) - 1, bits, planes, plane_bytes, halves, block, images,
+        height, width, channels, outputs, others, last_width, *window[:5], window[6], out_height, out_width,
+        torch.get_num_threads(), epsilon,
+    )  # fmt: skip
+    if run(job) != 0:
+        raise MemoryError(f"no memory for the kernel {kernel}")
+
+
+@cache
+def entry(kernel: str, channels: int) -> tuple[Callable[[bytes], int], int]:
+    """What runs a job of a kernel, and how many channels its blocks have."""
+    return library(BY_NAME[kernel]).dmquant_run, BY_NAME[kernel].block_for(channels)
+
+
 def output_size(x: Tensor, window: Sequence[int], zoom: int = 1) -> tuple[int, int]:
-    """Height and width of the output."""
+    """Height and width of the output for x (N, H, W, C)."""
+    return size_behind(*x.shape[1:3], window, zoom)
+
+
+def size_behind(height: int, width: int, window: Sequence[int], zoom: int) -> tuple[int, int]:
+    """The same for an image of this height and width."""
     kernel_h, kernel_w, stride_h, stride_w, top, bottom, left, right = window
-    height, width = x.shape[1] * zoom, x.shape[2] * zoom
-    return (height + top + bottom - kernel_h) // stride_h + 1, (width + left + right - kernel_w) // stride_w + 1
+    return (height * zoom + top + bottom - kernel_h) // stride_h + 1, (width * zoom + left + right - kernel_w) // stride_w + 1
 
 
-def _even_rows(job: Job) -> None:
-    """Cuts each image into rows of 32 pixels, the last one of what is left: its shape means nothing to a 1x1 convolution."""
-    if not (job.act_stride or job.bias_stride or job.gain):
-        job.height, job.images = job.height * job.images, 1
-    pixels = job.height * job.width
-    job.width = job.out_width = ROW
-    job.height = job.out_height = fill_up(pixels, ROW) // ROW
-    job.last_width = pixels - (job.height - 1) * ROW
+def rows_of(pixels: int) -> tuple[int, int, int]:
+    """Rows of 32 pixels, their width, and that of the last one, which has what is left: where the shape of an image means
+    nothing."""
+    rows = fill_up(pixels, ROW) // ROW
+    return rows, ROW, pixels - (rows - 1) * ROW
 
 
 @torch.library.custom_op("dmquant::multiply", mutates_args=())

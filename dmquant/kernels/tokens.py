@@ -4,8 +4,6 @@ A layer norm is done to what is read, by each projection that reads it: that tak
 that thrice. So are scales and shifts of an adaptive norm; its gates need a pass over the output.
 """
 
-from dataclasses import replace
-
 import torch
 from diffusers.models.activations import GEGLU, GELU
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
@@ -86,7 +84,7 @@ class FusedTransformer2DModel(Transformer2DModel):
             if not self._can_fuse(self.proj_in, hidden_states):
                 return plain
         x = hidden_states.contiguous(memory_format=LAST)
-        before = Around(*moments_of(self.norm, images(x)))
+        before = Around(*moments_of(self.norm, x))
         if isinstance(self.proj_in, nn.Linear):
             tokens = run_fused(self.proj_in, images(x).flatten(1, 2), before)
         else:
@@ -124,12 +122,13 @@ def attend(attention: Attention, x: Tensor, context: Tensor | None, before: Arou
     query = run_fused(attention.to_q, x, before)
     source, before = (x, before) if context is None else (context, NOTHING)
     key, value = (run_fused(layer, source, before) for layer in (attention.to_k, attention.to_v))
-    heads = (part.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for part in (query, key, value))
-    return add(attention.to_out[0], multiply(attention, *heads), x, gate)
+    return add(attention.to_out[0], multiply(attention, query, key, value), x, gate)
 
 
 def multiply(attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The products of all heads (B, heads, N, C / heads): (B, N, C)."""
+    """The products of all heads, of factors (B, N, C): (B, N, C)."""
+    heads = (attention.heads, query.shape[2] // attention.heads)
+    query, key, value = (part.view(*part.shape[:2], *heads).transpose(1, 2) for part in (query, key, value))
     if isinstance(attention.processor, Products):
         return attention.processor.multiply(query, key, value, attention.scale)
     return nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
@@ -174,7 +173,7 @@ def feed_rows(first: nn.Module, last: nn.Module, activation: int, x: Tensor, bef
     """The same where nobody asks to which image a token belongs: parts lie in one piece, and so does what is made of them."""
     out, count = pages.empty(x.shape), count_at_a_time(first.out_features)
     if before.gain is not None:
-        before = replace(before, gain=before.gain[:1], offset=before.offset[:1])
+        before = before._replace(gain=before.gain[:1], offset=before.offset[:1])
     for some, part in zip(*(tokens.reshape(1, -1, tokens.shape[-1]).split(count, 1) for tokens in (x, out))):
         run_fused(last, run_fused(first, some, before), Around(activate=activation, residual=some), part)
     return out

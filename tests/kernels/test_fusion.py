@@ -29,7 +29,8 @@ class NormAndActivate(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         last = (x.unsqueeze(2) if x.dim() == 3 else x).permute(0, 2, 3, 1)
-        made = normal.normalize(last, *normal.moments_of(self, last), activate=self.is_active).permute(0, 3, 1, 2)
+        gain, offset = normal.moments_of(self, last.permute(0, 3, 1, 2))
+        made = normal.normalize(last, gain, offset, activate=self.is_active).permute(0, 3, 1, 2)
         return made.squeeze(2) if x.dim() == 3 else made
 
 

@@ -8,7 +8,7 @@ import torch
 
 from dmquant.kernels import pages
 
-LARGE = (3, 600, 200)  # more than a step, and no whole number of them
+LARGE = (3, 1000, 200)  # more than a step, and no whole number of them
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +40,17 @@ def test_two_tensors_share_nothing_and_sizes_are_not_mixed():
     del x, y
     z = pages.empty((4, *LARGE)).fill_(3.0)
     assert (z == 3).all() and len(pages.spare) == 2
+
+
+@pytest.mark.parametrize("shape", [(2, 30, 90, 80), (2, 3, 4, 5), (1, 1, 600, 700)])
+def test_images_may_lie_channels_last(shape):
+    x = pages.empty(shape, torch.channels_last)
+    assert x.shape == shape and x.permute(0, 2, 3, 1).is_contiguous()
+
+
+def test_a_system_without_huge_pages_gives_small_ones(monkeypatch):
+    monkeypatch.delattr(pages.mmap, "MADV_HUGEPAGE", raising=False)
+    assert pages.empty(LARGE).fill_(1.0).sum() == 3 * 1000 * 200
 
 
 def test_small_tensors_come_from_the_allocator():

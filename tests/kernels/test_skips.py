@@ -55,7 +55,7 @@ def test_every_kernel_reads_two_images_as_one(kernel, split):
         gain, offset = normal.moments(x.permute(0, 2, 3, 1), None, None, 1, 1e-5)
         for around in (Around(), Around(gain, offset, normal.SILU, torch.rand(131)), Around(zoom=2)):
             wanted = dispatch.apply(layer, layer.weight.blocked, x, around)
-            beside = dispatch.replace(around, beside=x[:, split:])
+            beside = around._replace(beside=x[:, split:])
             assert torch.equal(dispatch.apply(layer, layer.weight.blocked, x[:, :split], beside), wanted)
 
 

@@ -58,6 +58,22 @@ def test_a_fused_block_gives_what_diffusers_own_gives(kind, is_quantized, has_co
     assert torch.equal(block(**inputs), wanted)
 
 
+@pytest.mark.needs_compiler
+@pytest.mark.parametrize("kind", ["to a text", "to itself", "modulated"])
+def test_what_layers_divide_is_divided_after_the_activation(kind):
+    block, inputs = make(kind)
+    for name, layer in block.named_modules():
+        if isinstance(layer, nn.Linear) and not name.startswith("norm1"):
+            layer.divide = Divide(layer.in_features, 0)
+            layer.divide.reciprocal.uniform_(0.3, 3)
+    block(**inputs)
+    wanted = block(**inputs)
+    fusion.fuse(block)
+    found = block(**inputs)
+    assert block.can_fuse(**inputs)
+    assert (found - wanted).abs().median() < 1e-5 and error(found, wanted) < 0.02
+
+
 @pytest.mark.parametrize("is_linear", [False, True], ids=["convolutions", "linear layers"])
 def test_an_image_of_tokens_is_normed_projected_and_added_to_as_diffusers_does(is_linear, has_compiler):
     model = Transformer2DModel(2, 12, 24, norm_num_groups=4, cross_attention_dim=12, use_linear_projection=is_linear)
