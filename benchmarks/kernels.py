@@ -47,6 +47,10 @@ class Shape(NamedTuple):
     stride: int = 1
 
     @property
+    def window(self) -> tuple[int, ...]:
+        return (self.kernel, self.kernel, self.stride, self.stride, *[self.kernel // 2] * 4)
+
+    @property
     def products(self) -> int:
         return self.images * (self.side // self.stride) ** 2 * self.channels * self.outputs * self.kernel**2
 
@@ -93,16 +97,17 @@ def measure(shape: Shape, seconds: float, *, without: int = 0) -> dict[str, obje
         "fp32 NCHW": lambda: layer(x), "fp32 channels_last": lambda: layer._conv_forward(last, weight_last, layer.bias),
     }  # fmt: skip
     for weight_bits, act_bits in BITS:
-        for kernel in fitting(weight_bits, act_bits, without):
+        for kernel in fitting(weight_bits, act_bits, shape.window, without):
             packed = make_packed(layer, weight_bits, act_bits, kernel)
             calls[f"W{weight_bits}A{act_bits} {kernel}"] = partial(dispatch.apply, packed, packed.weight.blocked, last)
     calls["oneDNN W8A8"] = make_onednn(layer, last)
     return {"shape": shape._asdict(), "variants": compare(calls, shape.products, seconds)}
 
 
-def fitting(weight_bits: int, act_bits: int, without: int) -> list[str]:
-    usable = [kernel for kernel in catalogue.KERNELS if kernel.fits(weight_bits, act_bits) and not catalogue.state(kernel)]
-    return [kernel.name for kernel in usable if not kernel.is_portable and not kernel.needs & without]
+def fitting(weight_bits: int, act_bits: int, window: tuple[int, ...], without: int) -> list[str]:
+    fitting = [kernel for kernel in catalogue.KERNELS if kernel.fits(weight_bits, act_bits, window)]
+    wanted = [kernel for kernel in fitting if not kernel.is_portable and not kernel.needs & without]
+    return [kernel.name for kernel in wanted if not catalogue.state(kernel)]
 
 
 def make_packed(layer: nn.Conv2d, weight_bits: int, act_bits: int, kernel: str) -> PackedConv2d:
@@ -159,13 +164,13 @@ def compare(calls: dict[str, Callable[[], Tensor]], products: int, seconds: floa
 
 def table(rows: list[dict]) -> str:
     """Times faster than fp32 channels_last by the least time, of each variant and shape."""
-    names = list(rows[0]["variants"])
+    names = list(dict.fromkeys(name for row in rows for name in row["variants"]))
     lines = ["| shape | " + " | ".join(names) + " |", "|---|" + "--:|" * len(names)]
     for row in rows:
         shape = Shape(**row["shape"])
         label = f"{shape.images}x{shape.channels}x{shape.side}x{shape.side} -> {shape.outputs}, {shape.kernel}x{shape.kernel}"
         label += f" / {shape.stride}" if shape.stride > 1 else ""
-        cells = [str(row["variants"][name]["times_by_minimum"]) for name in names]
+        cells = [str(row["variants"].get(name, {}).get("times_by_minimum", "")) for name in names]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

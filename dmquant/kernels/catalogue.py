@@ -5,6 +5,7 @@ All of C give the same floats bit for bit (csrc/job.h says why), so which one ru
 
 import ctypes
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -32,6 +33,7 @@ class Kernel:
     max_act_bits: int = 8
     blocks: tuple[int, ...] = (64, 32)  # channels
     layout: str = "planes"
+    windows: tuple[tuple[int, ...], ...] = ()  # kernel and stride (both height, width) of its convolutions; empty: any
     outdoes: tuple[str, ...] = ()  # kernels that need not run where this one does
     must_ask: bool = False  # the operating system for permission
     is_portable: bool = False
@@ -44,8 +46,12 @@ class Kernel:
         """Whether it has registers of 512 bits: nothing else was ever much faster then."""
         return bool(self.needs & AVX512)
 
-    def fits(self, weight_bits: int, act_bits: int) -> bool:
-        return weight_bits <= self.max_weight_bits and act_bits <= self.max_act_bits
+    def fits(self, weight_bits: int, act_bits: int, window: Sequence[int]) -> bool:
+        """Whether it multiplies layers of such bits (of a plane of weights) and such a window, as ops.multiply has it."""
+        return weight_bits <= self.max_weight_bits and act_bits <= self.max_act_bits and self.is_made_for(window)
+
+    def is_made_for(self, window: Sequence[int]) -> bool:
+        return not self.windows or tuple(window[:4]) in self.windows
 
     @cache
     def block_for(self, channels: int) -> int:
@@ -68,16 +74,14 @@ LAYOUTS = {
     "steps": (layout.to_steps, layout.from_steps),
 }
 LUT = {"max_weight_bits": 2, "max_act_bits": 6}
+FLAGS_AMX, FLAGS_VNNI = (*FLAGS_512, "-mamx-tile", "-mamx-int8"), (*FLAGS_512, "-mavx512vnni")
 KERNELS = (
+    Kernel("amx", AVX512 | AMX, FLAGS_AMX, blocks=(64,), outdoes=("winograd", "lut2", "avx2", "scalar"), must_ask=True),
     Kernel(
-        "amx", AVX512 | AMX, (*FLAGS_512, "-mamx-tile", "-mamx-int8"), blocks=(64,), outdoes=("lut2", "avx2", "scalar"),
-        must_ask=True,
+        "lut", AVX512 | VNNI | VBMI, (*FLAGS_VNNI, "-mavx512vbmi"), **LUT, layout="nibbles", outdoes=("lut2", "avx2", "scalar"),
     ),
-    Kernel(
-        "lut", AVX512 | VNNI | VBMI, (*FLAGS_512, "-mavx512vnni", "-mavx512vbmi"), **LUT, layout="nibbles",
-        outdoes=("lut2", "avx2", "scalar"),
-    ),
-    Kernel("vnni", AVX512 | VNNI, (*FLAGS_512, "-mavx512vnni"), outdoes=("avx2", "scalar")),
+    Kernel("winograd", AVX512 | VNNI, FLAGS_VNNI, max_weight_bits=4, max_act_bits=5, blocks=(64,), windows=((3, 3, 1, 1),)),
+    Kernel("vnni", AVX512 | VNNI, FLAGS_VNNI, outdoes=("avx2", "scalar")),
     Kernel("lut2", AVX2, FLAGS_256, **LUT, layout="nibbles by group", outdoes=("scalar",)),
     Kernel("avx2", AVX2, FLAGS_256, outdoes=("scalar",)),
     Kernel("scalar", is_portable=True),

@@ -80,7 +80,7 @@ def prepare(layer: nn.Module, x: Tensor) -> None:
 
 def choose(layer: nn.Module, x: Tensor, format: trial.Format, window: tuple[int, ...]) -> str:
     """Who is fastest on the CPU."""
-    ours, shape = tuple(candidates(format)), (*as_images(layer, x).shape, layer.weight.shape[0])
+    ours, shape = tuple(candidates(format, window)), (*as_images(layer, x).shape, layer.weight.shape[0])
     others = () if any(BY_NAME[name].is_wide for name in ours) else tuple(rivals(layer, format, is_alone=not ours))
     return trial.fastest(ours, others, format, shape, window, torch.get_num_threads())
 
@@ -91,11 +91,11 @@ def choose_on_gpu(format: trial.Format, device: torch.device) -> str:
     return gpu.NAME if is_wanted and not gpu.state(device) and not trial.check(gpu.NAME, format, device) else trial.REFERENCE
 
 
-def candidates(format: trial.Format) -> Iterator[str]:
-    """Names of the C kernels that can multiply this format here and agree with the reference."""
+def candidates(format: trial.Format, window: tuple[int, ...]) -> Iterator[str]:
+    """Names of the C kernels that can multiply this format and window here and agree with the reference."""
     wanted, outdone = choice(), set()
     for kernel in KERNELS if wanted in ("auto", "c") else ():
-        is_wanted = kernel.name not in outdone and kernel.fits(format.bits, format.act_bits)
+        is_wanted = kernel.name not in outdone and kernel.fits(format.bits, format.act_bits, window)
         # plain C saves memory, not time: not unless it is asked for
         is_wanted &= wanted == "c" or not kernel.is_portable
         if is_wanted and not catalogue.state(kernel) and not trial.check(kernel.name, format):

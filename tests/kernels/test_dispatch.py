@@ -161,7 +161,7 @@ def test_a_kernel_that_is_wrong_is_disabled_with_a_warning(monkeypatch):
 )  # fmt: skip
 def test_nobody_runs_who_is_slower_than_the_others(monkeypatch, slow, winner):
     monkeypatch.setenv("DMQUANT_KERNELS", "auto")
-    monkeypatch.setattr(dispatch, "candidates", lambda format: iter(["scalar"]))
+    monkeypatch.setattr(dispatch, "candidates", lambda format, window: iter(["scalar"]))
     monkeypatch.setattr(trial, "_seconds", lambda name, *_: 1.3 if name in slow else 1.0)
     trial.fastest.cache_clear()
     try:
@@ -215,3 +215,14 @@ def test_the_choice_is_one_of_five(monkeypatch):
     monkeypatch.setenv("DMQUANT_KERNELS", "torch")
     assert set(kernels.survey().values()) == {"DMQUANT_KERNELS=torch"}
     assert kernels.run(conv(), torch.randn(2, 70, 6, 5)) is None
+
+
+def test_a_kernel_for_some_windows_is_asked_about_no_others(monkeypatch):
+    monkeypatch.setattr(catalogue, "state", lambda kernel: "")
+    monkeypatch.setattr(trial, "check", lambda *_: "")
+    format = trial.Format(4, 1, 4)
+    assert "winograd" not in dispatch.candidates(format, (1, 1, 1, 1, 0, 0, 0, 0))
+    assert "winograd" not in dispatch.candidates(format, (3, 3, 2, 2, 1, 1, 1, 1))
+    monkeypatch.setattr(dispatch, "KERNELS", [kernel for kernel in catalogue.KERNELS if kernel.name != "amx"])
+    assert "winograd" in dispatch.candidates(format, (3, 3, 1, 1, 0, 1, 0, 1))
+    assert "winograd" not in dispatch.candidates(trial.Format(5, 1, 4), (3, 3, 1, 1, 0, 1, 0, 1))

@@ -8,12 +8,11 @@ from diffusers.models.unets.unet_2d_blocks import AttnUpBlock2D, CrossAttnUpBloc
 from torch import Tensor, nn
 
 from dmquant.kernels import dispatch, fusion, normal, skips
-from dmquant.kernels.catalogue import BY_NAME
 from dmquant.kernels.dispatch import Around
 from dmquant.quantizers.dilated import Divide
 from dmquant.quantizers.split import SplitGrid
 from tests.kernels.test_fusion import pack_layers
-from tests.kernels.test_ops import USABLE, make_layer
+from tests.kernels.test_ops import USABLE, fitting, make_layer
 
 pytestmark = pytest.mark.usefixtures("by_kernels")
 
@@ -47,9 +46,9 @@ def concatenating(block: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("kernel", USABLE)
 def test_every_kernel_reads_two_images_as_one(kernel, split):
     for size, weight_bits, act_bits in ((3, 1, 4), (1, 2, 6), (1, 8, 8)):
-        if not BY_NAME[kernel].fits(weight_bits, act_bits):
-            continue
         layer = make_layer((37, 131, size, size), weight_bits, act_bits, padding=size // 2, symmetric=size == 3)
+        if kernel not in fitting(layer):
+            continue
         layer.weight.block(kernel)
         x = torch.randn(2, 131, 5, 9).contiguous(memory_format=torch.channels_last)
         gain, offset = normal.moments(x.permute(0, 2, 3, 1), None, None, 1, 1e-5)

@@ -3,21 +3,20 @@
  * Cells lie one behind the other over the whole band, so a tile may run over the end of a row: what it computes of the padding
  * is thrown away, and images of 4 or 8 pixels still fill it. Blocks of 64 channels only.
  * Needs AMX-TILE and AMX-INT8, AVX-512 F, BW, VL, DQ for what stands around them, and Linux, which is asked for the tiles. */
-#define TILE_BYTES (int64_t)sizeof(Tile)
-#include <stdint.h>
+#include "levels512.h"
+#include "epilogue.h"
+#include "tiles.h"
 
 typedef struct {
     int32_t position, image;        /* of its first cell, in cells */
     int32_t pixel[16];              /* of the band, -1 where a cell is no output */
 } Tile;
 
-#include "codes512.h"
-#include "epilogue.h"
-#include "tiles.h"
+static int64_t arranged_bytes(const Job *job, const Shape *s) { return s->band_rows * job->out_width * (int64_t)sizeof(Tile); }
 
 /* Which cells go into which tile; also the sums of a under each pixel. */
 static int64_t arrange(const Band *band) {
-    Tile *tiles = (Tile *)band->scratch->tiles;
+    Tile *tiles = (Tile *)band->scratch->arranged;
     const Job *job = band->job;
     int64_t count = 0, stride = job->stride_w, pixel = 0;
     for (int64_t r = 0; r < band->count; r++) {
@@ -121,7 +120,7 @@ static void multiply_single(const Band *band, const Tile *tile, const uint8_t *l
 }
 
 static void multiply(const Band *band) {
-    const Tile *tiles = (const Tile *)band->scratch->tiles;
+    const Tile *tiles = (const Tile *)band->scratch->arranged;
     configure();
     SETTLE;
     for (int64_t i = 0; i < band->tiles; i += 2)

@@ -6,6 +6,7 @@
  *   fill(job, zero, k, count, cells)              `count` cells of padding in block k
  *   build(job, n, k, x, count, cells, sums)       cells of `count` pixels; adds their sums of a to `sums` unless NULL
  *   arrange(band)                                 what the products need of the cells of a band; how many tiles they are
+ *   arranged_bytes(job, shape)                    what it may take of scratch.arranged
  *   expand(job, shape, plane, from, to, weights)  blocks from..to of a plane as the tiles read them
  *   multiply(band)                                the products
  * and ALWAYS_SUMS(job), whether it needs the sums of a even where the weights have no shift.
@@ -19,14 +20,24 @@
 #include "memory.h"
 #include "token.h"
 
-#ifndef TILE_BYTES
-#define TILE_BYTES 0
+#ifndef EXPANDED_BYTES              /* of an output block as the tiles read it */
+#define EXPANDED_BYTES(s) ((s).channel_blocks * (s).taps * job->block * OUTPUTS)
+#endif
+#ifndef GROWTH                      /* of cells, where arrange() makes more of them */
+#define GROWTH 1
 #endif
 #define OUTPUTS 32                  /* outputs of a block of weights */
+#ifndef CELLS_BYTES
 #define CELLS_BYTES (768 << 10)     /* of a band: it stays in a second-level cache */
+#endif
+#ifndef BAND_STEP                   /* of output rows */
+#define BAND_STEP 1
+#endif
 #define PART_BYTES (16 << 10)       /* of pixels normalized at a time: they stay in a first-level cache until they are cells */
 #define BAND_PIXELS 4096
+#ifndef WEIGHTS_BYTES
 #define WEIGHTS_BYTES (1 << 20)     /* of expanded weights */
+#endif
 #define SLACK 16                    /* cells behind the last one that a wide tile may read and ignore */
 
 INLINE int is_normalized(const Job *job) { return job->gain || job->activate || job->epsilon > 0; }
@@ -51,7 +62,7 @@ typedef struct {
     int32_t *sums, *box;            /* sums of a: of each input pixel, under each output pixel */
     int32_t *tops;                  /* first input row of each output row */
     int32_t *offsets;               /* of each (channel block, tap) from a tile's first cell */
-    int32_t *tiles;                 /* TILE_BYTES of each output pixel, for the kernel's own use */
+    uint8_t *arranged;              /* arranged_bytes() for what arrange() finds */
     float *normalized;              /* a part of an input row */
 } Scratch;
 
@@ -69,6 +80,7 @@ typedef struct {
 static void fill(const Job *job, float zero, int64_t k, int64_t count, uint8_t *cells);
 static void build(const Job *job, int64_t n, int64_t k, const float *x, int64_t count, uint8_t *cells, int32_t *sums);
 static int64_t arrange(const Band *band);
+static int64_t arranged_bytes(const Job *job, const Shape *s);
 static const uint8_t *expand(const Job *job, const Shape *s, const uint8_t *plane, int64_t from, int64_t to, uint8_t *weights);
 static void multiply(const Band *band);
 
@@ -83,15 +95,16 @@ static Shape measure(const Job *job) {
     s.shared = least(job->pad_left, s.cells_wide - job->pad_left - job->width);
     s.shared = job->act_stride ? 0 : least(s.shared, s.cells_wide - (job->out_width - 1) * job->stride_w - 1);
     s.cells_wide -= s.shared;
-    int64_t row_bytes = s.cells_wide * s.cell_bytes * s.channel_blocks;
+    int64_t row_bytes = s.cells_wide * s.cell_bytes * s.channel_blocks * GROWTH;
     int64_t step = least(job->stride_h, job->kernel_h);
     s.band_rows = most(1, (CELLS_BYTES / row_bytes - job->kernel_h) / step);
     s.band_rows = least(s.band_rows, job->images * job->out_height);
     s.band_rows = least(s.band_rows, most(1, BAND_PIXELS / job->out_width));
+    s.band_rows = up(s.band_rows, BAND_STEP);
     s.band_slots = s.band_rows * step + (s.band_rows / job->out_height + 2) * job->kernel_h;
     s.plane_bytes = (s.band_slots * s.cells_wide + s.shared) * s.cell_bytes;
     s.plane_bytes += s.plane_bytes / LINE % 2 ? 0 : LINE;   /* odd in lines: planes of one pixel fall into different sets */
-    s.weight_bytes = s.channel_blocks * s.taps * job->block * OUTPUTS;
+    s.weight_bytes = EXPANDED_BYTES(s);
     s.group = least(s.output_blocks, most(1, WEIGHTS_BYTES / s.weight_bytes));
     return s;
 }
@@ -101,9 +114,9 @@ static int reserve(const Job *job, const Shape *s, Scratch *scratch) {
     int64_t weights = up(s->weight_bytes * s->group, LINE);
     int64_t sums = up((s->band_slots * s->cells_wide + s->shared) * 4, LINE), box = up(s->band_rows * job->out_width * 4, LINE);
     int64_t tops = up(s->band_rows * 4, LINE), offsets = up(s->channel_blocks * s->taps * 4, LINE);
-    int64_t tiles = up(s->band_rows * job->out_width * TILE_BYTES, LINE);
+    int64_t arranged = up(arranged_bytes(job, s), LINE);
     int64_t normalized = is_prepared(job) ? up(part_of(job) * job->channels * 4, LINE) : 0;
-    uint8_t *next = keep(cells + weights + sums + box + tops + offsets + tiles + normalized);
+    uint8_t *next = keep(cells + weights + sums + box + tops + offsets + arranged + normalized);
     if (!next) return 1;
     scratch->cells = take(&next, cells);
     scratch->weights = take(&next, weights);
@@ -111,7 +124,7 @@ static int reserve(const Job *job, const Shape *s, Scratch *scratch) {
     scratch->box = take(&next, box);
     scratch->tops = take(&next, tops);
     scratch->offsets = take(&next, offsets);
-    scratch->tiles = take(&next, tiles);
+    scratch->arranged = take(&next, arranged);
     scratch->normalized = take(&next, normalized);
     return 0;
 }

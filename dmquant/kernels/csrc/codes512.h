@@ -37,26 +37,14 @@ static void build(const Job *job, int64_t n, int64_t k, const float *x, int64_t 
 }
 
 /* Bit planes -> levels: 64 weights are `bits` masks of 64 bits. */
-static const uint8_t *expand(const Job *job, const Shape *s, const uint8_t *plane, int64_t from, int64_t to, uint8_t *weights) {
-    int64_t bits = job->bits, count = (to - from) * s->weight_bytes / 64;
-    if (bits == 8) return plane + from * s->weight_bytes;
-    const uint8_t *masks = plane + from * s->weight_bytes / 8 * bits;
-    int step = level_step(bits);
-    __m512i least_level = _mm512_set1_epi8((char)level_least(bits)), one = _mm512_set1_epi8(1);
-    for (int64_t i = 0; bits == 1 && i < count; i++) {
+INLINE __m512i levels_of(const uint8_t *masks, const int64_t bits) {
+    __m512i level = _mm512_set1_epi8((char)level_least(bits));
+    for (int64_t bit = 0; bit < bits; bit++) {
         uint64_t mask;
-        memcpy(&mask, masks + 8 * i, 8);
-        _mm512_store_si512(weights + 64 * i, _mm512_mask_mov_epi8(least_level, mask, one));
+        memcpy(&mask, masks + 8 * bit, 8);
+        if (bits == 1) return _mm512_mask_mov_epi8(level, mask, _mm512_set1_epi8(1));
+        level = _mm512_mask_add_epi8(level, mask, level, _mm512_set1_epi8((char)(level_step(bits) << bit)));
     }
-    for (int64_t i = 0; bits > 1 && i < count; i++, masks += 8 * bits) {
-        __m512i level = least_level;
-        for (int64_t bit = 0; bit < bits; bit++) {
-            uint64_t mask;
-            memcpy(&mask, masks + 8 * bit, 8);
-            level = _mm512_mask_add_epi8(level, mask, level, _mm512_set1_epi8((char)(step << bit)));
-        }
-        _mm512_store_si512(weights + 64 * i, level);
-    }
-    return weights;
+    return level;
 }
 #endif

@@ -22,6 +22,11 @@ typedef struct {
 
 static void row_of_tiles(const Row *row);
 
+static int64_t arranged_bytes(const Job *job, const Shape *s) {
+    (void)job, (void)s;
+    return 0;
+}
+
 static int64_t arrange(const Band *band) { return band->count; }
 
 static void multiply(const Band *band) {

@@ -1,6 +1,6 @@
 /* Products by vpdpbusd: u8 codes times s8 levels, four channels at a time, 8 pixels x 32 outputs in registers.
  * Needs AVX-512 F, BW, VL, DQ and VNNI. */
-#include "codes512.h"
+#include "levels512.h"
 #include "rows.h"
 #include "epilogue.h"
 #include "fours.h"

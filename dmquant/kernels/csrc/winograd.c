@@ -1,0 +1,254 @@
+/* 3x3 convolutions at stride 1 by Winograd's F(2x2, 3x3) in whole numbers, and vpdpbusd: 16 products instead of 36 for a square of
+ * 2 x 2 outputs. Needs AVX-512 F, BW, VL, DQ and VNNI.
+ *
+ * With d the 4 x 4 codes under a square and g the 3 x 3 levels (Lavin and Gray 2016, with their G doubled)
+ *   V = B^T d B,  U = (2 G) g (2 G)^T,  and A^T (sum of U * V over the channels) A is 4 times what is wanted,
+ * all of it whole. With weights of up to 4 bits |U| <= 72, with activations of up to 5 |V| <= 124: both are bytes. Where an image
+ * ends within a square, what is read beyond it reaches no output that is kept. */
+#define POSITIONS 16                /* of U and V: four lines of four */
+#define UNIT 16                     /* squares that are multiplied at a time, 8 x 32 outputs of each position in registers */
+#define OFFSET 128                  /* is added to V, for vpdpbusd takes unsigned bytes on one side, and taken off the sums again */
+#define LEVELS_BYTES 2048           /* of 32 outputs and 64 channels */
+#define TOTALS_BYTES (POSITIONS * 32 * 4)
+#define EXPANDED_BYTES(s) (POSITIONS * (s).channel_blocks * LEVELS_BYTES + TOTALS_BYTES)
+#define WEIGHTS_BYTES (512 << 10)
+#define CELLS_BYTES (5 << 19)       /* U is made anew for each band: few are better than small ones */
+#define BAND_STEP 2
+#define GROWTH 5                    /* V is four times the cells */
+#include "codes512.h"
+#include "epilogue.h"
+#include "fours.h"
+
+typedef struct {
+    int32_t position, image;        /* of its first cell, in cells */
+    int32_t pixel;                  /* its first one, of the band */
+    int32_t tall, wide;             /* its outputs, 1 or 2 each way */
+} Square;
+
+/* V of a unit lies as [position][channel block][square][64 channels]; a line is added to each position, or all would fall into
+ * one set of the cache. */
+INLINE int64_t position_bytes(const Shape *s) { return s->channel_blocks * UNIT * 64 + LINE; }
+static int64_t unit_bytes(const Shape *s) { return POSITIONS * position_bytes(s); }
+
+/* At most, of a band: each image that it touches may begin and end with half a square. */
+static int64_t units_of(const Job *job, const Shape *s) {
+    int64_t lines = (s->band_rows + s->band_rows / job->out_height + 3) / 2;
+    return up(lines * ((job->out_width + 1) / 2), UNIT) / UNIT;
+}
+
+/* V, then the squares. */
+static int64_t arranged_bytes(const Job *job, const Shape *s) {
+    return units_of(job, s) * (unit_bytes(s) + UNIT * (int64_t)sizeof(Square));
+}
+
+INLINE Square *squares_of(const Band *band) {
+    return (Square *)(band->scratch->arranged + units_of(band->job, band->shape) * unit_bytes(band->shape));
+}
+
+/* Squares squares[0..count] against block `block` of outputs. */
+typedef struct {
+    const Band *band;
+    const Square *squares;
+    int64_t count, block;
+    const uint8_t *v, *u;           /* u: [position][channel block][levels], then sums of U for each position and output */
+} Unit;
+
+INLINE __m512i plus(__m512i a, __m512i b) { return _mm512_add_epi8(a, b); }
+INLINE __m512i minus(__m512i a, __m512i b) { return _mm512_sub_epi8(a, b); }
+
+/* V of one square and 64 channels. `row`: bytes from one row of cells to the next. */
+INLINE void transform_square(const uint8_t *cells, int64_t row, uint8_t *v, int64_t step) {
+    const __m512i offset = _mm512_set1_epi8((char)OFFSET);
+    __m512i d[4][4];
+#pragma GCC unroll 4
+    for (int x = 0; x < 4; x++) {
+        __m512i a = _mm512_loadu_si512(cells + x * 64), b = _mm512_loadu_si512(cells + row + x * 64);
+        __m512i c = _mm512_loadu_si512(cells + 2 * row + x * 64), e = _mm512_loadu_si512(cells + 3 * row + x * 64);
+        d[0][x] = minus(a, c), d[1][x] = plus(b, c), d[2][x] = minus(c, b), d[3][x] = minus(b, e);
+    }
+#pragma GCC unroll 4
+    for (int y = 0; y < 4; y++, v += 4 * step) {
+        __m512i *a = d[y];
+        _mm512_store_si512(v, plus(minus(a[0], a[2]), offset));
+        _mm512_store_si512(v + step, plus(plus(a[1], a[2]), offset));
+        _mm512_store_si512(v + 2 * step, plus(minus(a[2], a[1]), offset));
+        _mm512_store_si512(v + 3 * step, plus(minus(a[1], a[3]), offset));
+    }
+}
+
+static void transform_cells(const Band *band, const Square *squares, int64_t count) {
+    const Shape *s = band->shape;
+    int64_t row = s->cells_wide * 64, step = position_bytes(s);
+    for (int64_t i = 0; i < count; i++) {
+        uint8_t *v = band->scratch->arranged + i / UNIT * unit_bytes(s) + i % UNIT * 64;
+        const uint8_t *cells = band->scratch->cells + (int64_t)squares[i].position * 64;
+        for (int64_t k = 0; k < s->channel_blocks; k++, cells += s->plane_bytes, v += UNIT * 64)
+            transform_square(cells, row, v, step);
+    }
+}
+
+/* The squares of a band, and their V. */
+static int64_t arrange(const Band *band) {
+    const Job *job = band->job;
+    Square *squares = squares_of(band);
+    int64_t count = 0, width = job->out_width;
+    for (int64_t r = 0, tall; r < band->count; r += tall) {
+        int64_t image = (band->row + r) / job->out_height, top = band->scratch->tops[r] * band->shape->cells_wide;
+        tall = least(2, least(band->count, (image + 1) * job->out_height - band->row) - r);
+        for (int64_t x = 0; x < width; x += 2)
+            squares[count++] = (Square){
+                .position = (int32_t)(top + x), .image = job->act_stride || job->bias_stride ? (int32_t)image : 0,
+                .pixel = (int32_t)(r * width + x), .tall = (int32_t)tall, .wide = (int32_t)least(2, width - x),
+            };
+        for (int64_t y = r; job->zero && y < r + tall; y++)
+            sum_box(job, band->shape, band->scratch->sums + band->scratch->tops[y] * band->shape->cells_wide, width,
+                    band->scratch->box + y * width);
+    }
+    transform_cells(band, squares, count);
+    return count;
+}
+
+/* U of 16 outputs and four channels from their nine levels. */
+INLINE void transform_levels(const __m512i g[9], __m512i u[POSITIONS]) {
+    __m512i t[3][4];
+#pragma GCC unroll 3
+    for (int y = 0; y < 3; y++) {
+        __m512i ends = plus(g[3 * y], g[3 * y + 2]);
+        t[y][0] = plus(g[3 * y], g[3 * y]), t[y][3] = plus(g[3 * y + 2], g[3 * y + 2]);
+        t[y][1] = plus(ends, g[3 * y + 1]), t[y][2] = minus(ends, g[3 * y + 1]);
+    }
+#pragma GCC unroll 4
+    for (int x = 0; x < 4; x++) {
+        __m512i ends = plus(t[0][x], t[2][x]);
+        u[x] = plus(t[0][x], t[0][x]), u[12 + x] = plus(t[2][x], t[2][x]);
+        u[4 + x] = plus(ends, t[1][x]), u[8 + x] = minus(ends, t[1][x]);
+    }
+}
+
+/* U of 32 outputs, from `bits` masks of 64 bits for each tap and line of 64 bytes. */
+INLINE void expand_block(const Shape *s, const uint8_t *masks, const int64_t bits, uint8_t *out) {
+    const int64_t tap = LEVELS_BYTES / 8 * bits, step = s->channel_blocks * LEVELS_BYTES;
+    const __m512i ones = _mm512_set1_epi8(1);
+    __m512i g[9], u[POSITIONS], total[POSITIONS][2] = {{{0}}};
+    for (int64_t k = 0; k < s->channel_blocks; k++, masks += 8 * tap)
+        for (int64_t line = 0; line < LEVELS_BYTES; line += 64, masks += 8 * bits, out += 64) {
+#pragma GCC unroll 9
+            for (int i = 0; i < 9; i++) g[i] = levels_of(masks + i * tap, bits);
+            transform_levels(g, u);
+#pragma GCC unroll 16
+            for (int i = 0; i < POSITIONS; i++) {
+                _mm512_store_si512(out + i * step, u[i]);
+                DOT(total[i][line / 64 % 2], ones, u[i]);
+            }
+        }
+    memcpy(out + (POSITIONS - 1) * step, total, TOTALS_BYTES);
+}
+
+static const uint8_t *expand(const Job *job, const Shape *s, const uint8_t *plane, int64_t from, int64_t to, uint8_t *weights) {
+    int64_t packed_bytes = s->channel_blocks * s->taps * LEVELS_BYTES / 8 * job->bits;
+    for (int64_t block = from; block < to; block++) {
+        uint8_t *out = weights + (block - from) * s->weight_bytes;
+        if (job->bits == 1) expand_block(s, plane + block * packed_bytes, 1, out);
+        else expand_block(s, plane + block * packed_bytes, job->bits, out);
+    }
+    return weights;
+}
+
+/* Products are [position of the line][16 outputs: first, last][square][output]. */
+#define PRODUCTS (32 * UNIT)
+
+static void multiply_line(const Unit *unit, int64_t line, int32_t *products) {
+    const Shape *s = unit->band->shape;
+    int64_t blocks = s->channel_blocks;
+    const uint8_t *totals = unit->u + POSITIONS * blocks * LEVELS_BYTES;
+    for (int64_t i = 4 * line; i < 4 * line + 4; i++, products += PRODUCTS)
+        for (int64_t first = 0; first < unit->count; first += 8) {
+            const uint8_t *v = unit->v + i * position_bytes(s) + first * 64, *u = unit->u + i * blocks * LEVELS_BYTES;
+            __m512i acc[8][2], low = _mm512_load_si512(totals + 128 * i), high = _mm512_load_si512(totals + 128 * i + 64);
+            low = _mm512_mullo_epi32(low, _mm512_set1_epi32(-OFFSET)), high = _mm512_mullo_epi32(high, _mm512_set1_epi32(-OFFSET));
+#pragma GCC unroll 8
+            for (int p = 0; p < 8; p++) acc[p][0] = low, acc[p][1] = high;
+            for (int64_t k = 0; k < blocks; k++, v += UNIT * 64, u += LEVELS_BYTES) multiply_groups(acc, v, 64, u, 16, 8);
+#pragma GCC unroll 8
+            for (int p = 0; p < 8; p++) {
+                _mm512_store_si512(products + (first + p) * 16, acc[p][0]);
+                _mm512_store_si512(products + 256 + (first + p) * 16, acc[p][1]);
+            }
+        }
+}
+
+/* One line of products times A: two columns of outputs. */
+INLINE void fold(const int32_t *products, __m512i z[2]) {
+    __m512i p[4];
+    for (int i = 0; i < 4; i++) p[i] = _mm512_load_si512(products + i * PRODUCTS);
+    z[0] = _mm512_add_epi32(_mm512_add_epi32(p[0], p[1]), p[2]);
+    z[1] = _mm512_sub_epi32(_mm512_sub_epi32(p[1], p[2]), p[3]);
+}
+
+/* kept: line 1, then lines 1 + 2 and 1 - 2; each has two columns. */
+static void keep_line(const int32_t *products, int32_t *kept, int line) {
+    for (int64_t i = 0; i < PRODUCTS; i += 16) {
+        __m512i z[2];
+        fold(products + i, z);
+        for (int x = 0; x < 2; x++) {
+            int32_t *at = kept + x * PRODUCTS + i;
+            __m512i first = line == 1 ? _mm512_setzero_si512() : _mm512_load_si512(at);
+            _mm512_store_si512(at, _mm512_add_epi32(first, z[x]));
+            if (line == 2) _mm512_store_si512(at + 2 * PRODUCTS, _mm512_sub_epi32(first, z[x]));
+        }
+    }
+}
+
+/* The outputs of row y of each square: 0 from line 0 and lines 1 + 2, 1 from line 3 and lines 1 - 2. */
+static void put_row(const Unit *unit, const int32_t *products, const int32_t *kept, int y) {
+    const Band *band = unit->band;
+    const Job *job = band->job;
+    float *out = job->out + output_pixel(job, band->row) * job->outputs;
+    for (int64_t half = 0; half < 2; half++) {
+        int64_t output = unit->block * OUTPUTS + 16 * half, image = -1;
+        Outputs o = {0};
+        for (int64_t i = 0; i < unit->count; i++) {
+            const Square *square = &unit->squares[i];
+            if (y >= square->tall) continue;
+            if (square->image != image) {
+                int64_t n = square->image * job->act_stride;
+                image = square->image;
+                o = outputs_of(job, band->plane, output, job->act_scale[n], job->act_zero[n], bias_of(job, image));
+            }
+            int64_t at = half * 256 + i * 16, pixel = square->pixel + y * job->out_width;
+            __m512i z[2];
+            fold(products + at, z);
+            for (int x = 0; x < square->wide; x++) {
+                __m512i others = _mm512_load_si512(kept + (2 * y + x) * PRODUCTS + at);
+                __m512i sum = y ? _mm512_sub_epi32(others, z[x]) : _mm512_add_epi32(others, z[x]);
+                sum = _mm512_sub_epi32(_mm512_srai_epi32(sum, 2), o.excess);
+                put(&o, sum, band->scratch->box + pixel + x, out + (pixel + x) * job->outputs + output);
+            }
+        }
+    }
+}
+
+static void multiply_unit(const Unit *unit) {
+    int32_t products[4 * PRODUCTS] __attribute__((aligned(64))), kept[4 * PRODUCTS] __attribute__((aligned(64)));
+    multiply_line(unit, 1, products);
+    keep_line(products, kept, 1);
+    multiply_line(unit, 2, products);
+    keep_line(products, kept, 2);
+    multiply_line(unit, 0, products);
+    put_row(unit, products, kept, 0);
+    multiply_line(unit, 3, products);
+    put_row(unit, products, kept, 1);
+}
+
+static void multiply(const Band *band) {
+    const Square *squares = squares_of(band);
+    for (int64_t i = 0; i < band->tiles; i += UNIT)
+        for (int64_t block = band->from; block < band->to; block++) {
+            Unit unit = {
+                .band = band, .squares = squares + i, .count = least(UNIT, band->tiles - i), .block = block,
+                .v = band->scratch->arranged + i / UNIT * unit_bytes(band->shape),
+                .u = band->weights + (block - band->from) * band->shape->weight_bytes,
+            };
+            multiply_unit(&unit);
+        }
+}
