@@ -1,5 +1,5 @@
-/* 3x3 convolutions at stride 1 by Winograd's F(2x2, 3x3) in whole numbers, and vpdpbusd: 16 products instead of 36 for a square of
- * 2 x 2 outputs. Needs AVX-512 F, BW, VL, DQ and VNNI.
+/* 3x3 convolutions at stride 1 by Winograd's F(2x2, 3x3) in whole numbers, and vpdpbusd: 16 products instead of 36 for a
+ * square of 2 x 2 outputs. Needs AVX-512 F, BW, VL, DQ and VNNI.
  *
  * With d the 4 x 4 codes under a square and g the 3 x 3 levels (Lavin and Gray 2016, with their G doubled)
  *   V = B^T d B,  U = (2 G) g (2 G)^T,  and A^T (sum of U * V over the channels) A is 4 times what is wanted,
@@ -7,7 +7,7 @@
  * ends within a square, what is read beyond it reaches no output that is kept. */
 #define POSITIONS 16                /* of U and V: four lines of four */
 #define UNIT 16                     /* squares that are multiplied at a time, 8 x 32 outputs of each position in registers */
-#define OFFSET 128                  /* is added to V, for vpdpbusd takes unsigned bytes on one side, and taken off the sums again */
+#define OFFSET 128                  /* is added to V, which vpdpbusd takes unsigned, and taken off the sums again */
 #define LEVELS_BYTES 2048           /* of 32 outputs and 64 channels */
 #define TOTALS_BYTES (POSITIONS * 32 * 4)
 #define EXPANDED_BYTES(s) (POSITIONS * (s).channel_blocks * LEVELS_BYTES + TOTALS_BYTES)
@@ -165,7 +165,8 @@ static void multiply_line(const Unit *unit, int64_t line, int32_t *products) {
         for (int64_t first = 0; first < unit->count; first += 8) {
             const uint8_t *v = unit->v + i * position_bytes(s) + first * 64, *u = unit->u + i * blocks * LEVELS_BYTES;
             __m512i acc[8][2], low = _mm512_load_si512(totals + 128 * i), high = _mm512_load_si512(totals + 128 * i + 64);
-            low = _mm512_mullo_epi32(low, _mm512_set1_epi32(-OFFSET)), high = _mm512_mullo_epi32(high, _mm512_set1_epi32(-OFFSET));
+            low = _mm512_mullo_epi32(low, _mm512_set1_epi32(-OFFSET));
+            high = _mm512_mullo_epi32(high, _mm512_set1_epi32(-OFFSET));
 #pragma GCC unroll 8
             for (int p = 0; p < 8; p++) acc[p][0] = low, acc[p][1] = high;
             for (int64_t k = 0; k < blocks; k++, v += UNIT * 64, u += LEVELS_BYTES) multiply_groups(acc, v, 64, u, 16, 8);
