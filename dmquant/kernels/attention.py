@@ -57,7 +57,7 @@ def run(query: Tensor, key: Tensor, value: Tensor, grids: Sequence[nn.Module], s
         return None
     scales, zeros = tables(grids, *query.shape[:2])
     is_compiling = torch.compiler.is_compiling()
-    if not is_compiling and not all(zero.is_integer() and 0 <= zero < 1 << grids[0].bits for zero in zeros.view(-1).tolist()):
+    if not is_compiling and not set(zeros.view(-1).tolist()) <= set(range(1 << grids[0].bits)):
         return None
     return (attend_op if is_compiling else attend)(query, key, value, scales, zeros, grids[0].bits, scale, variant)
 
@@ -128,9 +128,9 @@ def reference(query: Tensor, key: Tensor, value: Tensor, scales: Tensor, zeros: 
 
 def tables(grids: Sequence[nn.Module], images: int, heads: int) -> tuple[Tensor, Tensor]:
     """Scales and zeros of the four factors: (4, B, heads) each."""
-    if all(type(grid) is FixedGrid for grid in grids):  # one row for all, in fewer steps
-        pairs = zip(*((grid._buffers["scale"], grid._buffers["zero"]) for grid in grids))
-        return tuple(torch.stack(values).view(-1, 1, 1).repeat(1, images, heads) for values in pairs)
+    if all(type(grid) is FixedGrid for grid in grids):  # in fewer steps
+        values = torch.stack([grid._buffers[name] for name in ("scale", "zero") for grid in grids])
+        return values.view(2, len(grids), 1, 1).expand(-1, -1, images, heads).contiguous().unbind()
     rows = [_rows(grid, images, heads) for grid in grids]
     return torch.stack([scale for scale, _ in rows]), torch.stack([zero for _, zero in rows])
 

@@ -46,13 +46,24 @@ def run_divided(layer: nn.Module, x: Tensor) -> Tensor | None:
 
 def is_supported(layer: nn.Module, x: Tensor) -> bool:
     """Whether this is a product of codes by codes, in a float that kernels take, without gradients, of a plain shape."""
-    parts, device = layer._modules, x.device  # to ask a module for its parts by name takes its time
+    return is_readable(x) and has_codes(layer, x)
+
+
+def is_readable(x: Tensor) -> bool:
+    """Whether kernels take an input of this kind."""
+    kind = x.device.type
+    if x.dtype not in DTYPES.get(kind, ()) or torch.is_autocast_enabled(kind):
+        return False
+    return x.numel() > 0 and not (torch.is_grad_enabled() and x.requires_grad)
+
+
+def has_codes(layer: nn.Module, x: Tensor) -> bool:
+    """Whether a layer multiplies codes by codes, where x lies, and is of a plain shape."""
+    parts = layer._modules  # to ask a module for its parts by name takes its time
     weight = parts.get("weight")
     if not isinstance(weight, BlockedCodes) or type(parts["input"]) not in (FixedGrid, TemporalGrid):
         return False
-    if x.dtype not in DTYPES.get(device.type, ()) or torch.is_autocast_enabled(device.type):
-        return False
-    if x.numel() == 0 or weight._buffers["scale"].device != device or (torch.is_grad_enabled() and x.requires_grad):
+    if weight._buffers["scale"].device != x.device:
         return False
     if isinstance(layer, nn.Linear):
         return True
@@ -129,7 +140,7 @@ def has_whole_zeros(layer: nn.Module) -> bool:
 class Around(NamedTuple):
     """What a kernel does on its way to a product and from it, beside what the layer itself says: see ops.multiply."""
 
-    gain: Tensor | None = None  # (N, C)
+    gain: Tensor | None = None  # (N, C); for tokens also (1, C)
     offset: Tensor | None = None
     activate: int = 0  # an activation of normal.py
     factor: Tensor | None = None  # (C,)
@@ -146,7 +157,12 @@ NOTHING = Around()
 
 def can_fuse(layer: nn.Module, x: Tensor) -> bool:
     """Whether a layer is multiplied by a kernel that takes an Around, and nobody watches what it reads or gives."""
-    if layer._forward_hooks or layer._forward_pre_hooks or not is_supported(layer, x):
+    return is_readable(x) and is_fusible(layer, x)
+
+
+def is_fusible(layer: nn.Module, x: Tensor) -> bool:
+    """The same for an input of which it is known that kernels take it."""
+    if layer._forward_hooks or layer._forward_pre_hooks or not has_codes(layer, x):
         return False
     parts = layer._modules
     blocked = parts["weight"].blocked
@@ -159,7 +175,7 @@ def run_fused(layer: nn.Module, x: Tensor, around: Around = NOTHING, out: Tensor
     """The output of a layer that can be fused; of a linear layer in a tensor that is already there, if it is given."""
     parts = layer._modules
     if isinstance(parts["divide"], Divide):
-        around = _divided(around, parts["divide"].reciprocal, x)
+        around = _divided(around, parts["divide"].reciprocal, 1 if isinstance(layer, nn.Linear) else len(x))
     return apply(layer, parts["weight"].blocked, x, around, out)
 
 
@@ -174,7 +190,7 @@ def apply(layer: nn.Module, blocked: Blocked, x: Tensor, around: Around = NOTHIN
     if isinstance(layer, nn.Linear):
         x, residual, window = x.contiguous(), residual if residual is None else residual.contiguous(), ops.POINT
         channels = x.shape[-1]
-        images = x.shape[0] if around.gain is not None or around.bias is not None else act_scale.numel()
+        images, around = share(around, act_scale.numel())
         size, out_size = (images, 1, x.numel() // (images * channels), channels), (1, x.numel() // (images * channels))
         out = pages.empty((*x.shape[:-1], outputs)) if out is None else out
     else:
@@ -198,8 +214,8 @@ def apply_operator(layer: nn.Module, blocked: Blocked, x: Tensor, around: Around
     multiply = ops.multiply_op if torch.compiler.is_compiling() else ops.multiply
     zero = weight.zero if blocked.is_shifted else None
     format = (blocked.bits, blocked.halves, grid.bits)
-    per_image = around.gain is not None or around.bias is not None
-    images = as_images(layer, x, len(x) if per_image else act_scale.numel())
+    count, around = share(around, act_scale.numel()) if isinstance(layer, nn.Linear) else (1, around)
+    images = as_images(layer, x, count)
     residual, beside = (None if x is None else as_images(layer, x) for x in (around.residual, around.beside))
     bias = layer.bias if around.bias is None else around.bias
     out = multiply(
@@ -213,11 +229,22 @@ def apply_operator(layer: nn.Module, blocked: Blocked, x: Tensor, around: Around
     return out.squeeze(2) if isinstance(layer, nn.Conv1d) else out
 
 
-def _divided(around: Around, reciprocal: Tensor, x: Tensor) -> Around:
+def share(around: Around, grids: int) -> tuple[int, Around]:
+    """How many images a linear layer's tokens are: one, unless there are more grids or gains or offsets; and those for each."""
+    if around.gain is None:
+        return grids if around.bias is None else around.bias.shape[0], around
+    images = max(grids, around.gain.shape[0])
+    if around.gain.shape[0] < images:
+        gain, offset = (x.expand(images, -1).contiguous() for x in (around.gain, around.offset))
+        around = around._replace(gain=gain, offset=offset)
+    return images, around
+
+
+def _divided(around: Around, reciprocal: Tensor, images: int) -> Around:
     """The same on inputs whose channels are divided first, after all that a gain, an offset and an activation do."""
     if around.gain is not None or around.activate:
         return around._replace(factor=reciprocal)
-    shape = (len(x), len(reciprocal))
+    shape = (images, len(reciprocal))
     return around._replace(gain=reciprocal.expand(shape).contiguous(), offset=reciprocal.new_zeros(shape))
 
 

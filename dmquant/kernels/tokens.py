@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from dmquant.kernels import pages
 from dmquant.kernels.attention import Products
 from dmquant.kernels.blocking import fill_up
-from dmquant.kernels.dispatch import NOTHING, Around, can_fuse, run_fused
+from dmquant.kernels.dispatch import NOTHING, Around, can_fuse, is_fusible, is_readable, run_fused
 from dmquant.kernels.fused import LAST, Fused, images, is_free, is_training, is_watched
 from dmquant.kernels.normal import GATED, TANH_GELU, moments_of
 from dmquant.kernels.normal import GELU as EXACT_GELU
 from dmquant.kernels.ops import ROW
 from dmquant.quantizers.base import FixedGrid
 
-HIDDEN_BYTES = 4 << 20  # between two layers, about: it stays in a cache
+HIDDEN_BYTES = 8 << 20  # between two layers, about: little enough to stay in a cache
 ACTIVATIONS = {GEGLU: {None: GATED}, GELU: {"none": EXACT_GELU, "tanh": TANH_GELU}}
 
 
@@ -37,10 +37,10 @@ class FusedBasicTransformerBlock(Fused, BasicTransformerBlock):
         if self.norm_type == "ada_norm_zero":
             before, between, gates = self._modulate(timestep, class_labels, x)
         else:
-            before, between = (norm_of(norm, len(x)) for norm in (self.norm1, self.norm3))
+            before, between = norm_of(self.norm1), norm_of(self.norm3)
         x = attend(self.attn1, x, None, before, gates[0])
         if self.attn2 is not None:
-            x = attend(self.attn2, x, encoder_hidden_states, norm_of(self.norm2, len(x)))
+            x = attend(self.attn2, x, encoder_hidden_states, norm_of(self.norm2))
         return feed_forward(self.ff.net, x, between, gates[1])
 
     def can_fuse(
@@ -70,8 +70,8 @@ class FusedBasicTransformerBlock(Fused, BasicTransformerBlock):
         shift, scale, gate, other_shift, other_scale, other_gate = (
             part.contiguous() for part in self.norm1.linear(self.norm1.silu(time)).chunk(6, dim=1)
         )
-        first = norm_of(self.norm1.norm, len(x), 1 + scale, shift)
-        return first, norm_of(self.norm3, len(x), 1 + other_scale, other_shift), (gate, other_gate)
+        first = norm_of(self.norm1.norm, 1 + scale, shift)
+        return first, norm_of(self.norm3, 1 + other_scale, other_shift), (gate, other_gate)
 
 
 class FusedTransformer2DModel(Transformer2DModel):
@@ -108,12 +108,12 @@ class FusedTransformer2DModel(Transformer2DModel):
         return image.device.type == "cpu" and is_free(self.norm) and can_fuse(layer, image)
 
 
-def norm_of(norm: nn.LayerNorm, images: int, gain: Tensor | None = None, offset: Tensor | None = None) -> Around:
+def norm_of(norm: nn.LayerNorm, gain: Tensor | None = None, offset: Tensor | None = None) -> Around:
     """What a kernel has to do to tokens for them to be normed, and modulated by a gain and an offset (B, C) if there are any."""
     if norm.weight is not None:
         weight, bias = norm.weight, torch.zeros_like(norm.weight) if norm.bias is None else norm.bias
-        gain, offset = (weight, bias) if gain is None else (gain * weight, torch.addcmul(offset, gain, bias))
-        gain, offset = (x.expand(images, -1).contiguous() for x in (gain, offset))
+        pair = (weight, bias) if gain is None else (gain * weight, torch.addcmul(offset, gain, bias))
+        gain, offset = (x.view(-1, len(weight)) for x in pair)
     return Around(gain, offset, epsilon=norm.eps)
 
 
@@ -138,8 +138,10 @@ def can_attend(attention: Attention, tokens: Tensor, context: Tensor) -> bool:
     """Whether attention to a context is the plain one and its projections have kernels."""
     is_plain = has_plain_products(attention) and attention.group_norm is None and not attention.norm_cross
     is_plain = is_plain and not attention.residual_connection and attention.rescale_output_factor == 1
+    if not is_plain or is_watched(attention, *attention.to_out) or not (is_readable(tokens) and is_readable(context)):
+        return False
     pairs = ((attention.to_q, tokens), (attention.to_k, context), (attention.to_v, context), (attention.to_out[0], tokens))
-    return is_plain and not is_watched(attention, *attention.to_out) and all(can_fuse(layer, x) for layer, x in pairs)
+    return all(is_fusible(layer, x) for layer, x in pairs)
 
 
 def has_plain_products(attention: Attention) -> bool:
@@ -172,10 +174,10 @@ def is_same_for_all(*layers: nn.Module) -> bool:
 def feed_rows(first: nn.Module, last: nn.Module, activation: int, x: Tensor, before: Around) -> Tensor:
     """The same where nobody asks to which image a token belongs: parts lie in one piece, and so does what is made of them."""
     out, count = pages.empty(x.shape), count_at_a_time(first.out_features)
-    if before.gain is not None:
-        before = before._replace(gain=before.gain[:1], offset=before.offset[:1])
-    for some, part in zip(*(tokens.reshape(1, -1, tokens.shape[-1]).split(count, 1) for tokens in (x, out))):
-        run_fused(last, run_fused(first, some, before), Around(activate=activation, residual=some), part)
+    hidden = pages.empty((min(count, x.shape[:-1].numel()), first.out_features))
+    for some, part in zip(*(tokens.reshape(-1, tokens.shape[-1]).split(count) for tokens in (x, out))):
+        between = run_fused(first, some, before, hidden[: len(some)])
+        run_fused(last, between, Around(activate=activation, residual=some), part)
     return out
 
 

@@ -55,8 +55,9 @@ def test_a_constant_image_has_no_variance_and_no_harm_is_done():
 
 
 def normed(x: Tensor, norm: nn.LayerNorm) -> Tensor:
-    around = tokens.norm_of(norm, len(x))
-    return normal.normalize(x.unsqueeze(1), around.gain, around.offset, epsilon=around.epsilon).squeeze(1)
+    around = tokens.norm_of(norm)
+    gain, offset = (part if part is None else part.expand(len(x), -1).contiguous() for part in around[:2])
+    return normal.normalize(x.unsqueeze(1), gain, offset, epsilon=around.epsilon).squeeze(1)
 
 
 @pytest.mark.parametrize("channels", [2, 16, 31, 72, 130, 320])
