@@ -2,10 +2,13 @@
  *
  * Cells lie one behind the other over the whole band, so a tile may run over the end of a row: what it computes of the padding
  * is thrown away, and images of 4 or 8 pixels still fill it. Blocks of 64 channels only.
+ * While tiles are multiplied, the sums of those before become floats: the unit for tiles and the others work side by side.
  * Needs AMX-TILE and AMX-INT8, AVX-512 F, BW, VL, DQ for what stands around them, and Linux, which is asked for the tiles. */
 #include "levels512.h"
 #include "epilogue.h"
 #include "tiles.h"
+
+#define FETCHED 8                   /* cells whose outputs are fetched beside one step: with 16 the tiles wait for their own */
 
 typedef struct {
     int32_t position, image;        /* of its first cell, in cells */
@@ -36,44 +39,61 @@ static int64_t arrange(const Band *band) {
     return count;
 }
 
-/* Sums of 16 cells x 16 outputs -> floats. */
-static void put_tile(const Band *band, const Tile *tile, const int32_t *sums, int64_t output) {
+/* One or two tiles of cells against 32 outputs, between their products and their floats. */
+typedef struct {
+    const Tile *tiles;
+    int64_t count, done, output;    /* tiles, those that are floats, the first output */
+    int32_t sums[4][256] __attribute__((aligned(64)));      /* [tile][half of the outputs] */
+} Sums;
+
+/* Sums of a tile -> floats, both halves of a pixel one after the other: they share a pair of cache lines. */
+static void put_tile(const Band *band, const Sums *s, int64_t t) {
     const Job *job = band->job;
-    int64_t n = tile->image * job->act_stride;
+    const Tile *tile = &s->tiles[t];
+    const int32_t *box = band->scratch->box, *low_sums = s->sums[2 * t], *high_sums = s->sums[2 * t + 1];
+    int64_t n = tile->image * job->act_stride, outputs = job->outputs;
     const float *bias = bias_of(job, tile->image);
-    Outputs o = outputs_of(job, band->plane, output, job->act_scale[n], job->act_zero[n], bias);
-    if (!o.mask) return;
-    float *first = job->out + output_pixel(job, band->row) * job->outputs + output;
-    const int32_t *box = band->scratch->box;
-    int64_t outputs = job->outputs;
+    Outputs low = outputs_of(job, band->plane, s->output, job->act_scale[n], job->act_zero[n], bias);
+    Outputs high = outputs_of(job, band->plane, s->output + 16, job->act_scale[n], job->act_zero[n], bias);
+    float *first = job->out + output_pixel(job, band->row) * outputs + s->output;
     for (int i = 0; i < 16; i++) {
         int64_t pixel = tile->pixel[i];
         if (pixel < 0) continue;
-        put(&o, _mm512_sub_epi32(_mm512_load_si512(sums + 16 * i), o.excess), box + pixel, first + pixel * outputs);
+        float *out = first + pixel * outputs;
+        put(&low, _mm512_sub_epi32(_mm512_load_si512(low_sums + 16 * i), low.excess), box + pixel, out);
+        if (high.mask) put(&high, _mm512_sub_epi32(_mm512_load_si512(high_sums + 16 * i), high.excess), box + pixel, out + 16);
     }
 }
 
-/* What put_tile will read and write of 32 outputs, while they are multiplied. */
-static void fetch_tile(const Band *band, const Tile *tile, int64_t output) {
+/* What put_tile will read and write of some cells, into the second-level cache: in the first one they drive each other out.
+ * Inlined, for gcc leaves out calls that do no more than this. */
+INLINE void fetch_cells(const Band *band, const Sums *s, int64_t from) {
     const Job *job = band->job;
-    int64_t first = output_pixel(job, band->row) * job->outputs + output, outputs = job->outputs;
-    for (int i = 0; i < 16; i++) {
-        int64_t at = first + most(0, tile->pixel[i]) * outputs;
-        __builtin_prefetch(job->out + at, 1);
-        __builtin_prefetch(job->out + at + 16, 1);
-        if (!job->residual) continue;
-        __builtin_prefetch(job->residual + at);
-        __builtin_prefetch(job->residual + at + 16);
+    int64_t outputs = job->outputs, first = output_pixel(job, band->row) * outputs + s->output;
+    for (int64_t i = from; i < from + FETCHED; i++) {
+        int64_t at = first + most(0, s->tiles[i / 16].pixel[i % 16]) * outputs;
+        for (int64_t half = at; half < at + OUTPUTS; half += 16) {
+            __builtin_prefetch(job->out + half, 0, 2);
+            if (job->residual) __builtin_prefetch(job->residual + half, 0, 2);
+        }
     }
 }
 
-/* Two tiles of cells against 32 outputs. */
-static void multiply_pair(const Band *band, const Tile *tiles, const uint8_t *levels, int64_t block) {
-    int32_t sums[4][256] __attribute__((aligned(64)));
-    const uint8_t *first = band->scratch->cells + tiles[0].position * 64, *second = band->scratch->cells + tiles[1].position * 64;
+/* What is done beside step i of the products of `s`; the sums before are there after the first one. */
+static void accompany(const Band *band, Sums *before, const Sums *s, int64_t i) {
+    if (i * FETCHED < s->count * 16) fetch_cells(band, s, i * FETCHED);
+    if (i && before->done < before->count) put_tile(band, before, before->done++);
+}
+
+static void finish(const Band *band, Sums *s) {
+    while (s->done < s->count) put_tile(band, s, s->done++);
+}
+
+/* The products of `s`, and what is left to do with the sums before. */
+INLINE void multiply_tiles(const Band *band, const uint8_t *levels, Sums *before, Sums *s, const int is_pair) {
+    const uint8_t *cells = band->scratch->cells, *first = cells + s->tiles[0].position * 64;
+    const uint8_t *second = is_pair ? cells + s->tiles[1].position * 64 : first;
     int64_t count = band->shape->channel_blocks * band->shape->taps, step = 64 * band->job->stride_w;
-    fetch_tile(band, tiles, block * OUTPUTS);
-    fetch_tile(band, tiles + 1, block * OUTPUTS);
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -83,51 +103,36 @@ static void multiply_pair(const Band *band, const Tile *tiles, const uint8_t *le
         _tile_stream_loadd(6, levels, 128);
         _tile_loadd(4, first + offset, step);
         _tile_stream_loadd(7, levels + 64, 128);
-        _tile_loadd(5, second + offset, step);
+        if (is_pair) _tile_loadd(5, second + offset, step);
         _tile_dpbusd(0, 4, 6);
         _tile_dpbusd(1, 4, 7);
-        _tile_dpbusd(2, 5, 6);
-        _tile_dpbusd(3, 5, 7);
-        if (i % STRETCH == STRETCH - 1) _tile_stored(0, sums[0], 64);
+        if (is_pair) _tile_dpbusd(2, 5, 6);
+        if (is_pair) _tile_dpbusd(3, 5, 7);
+        if (i < 32 / FETCHED) accompany(band, before, s, i);
+        if (i % STRETCH == STRETCH - 1) _tile_stored(0, s->sums[0], 64);
     }
-    _tile_stored(0, sums[0], 64);
-    _tile_stored(1, sums[1], 64);
-    _tile_stored(2, sums[2], 64);
-    _tile_stored(3, sums[3], 64);
+    finish(band, before);
+    _tile_stored(0, s->sums[0], 64);
+    _tile_stored(1, s->sums[1], 64);
+    if (is_pair) _tile_stored(2, s->sums[2], 64);
+    if (is_pair) _tile_stored(3, s->sums[3], 64);
     SETTLE;
-    for (int i = 0; i < 4; i++) put_tile(band, &tiles[i / 2], sums[i], block * OUTPUTS + i % 2 * 16);
-}
-
-/* One tile of cells against 32 outputs. */
-static void multiply_single(const Band *band, const Tile *tile, const uint8_t *levels, int64_t block) {
-    int32_t sums[2][256] __attribute__((aligned(64)));
-    const uint8_t *cells = band->scratch->cells + tile->position * 64;
-    int64_t count = band->shape->channel_blocks * band->shape->taps, step = 64 * band->job->stride_w;
-    _tile_zero(0);
-    _tile_zero(1);
-    for (int64_t i = 0; i < count; i++, levels += 2048) {
-        _tile_stream_loadd(6, levels, 128);
-        _tile_loadd(4, cells + band->scratch->offsets[i], step);
-        _tile_stream_loadd(7, levels + 64, 128);
-        _tile_dpbusd(0, 4, 6);
-        _tile_dpbusd(1, 4, 7);
-        if (i % STRETCH == STRETCH - 1) _tile_stored(0, sums[0], 64);
-    }
-    _tile_stored(0, sums[0], 64);
-    _tile_stored(1, sums[1], 64);
-    SETTLE;
-    for (int i = 0; i < 2; i++) put_tile(band, tile, sums[i], block * OUTPUTS + i * 16);
 }
 
 static void multiply(const Band *band) {
     const Tile *tiles = (const Tile *)band->scratch->arranged;
+    Sums sums[2] = {{.count = 0}}, *before = &sums[0], *s = &sums[1];
     configure();
     SETTLE;
     for (int64_t i = 0; i < band->tiles; i += 2)
         for (int64_t block = band->from; block < band->to; block++) {
             const uint8_t *levels = band->weights + (block - band->from) * band->shape->weight_bytes;
-            if (i + 1 < band->tiles) multiply_pair(band, tiles + i, levels, block);
-            else multiply_single(band, tiles + i, levels, block);
+            s->tiles = tiles + i, s->count = least(2, band->tiles - i), s->done = 0, s->output = block * OUTPUTS;
+            if (s->count == 2) multiply_tiles(band, levels, before, s, 1);
+            else multiply_tiles(band, levels, before, s, 0);
+            Sums *next = before;
+            before = s, s = next;
         }
+    finish(band, before);
     _tile_release();
 }

@@ -15,24 +15,31 @@ static void fill(const Job *job, float zero, int64_t k, int64_t count, uint8_t *
     }
 }
 
+/* 16 channels, clamped before they are rounded: the limits are whole, so the order does not matter, and no integer overflows. */
+INLINE __m512i round_part(const float *x, __mmask16 mask, __m512 inverse, __m512 low, __m512 high) {
+    __m512 value = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x), inverse);
+    return _mm512_cvtps_epi32(_mm512_min_ps(_mm512_max_ps(value, low), high));
+}
+
 static void build(const Job *job, int64_t n, int64_t k, const float *x, int64_t count, uint8_t *cells, int32_t *sums) {
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     float act_zero = job->act_zero[n * job->act_stride];
     __m512 inverse = _mm512_set1_ps(1.0f / job->act_scale[n * job->act_stride]);
-    /* clamped before it is rounded: the limits are whole, so the order does not matter, and no integer overflows */
     __m512 low = _mm512_set1_ps(-act_zero), high = _mm512_set1_ps((float)job->act_max - act_zero);
-    __m512i zero = _mm512_set1_epi32((int)act_zero);
+    __m512i zero = _mm512_set1_epi16((short)act_zero);
     int64_t real = least(job->block, job->channels - k * job->block);
+    __mmask64 mask = ~0ULL >> (64 - real), block = ~0ULL >> (64 - job->block);
     for (int64_t p = 0; p < count; p++, x += job->channels, cells += job->block) {
-        __m512i sum = _mm512_setzero_si512();
-        for (int64_t c = 0; c < job->block; c += 16) {
-            __mmask16 mask = c + 16 <= real ? 0xffff : c >= real ? 0 : (__mmask16)((1u << (real - c)) - 1);
-            __m512 value = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + c), inverse);
-            __m512i a = _mm512_cvtps_epi32(_mm512_min_ps(_mm512_max_ps(value, low), high));
-            __m512i code = _mm512_maskz_add_epi32(mask, a, zero);
-            _mm_storeu_si128((__m128i *)(cells + c), _mm512_cvtepi32_epi8(code));
-            if (sums) sum = _mm512_mask_add_epi32(sum, mask, sum, a);
-        }
-        if (sums) sums[p] += _mm512_reduce_add_epi32(sum);
+        __m512i a = round_part(x, (__mmask16)mask, inverse, low, high);
+        __m512i b = round_part(x + 16, (__mmask16)(mask >> 16), inverse, low, high);
+        __m512i c = round_part(x + 32, (__mmask16)(mask >> 32), inverse, low, high);
+        __m512i d = round_part(x + 48, (__mmask16)(mask >> 48), inverse, low, high);
+        __m512i first = _mm512_add_epi16(_mm512_packs_epi32(a, b), zero), last = _mm512_add_epi16(_mm512_packs_epi32(c, d), zero);
+        __m512i codes = _mm512_permutexvar_epi32(order, _mm512_packus_epi16(first, last));
+        codes = _mm512_maskz_mov_epi8(mask, codes);
+        _mm512_mask_storeu_epi8(cells, block, codes);
+        __m512i sum = _mm512_sad_epu8(codes, _mm512_setzero_si512());
+        if (sums) sums[p] += (int32_t)(_mm512_reduce_add_epi64(sum) - real * (int64_t)act_zero);
     }
 }
 

@@ -27,6 +27,7 @@ static void configure(void) {
         uint8_t rows[16];
     } __attribute__((packed)) config = {.palette = 1};
     for (int i = 0; i < 8; i++) config.row_bytes[i] = 64, config.rows[i] = 16;
+    __asm__ volatile("" ::"r"(&config) : "memory");     /* gcc believes that the instruction reads eight bytes */
     _tile_loadconfig(&config);
 }
 #endif
