@@ -4,6 +4,8 @@
  * is thrown away, and images of 4 or 8 pixels still fill it. Blocks of 64 channels only.
  * While tiles are multiplied, the sums of those before become floats: the unit for tiles and the others work side by side.
  * Needs AMX-TILE and AMX-INT8, AVX-512 F, BW, VL, DQ for what stands around them, and Linux, which is asked for the tiles. */
+/* Of expanded weights: as many as the second-level cache holds beside the outputs; at 3x3, each pass reads the cells anew. */
+#define WEIGHTS_BYTES (job->kernel_h * job->kernel_w > 1 ? 1 << 20 : 256 << 10)
 #include "levels512.h"
 #include "epilogue.h"
 #include "tiles.h"
