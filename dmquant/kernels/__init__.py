@@ -9,7 +9,7 @@ other than zeros.
 The CPU kernels are C, compiled when first needed (compiler.py). All of them are exact in integers and end with one float
 expression, so that the same seed gives the same image whichever runs. oneDNN and the reference round otherwise; they take a
 layer where they are a quarter faster. Attention whose factors are quantized is multiplied by codes as well (attention.py). Not
-done: AVX-VNNI of 256 bits, ARM, kernels for weights in groups.
+done: ARM, kernels for weights in groups.
 
 On a CUDA device Triton's kernels (gpu/) take float32, bfloat16 and float16. They were never run on one: see there.
 

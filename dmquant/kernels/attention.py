@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dmquant.kernels import catalogue, pages
-from dmquant.kernels.catalogue import AMX, AVX2, AVX512, FLAGS_256, FLAGS_512, VNNI, Kernel, choice, library
+from dmquant.kernels.catalogue import AMX, AVX2, AVX512, AVX_VNNI, FLAGS_256, FLAGS_512, VNNI, Kernel, choice, library
 from dmquant.quantizers.base import FixedGrid, quantize
 from dmquant.quantizers.split import HeadGrids
 from dmquant.quantizers.temporal import TemporalGrid
@@ -24,6 +24,7 @@ NAME = "attention"
 VARIANTS = (  # best first
     Kernel(NAME, AVX512 | AMX, (*FLAGS_512, "-mamx-tile", "-mamx-int8"), must_ask=True),
     Kernel(NAME, AVX512 | VNNI, (*FLAGS_512, "-mavx512vnni")),
+    Kernel(NAME, AVX2 | AVX_VNNI, (*FLAGS_256, "-mavxvnni")),
     Kernel(NAME, AVX2, FLAGS_256),
     Kernel(NAME, is_portable=True),
 )

@@ -15,8 +15,8 @@ from dmquant.kernels import blocking, compiler, gpu
 from dmquant.kernels.compiler import CannotCompile
 from dmquant.kernels.gpu import layout
 
-AVX2, AVX512, VNNI, VBMI, AMX = (1 << bit for bit in range(5))  # as in csrc/isa.c
-NAMES = {AVX2: "AVX2", AVX512: "AVX-512", VNNI: "AVX-512 VNNI", VBMI: "AVX-512 VBMI", AMX: "AMX"}
+AVX2, AVX512, VNNI, VBMI, AMX, AVX_VNNI = (1 << bit for bit in range(6))  # as in csrc/isa.c
+NAMES = {AVX2: "AVX2", AVX512: "AVX-512", VNNI: "AVX-512 VNNI", VBMI: "AVX-512 VBMI", AMX: "AMX", AVX_VNNI: "AVX-VNNI"}
 FLAGS_256 = ("-mavx2", "-mfma")
 FLAGS_512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512")
 CHOICES = ("auto", "c", "onednn", "torch", gpu.NAME)
@@ -24,7 +24,7 @@ CHOICES = ("auto", "c", "onednn", "torch", gpu.NAME)
 
 @dataclass(frozen=True)
 class Kernel:
-    """One source of csrc/, or Triton's. Layouts are those of blocking.py and of gpu/layout.py."""
+    """One of csrc/, or Triton's. Layouts are those of blocking.py and of gpu/layout.py."""
 
     name: str
     needs: int = 0  # instruction sets
@@ -37,6 +37,7 @@ class Kernel:
     outdoes: tuple[str, ...] = ()  # kernels that need not run where this one does
     must_ask: bool = False  # the operating system for permission
     is_portable: bool = False
+    source: str = ""  # of csrc/, if it has not the kernel's name
 
     def __hash__(self) -> int:
         return hash(self.name)  # that of all fields would be computed at each call of a layer
@@ -74,15 +75,17 @@ LAYOUTS = {
     "steps": (layout.to_steps, layout.from_steps),
 }
 LUT = {"max_weight_bits": 2, "max_act_bits": 6}
+OF_256 = ("avxvnni", "avx2")
 FLAGS_AMX, FLAGS_VNNI = (*FLAGS_512, "-mamx-tile", "-mamx-int8"), (*FLAGS_512, "-mavx512vnni")
 KERNELS = (
-    Kernel("amx", AVX512 | AMX, FLAGS_AMX, blocks=(64,), outdoes=("winograd", "lut2", "avx2", "scalar"), must_ask=True),
+    Kernel("amx", AVX512 | AMX, FLAGS_AMX, blocks=(64,), outdoes=("winograd", "lut2", *OF_256, "scalar"), must_ask=True),
     Kernel(
-        "lut", AVX512 | VNNI | VBMI, (*FLAGS_VNNI, "-mavx512vbmi"), **LUT, layout="nibbles", outdoes=("lut2", "avx2", "scalar"),
+        "lut", AVX512 | VNNI | VBMI, (*FLAGS_VNNI, "-mavx512vbmi"), **LUT, layout="nibbles", outdoes=("lut2", *OF_256, "scalar"),
     ),
     Kernel("winograd", AVX512 | VNNI, FLAGS_VNNI, max_weight_bits=4, max_act_bits=5, blocks=(64,), windows=((3, 3, 1, 1),)),
-    Kernel("vnni", AVX512 | VNNI, FLAGS_VNNI, outdoes=("avx2", "scalar")),
+    Kernel("vnni", AVX512 | VNNI, FLAGS_VNNI, outdoes=(*OF_256, "scalar")),
     Kernel("lut2", AVX2, FLAGS_256, **LUT, layout="nibbles by group", outdoes=("scalar",)),
+    Kernel("avxvnni", AVX2 | AVX_VNNI, (*FLAGS_256, "-mavxvnni"), outdoes=("avx2", "scalar"), source="avx2"),
     Kernel("avx2", AVX2, FLAGS_256, outdoes=("scalar",)),
     Kernel("scalar", is_portable=True),
 )  # fmt: skip
@@ -114,7 +117,7 @@ def state(kernel: Kernel) -> str:
 @cache
 def library(kernel: Kernel) -> ctypes.CDLL:
     """Raises CannotCompile where there is none or it may not run."""
-    loaded = compiler.load(kernel.name, kernel.flags)
+    loaded = compiler.load(kernel.source or kernel.name, kernel.flags)
     if kernel.must_ask and loaded.dmquant_ready() != 0:
         raise CannotCompile("the operating system does not allow it")
     loaded.dmquant_run.argtypes, loaded.dmquant_run.restype = [ctypes.c_void_p], ctypes.c_int

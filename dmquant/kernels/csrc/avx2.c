@@ -1,4 +1,5 @@
-/* Products by vpmaddubsw and vpmaddwd: u8 codes times s8 levels in pairs, 4 pixels x 16 outputs in registers.
+/* Products of u8 codes times s8 levels in 256 bits: by vpdpbusd if it is compiled for AVX-VNNI, otherwise by vpmaddubsw and
+ * vpmaddwd, in pairs.
  *
  * Where the products are small (4 bits times 4 to 7), the pairs of a whole block are added up in 16 bits before they are widened.
  * Needs AVX2 and FMA. */
@@ -6,6 +7,16 @@
 #define ALWAYS_SUMS(job) 0
 #include "half.h"
 #include "pairs.h"
+
+/* Pixels x 16 outputs in registers, and of what is left. A vpdpbusd takes five cycles, and two begin in each: eight sums would
+ * wait for each other. Without it more kinds of tiles cost more, by what gcc makes of registers, than they win. */
+#ifdef __AVXVNNI__
+#define PIXELS 6
+#define REST 2
+#else
+#define PIXELS 4
+#define REST 1
+#endif
 
 static void fill(const Job *job, float zero, int64_t k, int64_t count, uint8_t *cells) {
     int64_t real = least(job->block, job->channels - k * job->block);
@@ -50,22 +61,22 @@ static const uint8_t *expand(const Job *job, const Shape *s, const uint8_t *plan
     return weights;
 }
 
-INLINE void tile(const Row *row, int64_t block, int half, int64_t pixel, const int P, const int mode) {
+INLINE void tile(const Row *row, int64_t block, int half, int64_t pixel, const int P, const int64_t step, const int mode) {
     const uint8_t *levels = row->weights + (block - row->from) * row->shape->weight_bytes + 64 * half;
-    int64_t step = row->job->stride_w * row->shape->cell_bytes, groups = row->job->block / 4;
+    int64_t groups = row->job->block / 4;
     const uint8_t *first = row->cells + pixel * step;
-    __m256i acc[4][2], narrow[4][2];
-#pragma GCC unroll 4
+    __m256i acc[PIXELS][2], narrow[PIXELS][2];
+#pragma GCC unroll 6
     for (int p = 0; p < P; p++) acc[p][0] = acc[p][1] = _mm256_setzero_si256();
     for (int64_t i = 0; i < row->count; i++, levels += 128 * groups) {
         if (mode != NARROW) {
             multiply_groups(acc, first + row->offsets[i], step, levels, groups, P, mode);
             continue;
         }
-#pragma GCC unroll 4
+#pragma GCC unroll 6
         for (int p = 0; p < P; p++) narrow[p][0] = narrow[p][1] = _mm256_setzero_si256();
         multiply_groups(narrow, first + row->offsets[i], step, levels, groups, P, mode);
-#pragma GCC unroll 4
+#pragma GCC unroll 6
         for (int p = 0; p < P; p++)
             for (int v = 0; v < 2; v++)
                 acc[p][v] = _mm256_add_epi32(acc[p][v], _mm256_madd_epi16(narrow[p][v], _mm256_set1_epi16(1)));
@@ -74,22 +85,34 @@ INLINE void tile(const Row *row, int64_t block, int half, int64_t pixel, const i
     __m256i zero = _mm256_set1_epi32((int)row->act_zero);
     for (int v = 0; v < 2; v++, output += 8) {
         __m256i excess = _mm256_mullo_epi32(totals(row, output), zero);
-#pragma GCC unroll 4
+#pragma GCC unroll 6
         for (int p = 0; p < P; p++) put(row, output, _mm256_sub_epi32(acc[p][v], excess), pixel + p);
     }
 }
 
-INLINE void walk(const Row *row, const int mode) {
+INLINE void walk_by(const Row *row, const int64_t step, const int mode) {
     for (int64_t pixel = 0, size; pixel < row->pixels; pixel += size) {
-        size = row->pixels - pixel >= 4 ? 4 : 1;
+        int64_t rest = row->pixels - pixel;
+        size = rest >= PIXELS ? PIXELS : rest >= REST ? REST : 1;
         for (int64_t block = row->from; block < row->to; block++)
             for (int half = 0; half < 2; half++) {
-                if (size == 4) tile(row, block, half, pixel, 4, mode);
-                else tile(row, block, half, pixel, 1, mode);
+                if (size == PIXELS) tile(row, block, half, pixel, PIXELS, step, mode);
+                else if (size == REST) tile(row, block, half, pixel, REST, step, mode);
+                else tile(row, block, half, pixel, 1, step, mode);
             }
     }
 }
 
+INLINE void walk(const Row *row, const int mode) {
+    int64_t step = row->job->stride_w * row->shape->cell_bytes;
+    if (step == 64) walk_by(row, 64, mode);
+    else if (step == 32) walk_by(row, 32, mode);
+    else walk_by(row, step, mode);
+}
+
+#ifdef __AVXVNNI__
+static void row_of_tiles(const Row *row) { walk(row, FOURS); }
+#else
 static void row_of_tiles(const Row *row) {
     const Job *job = row->job;
     int64_t largest = job->act_max * -level_least(job->bits);
@@ -97,3 +120,4 @@ static void row_of_tiles(const Row *row) {
     else if (2 * largest <= 32767) walk(row, PAIRS);
     else walk(row, SINGLES);
 }
+#endif

@@ -1,7 +1,7 @@
 /* What this processor can do, and lets a program do: a mask of the bits below. */
 #include <stdint.h>
 
-enum { AVX2 = 1, AVX512 = 2, VNNI = 4, VBMI = 8, AMX = 16 };
+enum { AVX2 = 1, AVX512 = 2, VNNI = 4, VBMI = 8, AMX = 16, AVX_VNNI = 32 };
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -22,6 +22,8 @@ int dmquant_isa(void) {
     uint64_t states = enabled_states();
     int found = 0;
     if ((states & 0x06) == 0x06 && has(b, 5) && has_fma) found |= AVX2;
+    uint32_t more = 0;
+    if (a && __get_cpuid_count(7, 1, &more, &ignored, &ignored, &ignored) && (found & AVX2) && has(more, 4)) found |= AVX_VNNI;
     if (!(found & AVX2) || (states & 0xe6) != 0xe6) return found;
     if (!(has(b, 16) && has(b, 17) && has(b, 30) && has(b, 31))) return found;
     found |= AVX512;

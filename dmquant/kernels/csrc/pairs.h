@@ -1,15 +1,23 @@
-/* Sums of u8 codes times s8 levels by vpmaddubsw and vpmaddwd.
+/* Sums of u8 codes times s8 levels in 256 bits: by vpdpbusd, or where there is none by vpmaddubsw and vpmaddwd.
  *
- * A pair must fit 16 bits: all do but 8-bit codes times 8-bit levels, which are widened before they are multiplied. */
+ * For the latter a pair must fit 16 bits: all do but 8-bit codes times 8-bit levels, which are widened before they are
+ * multiplied. */
 #ifndef DMQUANT_PAIRS_H
 #define DMQUANT_PAIRS_H
 #include <immintrin.h>
 #include "memory.h"
 
-enum { NARROW, PAIRS, SINGLES };   /* what fits 16 bits: a block, a pair, a code */
+enum { NARROW, PAIRS, SINGLES, FOURS };     /* what fits 16 bits: a block, a pair, a code; or vpdpbusd, which asks nothing */
 
 INLINE __m256i dot(__m256i acc, __m256i codes, __m256i levels, const int mode) {
     const __m256i ones = _mm256_set1_epi16(1);
+#ifdef __AVXVNNI__
+    if (mode == FOURS) {
+        /* inline assembly: as an intrinsic, gcc copies every accumulator before it adds to it */
+        __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(codes), "x"(levels));
+        return acc;
+    }
+#endif
     if (mode == NARROW) return _mm256_add_epi16(acc, _mm256_maddubs_epi16(codes, levels));
     if (mode == PAIRS) return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, levels), ones));
     /* even channels, then odd ones: 16 bits each */
@@ -20,11 +28,11 @@ INLINE __m256i dot(__m256i acc, __m256i codes, __m256i levels, const int mode) {
 }
 
 /* P cells, `step` bytes apart, against 16 of 32 outputs: levels are [group of four][output][4]. */
-INLINE void multiply_groups(__m256i acc[4][2], const uint8_t *cells, int64_t step, const uint8_t *levels, int64_t groups,
+INLINE void multiply_groups(__m256i acc[][2], const uint8_t *cells, int64_t step, const uint8_t *levels, int64_t groups,
                             const int P, const int mode) {
     for (int64_t g = 0; g < groups; g++, levels += 128) {
         __m256i w0 = _mm256_loadu_si256((const __m256i *)levels), w1 = _mm256_loadu_si256((const __m256i *)(levels + 32));
-#pragma GCC unroll 4
+#pragma GCC unroll 6
         for (int p = 0; p < P; p++) {
             int32_t four;
             memcpy(&four, cells + p * step + 4 * g, 4);

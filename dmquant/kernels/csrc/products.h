@@ -143,6 +143,11 @@ INLINE void multiply_by(const int mode, const uint8_t *codes, int64_t stride, co
 
 static void multiply_block(const uint8_t *codes, int64_t stride, const uint8_t *levels, int64_t depth, int64_t max_code,
                            const int32_t *start, int32_t *sums, int64_t width) {
+#ifdef __AVXVNNI__
+    (void)max_code;
+    multiply_by(FOURS, codes, stride, levels, depth, start, sums, width);
+    return;
+#endif
     if (2 * max_code * 127 <= 32767) multiply_by(PAIRS, codes, stride, levels, depth, start, sums, width);
     else multiply_by(SINGLES, codes, stride, levels, depth, start, sums, width);
 }
