@@ -75,17 +75,20 @@ LAYOUTS = {
     "steps": (layout.to_steps, layout.from_steps),
 }
 LUT = {"max_weight_bits": 2, "max_act_bits": 6}
-OF_256 = ("avxvnni", "avx2")
+WINOGRAD = {"max_weight_bits": 4, "max_act_bits": 5, "windows": ((3, 3, 1, 1),), "blocks": (64,)}
+OF_256 = ("winograd2", "avxvnni", "avx2")
+FLAGS_AVX_VNNI = (*FLAGS_256, "-mavxvnni")
 FLAGS_AMX, FLAGS_VNNI = (*FLAGS_512, "-mamx-tile", "-mamx-int8"), (*FLAGS_512, "-mavx512vnni")
 KERNELS = (
     Kernel("amx", AVX512 | AMX, FLAGS_AMX, blocks=(64,), outdoes=("winograd", "lut2", *OF_256, "scalar"), must_ask=True),
     Kernel(
         "lut", AVX512 | VNNI | VBMI, (*FLAGS_VNNI, "-mavx512vbmi"), **LUT, layout="nibbles", outdoes=("lut2", *OF_256, "scalar"),
     ),
-    Kernel("winograd", AVX512 | VNNI, FLAGS_VNNI, max_weight_bits=4, max_act_bits=5, blocks=(64,), windows=((3, 3, 1, 1),)),
+    Kernel("winograd", AVX512 | VNNI, FLAGS_VNNI, **WINOGRAD, outdoes=("winograd2",)),
     Kernel("vnni", AVX512 | VNNI, FLAGS_VNNI, outdoes=(*OF_256, "scalar")),
     Kernel("lut2", AVX2, FLAGS_256, **LUT, layout="nibbles by group", outdoes=("scalar",)),
-    Kernel("avxvnni", AVX2 | AVX_VNNI, (*FLAGS_256, "-mavxvnni"), outdoes=("avx2", "scalar"), source="avx2"),
+    Kernel("winograd2", AVX2 | AVX_VNNI, FLAGS_AVX_VNNI, **WINOGRAD, source="winograd"),
+    Kernel("avxvnni", AVX2 | AVX_VNNI, FLAGS_AVX_VNNI, outdoes=("avx2", "scalar"), source="avx2"),
     Kernel("avx2", AVX2, FLAGS_256, outdoes=("scalar",)),
     Kernel("scalar", is_portable=True),
 )  # fmt: skip

@@ -1,8 +1,8 @@
-/* What the AVX2 kernels share: quantizing eight channels, and the last step for eight outputs. */
+/* What the AVX2 kernels share: quantizing eight channels, and the last step for eight outputs, as in epilogue.h. */
 #ifndef DMQUANT_HALF_H
 #define DMQUANT_HALF_H
 #include <immintrin.h>
-#include "rows.h"
+#include "band.h"
 
 /* All ones in the first `count` of eight lanes. */
 INLINE __m256i lanes(int64_t count) {
@@ -43,31 +43,37 @@ INLINE int32_t sum_eight(__m256i v) {
     return sum;
 }
 
-/* acc: sums of level * a of outputs first..first+8, but for the shift. */
-INLINE void put(const Row *row, int64_t first, __m256i acc, int64_t pixel) {
-    const Job *job = row->job;
-    int64_t rest = job->outputs - first, at = row->plane * job->outputs + first;
-    if (rest <= 0) return;
-    __m256i mask = lanes(rest);
+typedef struct {
+    __m256i mask;
+    __m256 scale, bias;
+    __m256i excess, shift;          /* what codes add too much: zero point times total; what each a adds too much */
+    int is_shifted, is_added;       /* to what an earlier plane wrote */
+    const float *residual, *out;    /* of the whole image; no residual, or not yet: NULL */
+} Outputs;
+
+INLINE Outputs outputs_of(const Job *job, int64_t plane, int64_t first, float act_scale, float act_zero, const float *bias) {
+    Outputs o = {.is_shifted = job->zero != NULL, .is_added = plane > 0, .out = job->out};
+    int64_t at = plane * job->outputs + first;
+    o.residual = plane == job->planes - 1 ? job->residual : NULL;
+    o.mask = lanes(job->outputs - first);
+    o.scale = _mm256_maskload_ps(job->scale + at, o.mask);
+    o.scale = _mm256_mul_ps(o.scale, _mm256_set1_ps(job->halves ? act_scale * 0.5f : act_scale));
+    o.bias = bias ? _mm256_maskload_ps(bias + first, o.mask) : _mm256_setzero_ps();
+    o.excess = _mm256_maskload_epi32(job->total + at, o.mask);
+    o.excess = _mm256_mullo_epi32(o.excess, _mm256_set1_epi32((int)act_zero));
+    o.shift = _mm256_setzero_si256();
     if (job->zero) {
-        __m256 step = _mm256_set1_ps((float)level_step(job->bits)), lowest = _mm256_set1_ps((float)level_least(job->bits));
-        __m256i shift = _mm256_cvtps_epi32(_mm256_fmadd_ps(_mm256_maskload_ps(job->zero + first, mask), step, lowest));
-        acc = _mm256_sub_epi32(acc, _mm256_mullo_epi32(shift, _mm256_set1_epi32(row->box[pixel])));
+        __m256 zero = _mm256_maskload_ps(job->zero + first, o.mask), step = _mm256_set1_ps((float)level_step(job->bits));
+        o.shift = _mm256_cvtps_epi32(_mm256_fmadd_ps(zero, step, _mm256_set1_ps((float)level_least(job->bits))));
     }
-    __m256 scale = _mm256_maskload_ps(job->scale + at, mask);
-    scale = _mm256_mul_ps(scale, _mm256_set1_ps(job->halves ? row->act_scale * 0.5f : row->act_scale));
-    float *out = row->out + pixel * job->outputs + first;
-    __m256 before = row->plane ? _mm256_maskload_ps(out, mask) : _mm256_setzero_ps();
-    if (!row->plane && row->bias) before = _mm256_maskload_ps(row->bias + first, mask);
-    __m256 value = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc), scale, before);
-    const float *residual = residual_at(job, row->plane, out);
-    if (residual) value = _mm256_add_ps(value, _mm256_maskload_ps(residual, mask));
-    _mm256_maskstore_ps(out, mask, value);
+    return o;
 }
 
-INLINE __m256i totals(const Row *row, int64_t first) {
-    int64_t rest = row->job->outputs - first;
-    if (rest <= 0) return _mm256_setzero_si256();
-    return _mm256_maskload_epi32(row->job->total + row->plane * row->job->outputs + first, lanes(rest));
+INLINE void put(const Outputs *o, __m256i acc, const int32_t *box, float *out) {
+    if (o->is_shifted) acc = _mm256_sub_epi32(acc, _mm256_mullo_epi32(o->shift, _mm256_set1_epi32(*box)));
+    __m256 before = o->is_added ? _mm256_maskload_ps(out, o->mask) : o->bias;
+    __m256 value = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc), o->scale, before);
+    if (o->residual) value = _mm256_add_ps(value, _mm256_maskload_ps(o->residual + (out - o->out), o->mask));
+    _mm256_maskstore_ps(out, o->mask, value);
 }
 #endif

@@ -5,6 +5,7 @@
 #define CELL 4
 #define ALWAYS_SUMS(job) 1
 #include "half.h"
+#include "rows.h"
 
 /* Entry e of a table sums the channels over the bits of e; a shuffle by a negative byte gives zero. Two groups of four. */
 INLINE __m256i tabulate(__m256i all) {
@@ -113,12 +114,13 @@ INLINE void accumulate(const Row *row, const uint8_t *nibbles, const uint8_t *fi
 /* From sums of codes whose bit is set: level = 2 * sum of 2^bit - top, and a = code - zero. */
 INLINE void finish(const Row *row, int64_t block, int64_t pixel, const int32_t sums[OUTPUTS]) {
     int32_t top = (1 << row->job->bits) - 1, inputs = (int32_t)(row->job->channels * row->shape->taps);
-    int32_t zero = (int32_t)row->act_zero;
-    __m256i rest = _mm256_set1_epi32(top * (inputs * zero + row->box[pixel]));
-    for (int v = 0; v < OUTPUTS; v += 8) {
-        __m256i excess = _mm256_mullo_epi32(totals(row, block * OUTPUTS + v), _mm256_set1_epi32(zero));
+    const int32_t *box = row->box + pixel;
+    __m256i rest = _mm256_set1_epi32(top * (inputs * (int32_t)row->act_zero + *box));
+    for (int64_t v = 0, output = block * OUTPUTS; v < OUTPUTS; v += 8, output += 8) {
+        Outputs o = outputs_of(row->job, row->plane, output, row->act_scale, row->act_zero, row->bias);
         __m256i twice = _mm256_slli_epi32(_mm256_loadu_si256((const __m256i *)(sums + v)), 1);
-        put(row, block * OUTPUTS + v, _mm256_sub_epi32(twice, _mm256_add_epi32(excess, rest)), pixel);
+        twice = _mm256_sub_epi32(twice, _mm256_add_epi32(o.excess, rest));
+        put(&o, twice, box, row->out + pixel * row->job->outputs + output);
     }
 }
 

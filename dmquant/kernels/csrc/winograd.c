@@ -1,23 +1,25 @@
 /* 3x3 convolutions at stride 1 by Winograd's F(2x2, 3x3) in whole numbers, and vpdpbusd: 16 products instead of 36 for a
- * square of 2 x 2 outputs. Needs AVX-512 F, BW, VL, DQ and VNNI.
+ * square of 2 x 2 outputs. Needs AVX-512 F, BW, VL, DQ and VNNI, or AVX2, FMA and AVX-VNNI.
  *
  * With d the 4 x 4 codes under a square and g the 3 x 3 levels (Lavin and Gray 2016, with their G doubled)
  *   V = B^T d B,  U = (2 G) g (2 G)^T,  and A^T (sum of U * V over the channels) A is 4 times what is wanted,
  * all of it whole. With weights of up to 4 bits |U| <= 72, with activations of up to 5 |V| <= 124: both are bytes. Where an image
  * ends within a square, what is read beyond it reaches no output that is kept. */
 #define POSITIONS 16                /* of U and V: four lines of four */
-#define UNIT 16                     /* squares that are multiplied at a time, 8 x 32 outputs of each position in registers */
 #define OFFSET 128                  /* is added to V, which vpdpbusd takes unsigned, and taken off the sums again */
-#define LEVELS_BYTES 2048           /* of 32 outputs and 64 channels */
 #define TOTALS_BYTES (POSITIONS * 32 * 4)
 #define EXPANDED_BYTES(s) (POSITIONS * (s).channel_blocks * LEVELS_BYTES + TOTALS_BYTES)
 #define WEIGHTS_BYTES (512 << 10)
 #define CELLS_BYTES (5 << 19)       /* U is made anew for each band: few are better than small ones */
 #define BAND_STEP 2
 #define GROWTH 5                    /* V is four times the cells */
-#include "codes512.h"
-#include "epilogue.h"
-#include "fours.h"
+
+#include "squares.h"
+
+#define BYTES (int64_t)sizeof(Vector)
+#define INTS (BYTES / 4)
+#define PARTS (128 / BYTES)         /* of the levels of 32 outputs and four channels */
+#define PRODUCTS (32 * UNIT)        /* of a position */
 
 typedef struct {
     int32_t position, image;        /* of its first cell, in cells */
@@ -50,29 +52,30 @@ typedef struct {
     const Band *band;
     const Square *squares;
     int64_t count, block;
-    const uint8_t *v, *u;           /* u: [position][channel block][levels], then sums of U for each position and output */
+    const uint8_t *v, *u;           /* u: [position][channel block][levels], then what sums start with */
 } Unit;
 
-INLINE __m512i plus(__m512i a, __m512i b) { return _mm512_add_epi8(a, b); }
-INLINE __m512i minus(__m512i a, __m512i b) { return _mm512_sub_epi8(a, b); }
+INLINE Vector plus(Vector a, Vector b) { return OF(add_epi8)(a, b); }
+INLINE Vector minus(Vector a, Vector b) { return OF(sub_epi8)(a, b); }
+INLINE Vector sum_of(Vector a, Vector b) { return OF(add_epi32)(a, b); }
+INLINE Vector difference(Vector a, Vector b) { return OF(sub_epi32)(a, b); }
 
-/* V of one square and 64 channels. `row`: bytes from one row of cells to the next. */
+/* V of one square and BYTES channels. `row`: bytes from one row of cells to the next. */
 INLINE void transform_square(const uint8_t *cells, int64_t row, uint8_t *v, int64_t step) {
-    const __m512i offset = _mm512_set1_epi8((char)OFFSET);
-    __m512i d[4][4];
+    const Vector offset = OF(set1_epi8)((char)OFFSET);
+    Vector d[4][4];
 #pragma GCC unroll 4
-    for (int x = 0; x < 4; x++) {
-        __m512i a = _mm512_loadu_si512(cells + x * 64), b = _mm512_loadu_si512(cells + row + x * 64);
-        __m512i c = _mm512_loadu_si512(cells + 2 * row + x * 64), e = _mm512_loadu_si512(cells + 3 * row + x * 64);
+    for (int x = 0; x < 4; x++, cells += 64) {
+        Vector a = get(cells), b = get(cells + row), c = get(cells + 2 * row), e = get(cells + 3 * row);
         d[0][x] = minus(a, c), d[1][x] = plus(b, c), d[2][x] = minus(c, b), d[3][x] = minus(b, e);
     }
 #pragma GCC unroll 4
     for (int y = 0; y < 4; y++, v += 4 * step) {
-        __m512i *a = d[y];
-        _mm512_store_si512(v, plus(minus(a[0], a[2]), offset));
-        _mm512_store_si512(v + step, plus(plus(a[1], a[2]), offset));
-        _mm512_store_si512(v + 2 * step, plus(minus(a[2], a[1]), offset));
-        _mm512_store_si512(v + 3 * step, plus(minus(a[1], a[3]), offset));
+        Vector *a = d[y];
+        keep_at(v, plus(minus(a[0], a[2]), offset));
+        keep_at(v + step, plus(plus(a[1], a[2]), offset));
+        keep_at(v + 2 * step, plus(minus(a[2], a[1]), offset));
+        keep_at(v + 3 * step, plus(minus(a[1], a[3]), offset));
     }
 }
 
@@ -83,7 +86,7 @@ static void transform_cells(const Band *band, const Square *squares, int64_t cou
         uint8_t *v = band->scratch->arranged + i / UNIT * unit_bytes(s) + i % UNIT * 64;
         const uint8_t *cells = band->scratch->cells + (int64_t)squares[i].position * 64;
         for (int64_t k = 0; k < s->channel_blocks; k++, cells += s->plane_bytes, v += UNIT * 64)
-            transform_square(cells, row, v, step);
+            for (int64_t c = 0; c < 64; c += BYTES) transform_square(cells + c, row, v + c, step);
     }
 }
 
@@ -108,40 +111,51 @@ static int64_t arrange(const Band *band) {
     return count;
 }
 
-/* U of 16 outputs and four channels from their nine levels. */
-INLINE void transform_levels(const __m512i g[9], __m512i u[POSITIONS]) {
-    __m512i t[3][4];
+/* U from nine levels each. */
+INLINE void transform_levels(const Vector g[9], Vector u[POSITIONS]) {
+    Vector t[3][4];
 #pragma GCC unroll 3
     for (int y = 0; y < 3; y++) {
-        __m512i ends = plus(g[3 * y], g[3 * y + 2]);
+        Vector ends = plus(g[3 * y], g[3 * y + 2]);
         t[y][0] = plus(g[3 * y], g[3 * y]), t[y][3] = plus(g[3 * y + 2], g[3 * y + 2]);
         t[y][1] = plus(ends, g[3 * y + 1]), t[y][2] = minus(ends, g[3 * y + 1]);
     }
 #pragma GCC unroll 4
     for (int x = 0; x < 4; x++) {
-        __m512i ends = plus(t[0][x], t[2][x]);
+        Vector ends = plus(t[0][x], t[2][x]);
         u[x] = plus(t[0][x], t[0][x]), u[12 + x] = plus(t[2][x], t[2][x]);
         u[4 + x] = plus(ends, t[1][x]), u[8 + x] = minus(ends, t[1][x]);
     }
 }
 
-/* U of 32 outputs, from `bits` masks of 64 bits for each tap and line of 64 bytes. */
+/* BYTES of U at each position, from `bits` masks of each tap; also added to the sums of that position. */
+INLINE void expand_part(const uint8_t *masks, int64_t tap, const int64_t bits, uint8_t *out, int64_t step, Vector *total) {
+    Vector g[9], u[POSITIONS];
+#pragma GCC unroll 9
+    for (int i = 0; i < 9; i++) g[i] = levels_of(masks + i * tap, bits);
+    transform_levels(g, u);
+#pragma GCC unroll 16
+    for (int i = 0; i < POSITIONS; i++) {
+        keep_at(out + i * step, u[i]);
+        total[i] = add_bytes(total[i], u[i]);
+    }
+}
+
+/* U of 32 outputs, of each 64 of which lie `bits` masks of 64 bits for each tap; then -OFFSET times its sums. */
 INLINE void expand_block(const Shape *s, const uint8_t *masks, const int64_t bits, uint8_t *out) {
     const int64_t tap = LEVELS_BYTES / 8 * bits, step = s->channel_blocks * LEVELS_BYTES;
-    const __m512i ones = _mm512_set1_epi8(1);
-    __m512i g[9], u[POSITIONS], total[POSITIONS][2] = {{{0}}};
+    Vector total[PARTS][POSITIONS];
+    memset(total, 0, sizeof total);
     for (int64_t k = 0; k < s->channel_blocks; k++, masks += 8 * tap)
-        for (int64_t line = 0; line < LEVELS_BYTES; line += 64, masks += 8 * bits, out += 64) {
-#pragma GCC unroll 9
-            for (int i = 0; i < 9; i++) g[i] = levels_of(masks + i * tap, bits);
-            transform_levels(g, u);
-#pragma GCC unroll 16
-            for (int i = 0; i < POSITIONS; i++) {
-                _mm512_store_si512(out + i * step, u[i]);
-                DOT(total[i][line / 64 % 2], ones, u[i]);
+        for (int64_t at = 0; at < LEVELS_BYTES; at += 128, masks += 16 * bits, out += 128)
+#pragma GCC unroll 4
+            for (int i = 0; i < PARTS; i++) {
+                int64_t byte = i * BYTES;
+                expand_part(masks + byte / 64 * 8 * bits + byte % 64 / 8, tap, bits, out + byte, step, total[i]);
             }
-        }
-    memcpy(out + (POSITIONS - 1) * step, total, TOTALS_BYTES);
+    out += (POSITIONS - 1) * step;
+    for (int i = 0; i < POSITIONS * PARTS; i++)
+        keep_at(out + i * BYTES, OF(mullo_epi32)(total[i % PARTS][i / PARTS], OF(set1_epi32)(-OFFSET)));
 }
 
 static const uint8_t *expand(const Job *job, const Shape *s, const uint8_t *plane, int64_t from, int64_t to, uint8_t *weights) {
@@ -149,83 +163,71 @@ static const uint8_t *expand(const Job *job, const Shape *s, const uint8_t *plan
     for (int64_t block = from; block < to; block++) {
         uint8_t *out = weights + (block - from) * s->weight_bytes;
         if (job->bits == 1) expand_block(s, plane + block * packed_bytes, 1, out);
+        else if (job->bits == 4) expand_block(s, plane + block * packed_bytes, 4, out);
         else expand_block(s, plane + block * packed_bytes, job->bits, out);
     }
     return weights;
 }
 
-/* Products are [position of the line][16 outputs: first, last][square][output]. */
-#define PRODUCTS (32 * UNIT)
-
+/* The sums of U * V at the four positions of a line. */
 static void multiply_line(const Unit *unit, int64_t line, int32_t *products) {
     const Shape *s = unit->band->shape;
-    int64_t blocks = s->channel_blocks;
-    const uint8_t *totals = unit->u + POSITIONS * blocks * LEVELS_BYTES;
+    int64_t blocks = s->channel_blocks, step = blocks * LEVELS_BYTES;
+    const int32_t *start = (const int32_t *)(unit->u + POSITIONS * step);
     for (int64_t i = 4 * line; i < 4 * line + 4; i++, products += PRODUCTS)
-        for (int64_t first = 0; first < unit->count; first += 8) {
-            const uint8_t *v = unit->v + i * position_bytes(s) + first * 64, *u = unit->u + i * blocks * LEVELS_BYTES;
-            __m512i acc[8][2], low = _mm512_load_si512(totals + 128 * i), high = _mm512_load_si512(totals + 128 * i + 64);
-            low = _mm512_mullo_epi32(low, _mm512_set1_epi32(-OFFSET));
-            high = _mm512_mullo_epi32(high, _mm512_set1_epi32(-OFFSET));
-#pragma GCC unroll 8
-            for (int p = 0; p < 8; p++) acc[p][0] = low, acc[p][1] = high;
-            for (int64_t k = 0; k < blocks; k++, v += UNIT * 64, u += LEVELS_BYTES) multiply_groups(acc, v, 64, u, 16, 8);
-#pragma GCC unroll 8
-            for (int p = 0; p < 8; p++) {
-                _mm512_store_si512(products + (first + p) * 16, acc[p][0]);
-                _mm512_store_si512(products + 256 + (first + p) * 16, acc[p][1]);
-            }
-        }
+        for (int64_t first = 0; first < unit->count; first += TILE)
+            multiply_tile(unit->v + i * position_bytes(s) + first * 64, unit->u + i * step, blocks, start + 32 * i,
+                          products + 16 * first);
 }
 
 /* One line of products times A: two columns of outputs. */
-INLINE void fold(const int32_t *products, __m512i z[2]) {
-    __m512i p[4];
-    for (int i = 0; i < 4; i++) p[i] = _mm512_load_si512(products + i * PRODUCTS);
-    z[0] = _mm512_add_epi32(_mm512_add_epi32(p[0], p[1]), p[2]);
-    z[1] = _mm512_sub_epi32(_mm512_sub_epi32(p[1], p[2]), p[3]);
+INLINE void fold(const int32_t *products, Vector z[2]) {
+    Vector a = get(products), b = get(products + PRODUCTS), c = get(products + 2 * PRODUCTS), d = get(products + 3 * PRODUCTS);
+    z[0] = sum_of(sum_of(a, b), c), z[1] = difference(difference(b, c), d);
 }
 
 /* kept: line 1, then lines 1 + 2 and 1 - 2; each has two columns. */
 static void keep_line(const int32_t *products, int32_t *kept, int line) {
-    for (int64_t i = 0; i < PRODUCTS; i += 16) {
-        __m512i z[2];
+    for (int64_t i = 0; i < PRODUCTS; i += INTS, kept += INTS) {
+        Vector z[2];
         fold(products + i, z);
         for (int x = 0; x < 2; x++) {
-            int32_t *at = kept + x * PRODUCTS + i;
-            __m512i first = line == 1 ? _mm512_setzero_si512() : _mm512_load_si512(at);
-            _mm512_store_si512(at, _mm512_add_epi32(first, z[x]));
-            if (line == 2) _mm512_store_si512(at + 2 * PRODUCTS, _mm512_sub_epi32(first, z[x]));
+            Vector first = line == 1 ? OF(set1_epi32)(0) : get(kept + x * PRODUCTS);
+            keep_at(kept + x * PRODUCTS, sum_of(first, z[x]));
+            if (line == 2) keep_at(kept + (2 + x) * PRODUCTS, difference(first, z[x]));
         }
     }
 }
 
-/* The outputs of row y of each square: 0 from line 0 and lines 1 + 2, 1 from line 3 and lines 1 - 2. */
-static void put_row(const Unit *unit, const int32_t *products, const int32_t *kept, int y) {
+/* The outputs of row y of each square, INTS from `output` on: 0 from line 0 and lines 1 + 2, 1 from line 3 and lines 1 - 2. */
+static void put_row(const Unit *unit, const int32_t *products, const int32_t *kept, int y, int64_t output) {
     const Band *band = unit->band;
     const Job *job = band->job;
-    float *out = job->out + output_pixel(job, band->row) * job->outputs;
-    for (int64_t half = 0; half < 2; half++) {
-        int64_t output = unit->block * OUTPUTS + 16 * half, image = -1;
-        Outputs o = {0};
-        for (int64_t i = 0; i < unit->count; i++) {
-            const Square *square = &unit->squares[i];
-            if (y >= square->tall) continue;
-            if (square->image != image) {
-                int64_t n = square->image * job->act_stride;
-                image = square->image;
-                o = outputs_of(job, band->plane, output, job->act_scale[n], job->act_zero[n], bias_of(job, image));
-            }
-            int64_t at = half * 256 + i * 16, pixel = square->pixel + y * job->out_width;
-            __m512i z[2];
-            fold(products + at, z);
-            for (int x = 0; x < square->wide; x++) {
-                __m512i others = _mm512_load_si512(kept + (2 * y + x) * PRODUCTS + at);
-                __m512i sum = y ? _mm512_sub_epi32(others, z[x]) : _mm512_add_epi32(others, z[x]);
-                sum = _mm512_sub_epi32(_mm512_srai_epi32(sum, 2), o.excess);
-                put(&o, sum, band->scratch->box + pixel + x, out + (pixel + x) * job->outputs + output);
-            }
+    float *out = job->out + output_pixel(job, band->row) * job->outputs + output;
+    int64_t image = -1;
+    Outputs o;
+    for (int64_t i = 0; i < unit->count; i++, products += 16, kept += 16) {
+        const Square *square = &unit->squares[i];
+        if (y >= square->tall) continue;
+        if (square->image != image) {
+            int64_t n = square->image * job->act_stride;
+            image = square->image;
+            o = outputs_of(job, band->plane, output, job->act_scale[n], job->act_zero[n], bias_of(job, image));
         }
+        int64_t pixel = square->pixel + y * job->out_width;
+        Vector z[2];
+        fold(products, z);
+        for (int x = 0; x < square->wide; x++, pixel++) {
+            Vector others = get(kept + (2 * y + x) * PRODUCTS), sum = y ? difference(others, z[x]) : sum_of(others, z[x]);
+            put(&o, difference(OF(srai_epi32)(sum, 2), o.excess), band->scratch->box + pixel, out + pixel * job->outputs);
+        }
+    }
+}
+
+static void put_rows(const Unit *unit, const int32_t *products, const int32_t *kept, int y) {
+    for (int64_t at = 0; at < 32; at += INTS) {
+        int64_t first = at / 16 * 16 * UNIT + at % 16;
+        put_row(unit, products + first, kept + first, y, unit->block * OUTPUTS + at);
     }
 }
 
@@ -236,9 +238,9 @@ static void multiply_unit(const Unit *unit) {
     multiply_line(unit, 2, products);
     keep_line(products, kept, 2);
     multiply_line(unit, 0, products);
-    put_row(unit, products, kept, 0);
+    put_rows(unit, products, kept, 0);
     multiply_line(unit, 3, products);
-    put_row(unit, products, kept, 1);
+    put_rows(unit, products, kept, 1);
 }
 
 static void multiply(const Band *band) {
