@@ -9,8 +9,9 @@ and those of the least times (the table) are the ones to read. Float in, float o
 Float weights are not prepacked, which is what torch's eager convolution does; on processors for which MKL is slow the float
 linear layers flatter everybody else.
 
-`--isa avx512` measures as on a processor that has AVX-512 VNNI and no AMX: our kernel for AMX is left out, and oneDNN is told to
-do without. It must be a process of its own, for oneDNN asks once.
+`--isa` measures as on another processor: our kernels that need more are left out, and oneDNN, which multiplies the floats as
+well, is told to do without. avx512 has AVX-512 VNNI and no AMX, avx2vnni AVX-VNNI and no AVX-512 (set ATEN_CPU_CAPABILITY=avx2
+for what else is torch's), avx2 neither. It must be a process of its own, for oneDNN asks once.
 """
 
 import argparse
@@ -32,7 +33,10 @@ from dmquant.formats import Format
 from dmquant.kernels import catalogue, dispatch
 from dmquant.packed import PackedConv2d, empty_layer
 
-ONEDNN_NAMES = {"avx512": "AVX512_CORE_VNNI"}
+ISAS = {  # what oneDNN calls them, and instruction sets that they have not
+    "avx512": ("AVX512_CORE_VNNI", catalogue.AMX), "avx2vnni": ("AVX2_VNNI", catalogue.AVX512),
+    "avx2": ("AVX2", catalogue.AVX512 | catalogue.AVX_VNNI),
+}  # fmt: skip
 BITS = ((1, 4), (1, 5), (1, 6), (2, 4), (4, 4), (8, 8))
 
 
@@ -64,9 +68,10 @@ SHAPES = (
 
 def main() -> None:
     args = parse_arguments()
-    if args.isa:
-        os.environ["ONEDNN_MAX_CPU_ISA"] = ONEDNN_NAMES[args.isa]  # read when oneDNN is first used
-    rows = [measure(shape, args.seconds, without=catalogue.AMX if args.isa else 0) for shape in SHAPES]
+    name, without = ISAS.get(args.isa, ("", 0))
+    if name:
+        os.environ["ONEDNN_MAX_CPU_ISA"] = name  # read when oneDNN is first used
+    rows = [measure(shape, args.seconds, without=without) for shape in SHAPES]
     conditions = {
         "torch": torch.__version__, "threads": torch.get_num_threads(), "load": os.getloadavg(), "kernels": kernels.survey(),
         "isa": args.isa,
@@ -80,7 +85,7 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=3.0, help="of each shape")
-    parser.add_argument("--isa", choices=ONEDNN_NAMES, help="as on a processor of this kind; default: all that this one has")
+    parser.add_argument("--isa", choices=ISAS, help="as on a processor of this kind; default: all that this one has")
     parser.add_argument("-o", "--output", type=Path)
     return parser.parse_args()
 
