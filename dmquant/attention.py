@@ -10,6 +10,7 @@ from dmquant.kernels import attention
 from dmquant.kernels.attention import Products
 
 PLAIN = (AttnProcessor, AttnProcessor2_0)  # the processors whose arithmetic is the one below
+FACTORS = ("query", "key", "probability", "value")
 
 
 class QuantInput(nn.Module):
@@ -73,10 +74,10 @@ class QuantAttention(Products):
 
     def multiply(self, query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
         """softmax(q k^T * scale + mask) v of factors (B, heads, N, C / heads): (B, N, C)."""
-        factors = (self.query, self.key, self.probability, self.value)
+        factors = [self._modules[name] for name in FACTORS]  # to ask a module for its parts by name takes its time
         is_watched = any(factor._forward_hooks or factor._forward_pre_hooks for factor in factors)
         if mask is None and not is_watched:
-            found = attention.run(query, key, value, [factor.input_quantizer for factor in factors], scale)
+            found = attention.run(query, key, value, [factor._modules["input_quantizer"] for factor in factors], scale)
             if found is not None:
                 return found
         scores = self.query(query) @ self.key(key).transpose(-1, -2) * scale

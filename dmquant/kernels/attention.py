@@ -58,7 +58,8 @@ def run(query: Tensor, key: Tensor, value: Tensor, grids: Sequence[nn.Module], s
         return None
     scales, zeros = tables(grids, *query.shape[:2])
     is_compiling = torch.compiler.is_compiling()
-    if not is_compiling and not set(zeros.view(-1).tolist()) <= set(range(1 << grids[0].bits)):
+    distinct = () if is_compiling else set(zeros.view(-1).tolist())
+    if not all(zero.is_integer() and 0 <= zero < 1 << grids[0].bits for zero in distinct):
         return None
     return (attend_op if is_compiling else attend)(query, key, value, scales, zeros, grids[0].bits, scale, variant)
 
