@@ -4,7 +4,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -96,27 +96,27 @@ def fastest(
     images, height, width, channels, outputs = shape
     size = (max(1, min(images, PIXELS // (height * width))), height, width, channels)
     x = (_noise(math.prod(size)) & (1 << format.act_bits) - 1).float().view(size)
-    taken: dict[str, float] = {}
-    for name in (*kernels, *rivals):
-        taken[name] = _seconds(name, format, x, outputs, window, min(taken.values(), default=math.inf))
+    makers = {name: _reference if name == REFERENCE else partial(_product, name) for name in (*kernels, *rivals)}
+    taken = _race({name: make(format, x, outputs, window) for name, make in makers.items()})
     best = min(kernels or rivals, key=taken.__getitem__)
     other = min(rivals or kernels, key=taken.__getitem__)
     return other if taken[other] * MARGIN < taken[best] else best
 
 
 @torch.no_grad()
-def _seconds(name: str, format: Format, x: Tensor, outputs: int, window: tuple[int, ...], best: float) -> float:
-    """The least of some repeats. `best`: of the others so far."""
-    run = _reference(format, x, outputs, window) if name == REFERENCE else _product(name, format, x, outputs, window)
+def _race(runs: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
+    """The least time of each in some rounds: what disturbs one of them for a while disturbs all."""
     clock = time.perf_counter if torch.get_num_threads() > 1 else time.thread_time  # the latter knows nothing of other programs
-    taken = []
-    for _ in range(REPEATS + 1):  # the first one warms up
-        started = clock()
+    for run in runs.values():  # warms up
         run()
-        taken.append(clock() - started)
-        if len(taken) > 1 and min(taken[1:]) > HOPELESS * best:
-            break
-    return min(taken[1:])
+    least = dict.fromkeys(runs, math.inf)
+    for number in range(REPEATS):
+        limit = HOPELESS * min(least.values()) if number > 1 else math.inf
+        for name in [name for name, seconds in least.items() if seconds <= limit]:
+            started = clock()
+            runs[name]()
+            least[name] = min(least[name], clock() - started)
+    return least
 
 
 def _product(kernel: str, format: Format, x: Tensor, outputs: int, window: tuple[int, ...]) -> Callable[[], Tensor]:

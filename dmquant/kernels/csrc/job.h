@@ -2,7 +2,7 @@
  *
  * A weight is a sum over planes of (level - shift) * scale with whole levels and shifts; an activation is a = code - zero. The
  * sum of level * a is a whole number and exact in every kernel, and all kernels end with the same float expression, so they
- * agree bit for bit. The fields mirror the ctypes structure of ops.py. A linear layer is a 1x1 convolution. */
+ * agree bit for bit. The fields are those that ops.py packs. A linear layer is a 1x1 convolution. */
 #ifndef DMQUANT_JOB_H
 #define DMQUANT_JOB_H
 #include <stdint.h>
