@@ -1,0 +1,83 @@
+"""How far a packed denoiser is from the reference for equal inputs, and how far the reference is from itself in another layout.
+
+    python benchmarks/agreement.py runs/all/*-w?a? -o benchmarks/results/agreement.json
+
+Every layer agrees to rounding (tests/kernels/test_agreement.py). Rounding puts a value on the other side of the middle between
+two codes now and then, and from there on two calls part by steps of a grid, whoever made them: with channels last torch adds
+the same products in another order. Relative differences (L2) of answers to noise, at each timestep of a sampler.
+"""
+
+import argparse
+import copy
+import json
+import os
+import statistics
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dmquant import load
+from dmquant.denoiser import find_denoiser
+from dmquant.kernels import fusion
+
+IMAGES = 2
+BOUND = 1e-4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="+", type=Path, help="folders of quantized pipelines")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("-o", "--output", type=Path)
+    args = parser.parse_args()
+    found = {folder.name: measure(folder, args.steps) for folder in args.models}
+    print(table(found))
+    if args.output:
+        args.output.write_text(json.dumps({"torch": torch.__version__, "models": found}, indent=2) + "\n")
+
+
+@torch.no_grad()
+def measure(folder: Path, steps: int) -> dict[str, dict[str, float]]:
+    """Of each variant: median, largest difference, and how many of the steps are within the bound."""
+    pipe, generator = load(str(folder)), torch.Generator().manual_seed(0)
+    reference = find_denoiser(pipe)[1]
+    fusion.unfuse(reference)
+    variants = {"kernels": copy.deepcopy(reference), "kernels, fused": copy.deepcopy(reference)}
+    fusion.fuse(variants["kernels, fused"])
+    shape = (IMAGES, reference.config.in_channels, *[reference.config.sample_size] * 2)
+    apart: dict[str, list[float]] = {}
+    pipe.scheduler.set_timesteps(steps)
+    for timestep in pipe.scheduler.timesteps:
+        x = torch.randn(shape, generator=generator)
+        wanted = answer(reference, x, timestep, "torch")
+        found = {name: answer(model, x, timestep, "c") for name, model in variants.items()}
+        found["torch, channels_last"] = answer(reference, x.contiguous(memory_format=torch.channels_last), timestep, "torch")
+        for name, y in found.items():
+            apart.setdefault(name, []).append(float((y - wanted).norm() / wanted.norm()))
+    return {name: summary(values) for name, values in apart.items()}
+
+
+def answer(model: nn.Module, x: Tensor, timestep: Tensor, kernels: str) -> Tensor:
+    os.environ["DMQUANT_KERNELS"] = kernels  # read where a layer chooses its kernel, at its first call
+    return model(x, timestep).sample
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    return {
+        "median": statistics.median(values), "largest": max(values), "within_bound": sum(value <= BOUND for value in values),
+        "steps": len(values),
+    }  # fmt: skip
+
+
+def table(found: dict[str, dict[str, dict[str, float]]]) -> str:
+    names = list(next(iter(found.values())))
+    lines = ["| model | " + " | ".join(names) + " |", "|---|" + "--:|" * len(names)]
+    for model, row in found.items():
+        cells = (f"{part['median']:.1e} to {part['largest']:.1e} ({part['within_bound']})" for part in map(row.get, names))
+        lines.append(f"| {model} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
