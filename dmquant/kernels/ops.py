@@ -91,8 +91,11 @@ def write(
         height, width, channels, outputs, others, last_width, *window[:5], window[6], out_height, out_width,
         torch.get_num_threads(), epsilon,
     )  # fmt: skip
-    if run(job) != 0:
+    failed = run(job)
+    if failed == 1:
         raise MemoryError(f"no memory for the kernel {kernel}")
+    if failed:
+        raise ValueError(f"the kernel {kernel} is not made for the window {window}")
 
 
 @cache

@@ -23,6 +23,9 @@
 #ifndef EXPANDED_BYTES              /* of an output block as the tiles read it */
 #define EXPANDED_BYTES(s) ((s).channel_blocks * (s).taps * job->block * OUTPUTS)
 #endif
+#ifndef TAKES                       /* whether the kernel is made for such a job */
+#define TAKES(job) 1
+#endif
 #ifndef GROWTH                      /* of cells, where arrange() makes more of them */
 #define GROWTH 1
 #endif
@@ -282,6 +285,7 @@ static int work(const Job *job, const Shape *s, int64_t first, int64_t last, int
 }
 
 int dmquant_run(const Job *job) {
+    if (!TAKES(job)) return 2;
     Shape s = measure(job);
     int64_t rows = job->images * job->out_height;
     int failed = 0;

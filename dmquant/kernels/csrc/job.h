@@ -38,7 +38,7 @@ typedef struct {
     double epsilon;             /* of a layer norm over the channels, before the gain: see token.h; 0: none */
 } Job;
 
-/* 0, or 1 where memory ran out: `out` is then unfinished. */
+/* 0; or 1 where memory ran out, and `out` is unfinished; or 2 where the kernel is not made for such a window. */
 int dmquant_run(const Job *job);
 
 /* Levels of code c: 2 c - (2^bits - 1) up to 2 bits, else c - 2^(bits - 1). */

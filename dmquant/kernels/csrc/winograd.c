@@ -12,6 +12,7 @@
 #define WEIGHTS_BYTES (512 << 10)
 #define CELLS_BYTES (5 << 19)       /* U is made anew for each band: few are better than small ones */
 #define BAND_STEP 2
+#define TAKES(job) ((job)->kernel_h == 3 && (job)->kernel_w == 3 && (job)->stride_h == 1 && (job)->stride_w == 1)
 #define GROWTH 5                    /* V is four times the cells */
 
 #include "squares.h"
