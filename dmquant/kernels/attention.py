@@ -15,16 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from dmquant.kernels import catalogue, pages
-from dmquant.kernels.catalogue import AMX, AVX2, AVX512, AVX_VNNI, FLAGS_256, FLAGS_512, VNNI, Kernel, choice, library
+from dmquant.kernels.catalogue import AMX, AVX2, AVX512, AVX_VNNI, VNNI, Kernel, choice, library
+from dmquant.kernels.catalogue import FLAGS_256, FLAGS_AMX, FLAGS_AVX_VNNI, FLAGS_VNNI
 from dmquant.quantizers.base import FixedGrid, quantize
 from dmquant.quantizers.split import HeadGrids
 from dmquant.quantizers.temporal import TemporalGrid
 
 NAME = "attention"
 VARIANTS = (  # best first
-    Kernel(NAME, AVX512 | AMX, (*FLAGS_512, "-mamx-tile", "-mamx-int8"), must_ask=True),
-    Kernel(NAME, AVX512 | VNNI, (*FLAGS_512, "-mavx512vnni")),
-    Kernel(NAME, AVX2 | AVX_VNNI, (*FLAGS_256, "-mavxvnni")),
+    Kernel(NAME, AVX512 | AMX, FLAGS_AMX, must_ask=True),
+    Kernel(NAME, AVX512 | VNNI, FLAGS_VNNI),
+    Kernel(NAME, AVX2 | AVX_VNNI, FLAGS_AVX_VNNI),
     Kernel(NAME, AVX2, FLAGS_256),
     Kernel(NAME, is_portable=True),
 )
@@ -33,8 +34,6 @@ LARGEST = 2**14  # channels of a head, and keys: three sums of their products fi
 POINTERS = ("query", "key", "value", "out", "grid_scale", "grid_zero")
 STRIDES = tuple(f"{factor}_{step}" for factor in ("query", "key", "value") for step in ("image", "head", "token"))
 NUMBERS = ("images", "heads", "queries", "keys", "channels", *STRIDES, "max_code", "threads")
-
-
 ATTENTION = struct.Struct(f"{len(POINTERS)}P{len(NUMBERS)}qd")  # the structure of csrc/attention.c; the last is the scale
 
 

@@ -19,6 +19,8 @@ AVX2, AVX512, VNNI, VBMI, AMX, AVX_VNNI = (1 << bit for bit in range(6))  # as i
 NAMES = {AVX2: "AVX2", AVX512: "AVX-512", VNNI: "AVX-512 VNNI", VBMI: "AVX-512 VBMI", AMX: "AMX", AVX_VNNI: "AVX-VNNI"}
 FLAGS_256 = ("-mavx2", "-mfma")
 FLAGS_512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512")
+FLAGS_AVX_VNNI = (*FLAGS_256, "-mavxvnni")
+FLAGS_AMX, FLAGS_VNNI = (*FLAGS_512, "-mamx-tile", "-mamx-int8"), (*FLAGS_512, "-mavx512vnni")
 CHOICES = ("auto", "c", "onednn", "torch", gpu.NAME)
 
 
@@ -77,8 +79,6 @@ LAYOUTS = {
 LUT = {"max_weight_bits": 2, "max_act_bits": 6}
 WINOGRAD = {"max_weight_bits": 4, "max_act_bits": 5, "windows": ((3, 3, 1, 1),), "blocks": (64,)}
 OF_256 = ("winograd2", "avxvnni", "avx2")
-FLAGS_AVX_VNNI = (*FLAGS_256, "-mavxvnni")
-FLAGS_AMX, FLAGS_VNNI = (*FLAGS_512, "-mamx-tile", "-mamx-int8"), (*FLAGS_512, "-mavx512vnni")
 KERNELS = (
     Kernel("amx", AVX512 | AMX, FLAGS_AMX, blocks=(64,), outdoes=("winograd", "lut2", *OF_256, "scalar"), must_ask=True),
     Kernel(

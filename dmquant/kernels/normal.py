@@ -21,8 +21,6 @@ VARIANTS = (Kernel("normal", AVX512, FLAGS_512), Kernel("normal", AVX2, FLAGS_25
 ACTIVATIONS = NONE, SILU, GELU, TANH_GELU, GATED = range(5)  # as in csrc/normal.h
 POINTERS = ("x", "beside", "weight", "bias", "gain", "offset", "sums", "factor", "out")
 NUMBERS = ("images", "pixels", "channels", "beside_channels", "groups", "activate", "threads")
-
-
 NORM = struct.Struct(f"{len(POINTERS)}P{len(NUMBERS)}qd")  # the structure of csrc/normal.c; the last is epsilon
 
 

@@ -1,17 +1,8 @@
 /* Cells of u8 codes and weights as s8 levels, for the AVX2 kernels. */
 #ifndef DMQUANT_CODES256_H
 #define DMQUANT_CODES256_H
-#define CELL 1
-#define ALWAYS_SUMS(job) 0
+#include "codes.h"
 #include "half.h"
-
-static void fill(const Job *job, float zero, int64_t k, int64_t count, uint8_t *cells) {
-    int64_t real = least(job->block, job->channels - k * job->block);
-    for (int64_t p = 0; p < count; p++, cells += job->block) {
-        memset(cells, (int)zero, real);
-        memset(cells + real, 0, job->block - real);
-    }
-}
 
 static void build(const Job *job, int64_t n, int64_t k, const float *x, int64_t count, uint8_t *cells, int32_t *sums) {
     Grid grid = grid_of(job, n);

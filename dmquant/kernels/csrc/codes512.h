@@ -1,19 +1,8 @@
 /* Cells of u8 codes and weights as s8 levels, for the AVX-512 kernels. */
 #ifndef DMQUANT_CODES512_H
 #define DMQUANT_CODES512_H
-#define CELL 1
-#define ALWAYS_SUMS(job) 0
 #include <immintrin.h>
-#include "band.h"
-
-static void fill(const Job *job, float zero, int64_t k, int64_t count, uint8_t *cells) {
-    int64_t real = least(job->block, job->channels - k * job->block);
-    /* channels that only fill a block are zero codes: their weights are not */
-    for (int64_t p = 0; p < count; p++, cells += job->block) {
-        memset(cells, (int)zero, real);
-        memset(cells + real, 0, job->block - real);
-    }
-}
+#include "codes.h"
 
 /* 16 channels, clamped before they are rounded: the limits are whole, so the order does not matter, and no integer overflows. */
 INLINE __m512i round_part(const float *x, __mmask16 mask, __m512 inverse, __m512 low, __m512 high) {

@@ -146,10 +146,10 @@ static void multiply_block(const uint8_t *codes, int64_t stride, const uint8_t *
 #ifdef __AVXVNNI__
     (void)max_code;
     multiply_by(FOURS, codes, stride, levels, depth, start, sums, width);
-    return;
-#endif
+#else
     if (2 * max_code * 127 <= 32767) multiply_by(PAIRS, codes, stride, levels, depth, start, sums, width);
     else multiply_by(SINGLES, codes, stride, levels, depth, start, sums, width);
+#endif
 }
 #else
 static void multiply_block(const uint8_t *codes, int64_t stride, const uint8_t *levels, int64_t depth, int64_t max_code,

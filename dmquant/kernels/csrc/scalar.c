@@ -1,16 +1,7 @@
 /* Plain C for any machine: u8 codes times s8 levels, one output block at a time. */
 #include <math.h>
-#define CELL 1
-#define ALWAYS_SUMS(job) 0
+#include "codes.h"
 #include "rows.h"
-
-static void fill(const Job *job, float zero, int64_t k, int64_t count, uint8_t *cells) {
-    int64_t real = least(job->block, job->channels - k * job->block);
-    for (int64_t p = 0; p < count; p++, cells += job->block) {
-        memset(cells, (int)zero, real);
-        memset(cells + real, 0, job->block - real);
-    }
-}
 
 static void build(const Job *job, int64_t n, int64_t k, const float *x, int64_t count, uint8_t *cells, int32_t *sums) {
     float inverse = 1.0f / job->act_scale[n * job->act_stride], zero = job->act_zero[n * job->act_stride];
