@@ -1,10 +1,10 @@
-"""How far a packed denoiser is from the reference for equal inputs, and how far the reference is from itself in another layout.
+"""How far a packed denoiser by kernels is from the same denoiser by torch for equal inputs, at each timestep of a sampler.
 
     python benchmarks/agreement.py runs/all/*-w?a? -o benchmarks/results/agreement.json
 
-Every layer agrees to rounding (tests/kernels/test_agreement.py). Rounding puts a value on the other side of the middle between
-two codes now and then, and from there on two calls part by steps of a grid, whoever made them: with channels last torch adds
-the same products in another order. Relative differences (L2) of answers to noise, at each timestep of a sampler.
+Where torch adds whole numbers (DMQUANT_KERNELS=exact) they should not differ at all. Where it adds floats it rounds, which puts
+a value on the other side of the middle between two codes now and then. From there on two calls part by steps of a grid, whoever
+made them: with channels last torch adds the same products in another order. Relative differences (L2) of answers to noise.
 """
 
 import argparse
@@ -41,20 +41,26 @@ def main() -> None:
 def measure(folder: Path, steps: int) -> dict[str, dict[str, float]]:
     """Of each variant: median, largest difference, and how many of the steps are within the bound."""
     pipe, generator = load(str(folder)), torch.Generator().manual_seed(0)
-    reference = find_denoiser(pipe)[1]
-    fusion.unfuse(reference)
-    variants = {"kernels": copy.deepcopy(reference), "kernels, fused": copy.deepcopy(reference)}
-    fusion.fuse(variants["kernels, fused"])
-    shape = (IMAGES, reference.config.in_channels, *[reference.config.sample_size] * 2)
+    plain = find_denoiser(pipe)[1]
+    fusion.unfuse(plain)
+    models = {(kernels, is_fused): copy.deepcopy(plain) for kernels in ("c", "exact") for is_fused in (False, True)}
+    for (_, is_fused), model in models.items():
+        if is_fused:
+            fusion.fuse(model)
+    shape = (IMAGES, plain.config.in_channels, *[plain.config.sample_size] * 2)
     apart: dict[str, list[float]] = {}
     pipe.scheduler.set_timesteps(steps)
     for timestep in pipe.scheduler.timesteps:
         x = torch.randn(shape, generator=generator)
-        wanted = answer(reference, x, timestep, "torch")
-        found = {name: answer(model, x, timestep, "c") for name, model in variants.items()}
-        found["torch, channels_last"] = answer(reference, x.contiguous(memory_format=torch.channels_last), timestep, "torch")
-        for name, y in found.items():
-            apart.setdefault(name, []).append(float((y - wanted).norm() / wanted.norm()))
+        y = {key: answer(model, x, timestep, key[0]) for key, model in models.items()}
+        in_floats = answer(plain, x, timestep, "torch")
+        last = answer(plain, x.contiguous(memory_format=torch.channels_last), timestep, "torch")
+        pairs = {
+            "whole sums": (y["c", False], y["exact", False]), "whole sums, fused": (y["c", True], y["exact", True]),
+            "float sums, fused": (y["c", True], in_floats), "float sums, torch in another layout": (last, in_floats),
+        }  # fmt: skip
+        for name, (found, wanted) in pairs.items():
+            apart.setdefault(name, []).append(float((found - wanted).norm() / wanted.norm()))
     return {name: summary(values) for name, values in apart.items()}
 
 
@@ -74,7 +80,8 @@ def table(found: dict[str, dict[str, dict[str, float]]]) -> str:
     names = list(next(iter(found.values())))
     lines = ["| model | " + " | ".join(names) + " |", "|---|" + "--:|" * len(names)]
     for model, row in found.items():
-        cells = (f"{part['median']:.1e} to {part['largest']:.1e} ({part['within_bound']})" for part in map(row.get, names))
+        parts = ((part["median"], part["largest"], part["within_bound"]) for part in map(row.get, names))
+        cells = (f"{median:.1e} to {most:.1e} ({count})" if most else f"0 ({count})" for median, most, count in parts)
         lines.append(f"| {model} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

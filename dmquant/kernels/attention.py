@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dmquant.kernels import catalogue, pages
-from dmquant.kernels.catalogue import AMX, AVX2, AVX512, AVX_VNNI, VNNI, Kernel, choice, library
+from dmquant.kernels.catalogue import AMX, AVX2, AVX512, AVX_VNNI, EXACT, VNNI, Kernel, choice, library
 from dmquant.kernels.catalogue import FLAGS_256, FLAGS_AMX, FLAGS_AVX_VNNI, FLAGS_VNNI
 from dmquant.quantizers.base import FixedGrid, quantize
 from dmquant.quantizers.split import HeadGrids
@@ -86,7 +86,7 @@ def chosen(bits: int) -> int | None:
 def candidates() -> tuple[Kernel, ...]:
     """The variants that may be used: plain C saves memory, not time, and has to be asked for."""
     wanted = choice()
-    return tuple(kernel for kernel in VARIANTS if wanted == "c" or wanted == "auto" and not kernel.is_portable)
+    return tuple(kernel for kernel in VARIANTS if wanted == "c" or wanted in ("auto", EXACT.name) and not kernel.is_portable)
 
 
 def survey() -> str:

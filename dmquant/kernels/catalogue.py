@@ -21,7 +21,7 @@ FLAGS_256 = ("-mavx2", "-mfma")
 FLAGS_512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512")
 FLAGS_AVX_VNNI = (*FLAGS_256, "-mavxvnni")
 FLAGS_AMX, FLAGS_VNNI = (*FLAGS_512, "-mamx-tile", "-mamx-int8"), (*FLAGS_512, "-mavx512vnni")
-CHOICES = ("auto", "c", "onednn", "torch", gpu.NAME)
+CHOICES = ("auto", "c", "onednn", "torch", gpu.NAME, "exact")
 
 
 @dataclass(frozen=True)
@@ -93,11 +93,13 @@ KERNELS = (
     Kernel("scalar", is_portable=True),
 )  # fmt: skip
 TRITON = Kernel(gpu.NAME, blocks=(128, 64, 32), layout="steps")
-BY_NAME = {kernel.name: kernel for kernel in (*KERNELS, TRITON)}
+EXACT = Kernel("exact")  # by torch, as exact.py says
+BY_NAME = {kernel.name: kernel for kernel in (*KERNELS, TRITON, EXACT)}
 
 
 def choice() -> str:
-    """DMQUANT_KERNELS: auto (C on a CPU if it compiles, else oneDNN, else torch; Triton on a GPU), or one of them by name."""
+    """DMQUANT_KERNELS: auto (C on a CPU if it compiles, else oneDNN, else torch; Triton on a GPU), or one of them by name; exact is
+    C's arithmetic by torch."""
     value = os.environ.get("DMQUANT_KERNELS") or "auto"
     if value not in CHOICES:
         raise ValueError(f"DMQUANT_KERNELS must be one of {', '.join(CHOICES)}, got {value!r}")

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dmquant.kernels import catalogue, gpu, onednn, ops, pages, trial
+from dmquant.kernels import catalogue, exact, gpu, onednn, ops, pages, trial
 from dmquant.kernels.blocked import Blocked, BlockedCodes
 from dmquant.kernels.catalogue import BY_NAME, KERNELS, choice
 from dmquant.kernels.fused import LAST
@@ -22,7 +22,7 @@ from dmquant.quantizers.temporal import TemporalGrid
 
 DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16, torch.float16)}  # of inputs; no other devices
 LARGEST_SUM = 2**16  # products of an output: 2^16 * 255 * 128 fits 32 bits
-OTHERS = (onednn.NAME, gpu.NAME)  # kernels that are not of C
+OTHERS = (onednn.NAME, gpu.NAME, exact.NAME)  # kernels that are not of C
 LOCK = threading.Lock()  # two threads may call a layer for the first time at once
 
 
@@ -90,7 +90,9 @@ def prepare(layer: nn.Module, x: Tensor) -> None:
 
 
 def choose(layer: nn.Module, x: Tensor, format: trial.Format, window: tuple[int, ...]) -> str:
-    """Who is fastest on the CPU."""
+    """Who is fastest on the CPU, if nobody else was asked for."""
+    if choice() == exact.NAME:
+        return exact.NAME
     ours, shape = tuple(candidates(format, window)), (*as_images(layer, x).shape, layer.weight.shape[0])
     others = () if any(BY_NAME[name].is_wide for name in ours) else tuple(rivals(layer, format, is_alone=not ours))
     return trial.fastest(ours, others, format, shape, window, torch.get_num_threads())
@@ -182,7 +184,8 @@ def run_fused(layer: nn.Module, x: Tensor, around: Around = NOTHING, out: Tensor
 def apply(layer: nn.Module, blocked: Blocked, x: Tensor, around: Around = NOTHING, out: Tensor | None = None) -> Tensor:
     """The output of a layer by the kernel that its weight is arranged for."""
     if blocked.kernel in OTHERS or isinstance(layer, nn.Conv1d) or torch.compiler.is_compiling():
-        return apply_operator(layer, blocked, x, around)
+        made = apply_operator(layer, blocked, x, around)
+        return made if out is None else out.copy_(made)
     weight, grid = layer._modules["weight"], layer._modules["input"]
     act_scale, act_zero = grid_of(grid, x)
     bias = layer._parameters["bias"] if around.bias is None else around.bias

@@ -3,7 +3,7 @@
 import torch
 
 from dmquant.kernels import attention, catalogue, gpu, onednn, trial
-from dmquant.kernels.catalogue import KERNELS, choice
+from dmquant.kernels.catalogue import EXACT, KERNELS, choice
 
 
 def survey() -> dict[str, str]:
@@ -23,6 +23,8 @@ def survey() -> dict[str, str]:
     unwanted = f"DMQUANT_KERNELS={wanted}"
     found[onednn.NAME] = onednn.state() if wanted in ("auto", "onednn") else unwanted
     found[gpu.NAME] = survey_gpu() if wanted in ("auto", gpu.NAME) else unwanted
+    slow = f"torch in whole numbers, only with DMQUANT_KERNELS={EXACT.name}"
+    found[EXACT.name] = {EXACT.name: "", "auto": slow}.get(wanted, unwanted)
     found[attention.NAME] = attention.survey()
     return found
 

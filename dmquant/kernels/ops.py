@@ -10,7 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from dmquant.kernels import gpu, onednn, pages
+from dmquant.kernels import exact, gpu, onednn, pages
 from dmquant.kernels.blocking import fill_up
 from dmquant.kernels.catalogue import BY_NAME, library
 from dmquant.kernels.normal import GATED, place
@@ -54,6 +54,9 @@ def multiply(
 
         arguments = (x, weight, total, scale, zero, bias, act_scale, act_zero, format, window)
         return products.multiply(*arguments, gain, offset, factor, residual, bool(activate), zoom)
+    if kernel == exact.NAME:
+        arguments = (x, weight, total, scale, zero, bias, act_scale, act_zero, format, window)
+        return exact.multiply(*arguments, gain, offset, factor, residual, activate, zoom, epsilon, beside)
     x, residual, beside = (None if tensor is None else tensor.contiguous() for tensor in (x, residual, beside))
     out = pages.empty((len(x), *output_size(x, window, zoom), total.shape[1]))
     arguments = (weight, total, scale, zero, bias, act_scale, act_zero, kernel, format, tuple(window), gain, offset, factor)

@@ -208,9 +208,9 @@ def test_a_packed_model_gives_what_the_reference_gives(monkeypatch, has_compiler
     assert error(found, run(copy.deepcopy(packed))) < 1e-4
 
 
-def test_the_choice_is_one_of_five(monkeypatch):
+def test_the_choice_is_one_of_six(monkeypatch):
     monkeypatch.setenv("DMQUANT_KERNELS", "fast")
-    with pytest.raises(ValueError, match="auto, c, onednn, torch, triton"):
+    with pytest.raises(ValueError, match="auto, c, onednn, torch, triton, exact"):
         kernels.survey()
     monkeypatch.setenv("DMQUANT_KERNELS", "torch")
     assert set(kernels.survey().values()) == {"DMQUANT_KERNELS=torch"}

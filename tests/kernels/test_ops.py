@@ -5,14 +5,14 @@ import torch
 from torch import Tensor, nn
 
 from dmquant.kernels import attention, catalogue, dispatch, ops
-from dmquant.kernels.catalogue import BY_NAME, KERNELS
+from dmquant.kernels.catalogue import BY_NAME, EXACT, KERNELS
 from dmquant.packed import PackedConv1d, PackedConv2d, PackedLinear
 from dmquant.packing import pack
 from dmquant.quantizers.base import FixedGrid, quantize
 from dmquant.weights import PackedBases, PackedWeight
 
 # plain C runs everywhere: where it does not compile, these tests fail
-USABLE = [kernel.name for kernel in KERNELS if kernel.is_portable or not catalogue.state(kernel)]
+USABLE = [EXACT.name, *(kernel.name for kernel in KERNELS if kernel.is_portable or not catalogue.state(kernel))]
 
 # channels, outputs, shape of the input behind them, kernel, stride, padding
 CONVOLUTIONS = [

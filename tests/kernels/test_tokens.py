@@ -60,6 +60,19 @@ def test_a_fused_block_gives_what_diffusers_own_gives(kind, is_quantized, has_co
 
 
 @pytest.mark.needs_compiler
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fused_block_answers_bit_for_bit_what_it_answers_where_torch_multiplies(kind, monkeypatch):
+    block, inputs = make(kind)
+    quantize_products(block, lambda heads: fixed(8, 0.02, 100))
+    by_torch = copy.deepcopy(block)
+    for kernels, model in (("c", block), ("exact", by_torch)):
+        monkeypatch.setenv("DMQUANT_KERNELS", kernels)
+        model(**inputs)  # chooses kernels
+        fusion.fuse(model)
+    assert by_torch.can_fuse(**inputs) and torch.equal(block(**inputs), by_torch(**inputs))
+
+
+@pytest.mark.needs_compiler
 @pytest.mark.parametrize("kind", ["to a text", "to itself", "modulated"])
 def test_what_layers_divide_is_divided_after_the_activation(kind):
     block, inputs = make(kind)
