@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "timestep_ratio")  # most denoisers; HiDream; Z-Image; Stable Cascade
+Place = tuple[int, int, Tensor]  # entries before and after, share of the latter (1,)
 NEAREST, LINEAR = LOOKUPS = ("nearest", "linear")  # what a timestep that was not calibrated reads of a table over steps
 
 
@@ -35,6 +36,7 @@ class Clock(nn.Module):
         self.step = torch.zeros(1, dtype=torch.long)
         self.neighbours: tuple[Tensor, Tensor, Tensor] | None = None  # steps before and after, share of the latter; (B,) each
         self.has_warned = False
+        self._shared: tuple[Tensor | None, Place | None] = None, None  # a step, and where its samples are if that is one place
 
     def set(self, timestep: Tensor, batch: int) -> None:
         """Sets the step of every sample from timestep values: one for all, or one each."""
@@ -64,6 +66,26 @@ class Clock(nn.Module):
         if count % len(entries) and count > 1:
             raise ValueError(f"{count} rows cannot be told apart as {len(entries)} samples")
         return entries[:1] if count == 1 else entries.repeat_interleave(count // len(entries))
+
+    def read_shared(self, table: Tensor) -> Tensor | None:
+        """The entry (1,) of a table (S,) if all samples of the running call read the same one, for less than read_table takes. None
+        if they read several, and on a GPU, whose answer would have to be waited for."""
+        if self._shared[0] is not self.step:
+            self._shared = self.step, self._find_shared()
+        place = self._shared[1]
+        if place is None:
+            return None
+        before, after, share = place
+        entry = table[before : before + 1]
+        return entry if before == after else torch.lerp(entry, table[after : after + 1], share.to(table.dtype))
+
+    def _find_shared(self) -> Place | None:
+        before, after, share = parts = self.neighbours or (self.step, self.step, torch.zeros(1))
+        if self.step.device.type != "cpu" or any(bool((part != part[0]).any()) for part in parts):
+            return None
+        if share[0] in (0, 1):  # at a calibrated timestep
+            before = after = after if share[0] else before
+        return int(before[0]), int(after[0]), share[:1]
 
     def _find_neighbours(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ordered, order = self.timesteps.sort()

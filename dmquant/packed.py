@@ -8,7 +8,6 @@ the model computes in; a cast would move the grid.
 from collections import Counter
 from collections.abc import Sequence
 from copy import copy, deepcopy
-from functools import reduce
 from itertools import accumulate, chain, count
 
 import torch
@@ -73,11 +72,7 @@ def run_parts(layer: PackedConv1d | PackedConv2d, pieces: Sequence[Tensor]) -> T
     """conv(cat(a, b)) = conv_a(a) + conv_b(b): each part of the input meets its own codes. None where no kernel multiplies."""
     if not isinstance(layer.weight, PackedWeight) or layer.groups > 1 or torch.compiler.is_compiling():
         return None
-    pairs = list(zip(slices_of(layer), pieces, strict=True))
-    outputs = [kernels.run_divided(part, piece) for part, piece in pairs]
-    if all(output is None for output in outputs):
-        return None
-    return reduce(torch.add, (part(piece) if output is None else output for output, (part, piece) in zip(outputs, pairs)))
+    return kernels.run_sum(slices_of(layer), pieces)
 
 
 def slices_of(layer: PackedConv1d | PackedConv2d) -> list[nn.Module]:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from dmquant.clock import Clock, Timed, attach, detach
+from dmquant.clock import LOOKUPS, Clock, Timed, attach, detach
 
 
 class Denoiser(nn.Module):
@@ -75,6 +75,18 @@ def test_a_layer_that_reads_several_rows_per_sample_or_one_for_all_gets_the_entr
     assert clock.read_table(table, 6).tolist() == [3, 3, 3, 2, 2, 2] and clock.read_table(table, 1).tolist() == [3]
     with pytest.raises(ValueError, match="3 rows cannot be told apart as 2 samples"):
         clock.read_table(table, 3)
+
+
+@pytest.mark.parametrize("timestep", [900, 750, 660.5, 300, 10, 0, -3, 1000])
+@pytest.mark.parametrize("lookup", LOOKUPS)
+def test_an_entry_that_all_samples_read_is_read_once_bit_for_bit(lookup, timestep):
+    clock, table = make(lookup).clock, torch.rand(4)
+    clock.set(torch.tensor([0, timestep, 900]), 3)
+    assert clock.read_shared(table) is None
+    clock.set(torch.tensor(timestep), 3)
+    assert torch.equal(clock.read_shared(table).expand(3), clock.read_table(table, 3))
+    clock.set(torch.tensor([300, 300]), 2)
+    assert clock.read_shared(table) == table[2]
 
 
 class Follower(Timed, nn.Module):

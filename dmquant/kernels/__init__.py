@@ -17,7 +17,7 @@ A pipeline that is loaded also gets its blocks fused (fusion.py): norm, activati
 the kernels on the way, and what comes over skips is read where it lies (skips.py).
 """
 
-from dmquant.kernels.dispatch import run, run_divided
+from dmquant.kernels.dispatch import run, run_sum
 from dmquant.kernels.inventory import survey
 
-__all__ = ["run", "run_divided", "survey"]
+__all__ = ["run", "run_sum", "survey"]

@@ -140,7 +140,7 @@ def _rows(grid: nn.Module, images: int, heads: int) -> tuple[Tensor, Tensor]:
     if isinstance(grid, HeadGrids):
         scale, zero = zip(*(_rows(part, images, 1) for part in grid.parts))
         return torch.cat(scale, 1), torch.cat(zero, 1)
-    pair = grid.rows(images) if isinstance(grid, TemporalGrid) else (grid.scale, grid.zero)
+    pair = (grid.row() or grid.rows(images)) if isinstance(grid, TemporalGrid) else (grid.scale, grid.zero)
     scale, zero = (values.reshape(-1, 1).expand(images, heads) for values in pair)
     return scale, zero
 

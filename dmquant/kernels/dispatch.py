@@ -6,7 +6,8 @@ GPU there is one kernel, Triton's.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -39,9 +40,16 @@ def run(layer: nn.Module, x: Tensor) -> Tensor | None:
     return apply(layer, blocked, x)
 
 
-def run_divided(layer: nn.Module, x: Tensor) -> Tensor | None:
-    """The same for an input that is not divided yet: the kernel does it, where it can."""
-    return run_fused(layer, x) if can_fuse(layer, x) else run(layer, layer.divide(x))
+def run_sum(layers: Sequence[nn.Module], pieces: Sequence[Tensor]) -> Tensor | None:
+    """The sum of the outputs of packed layers, each for a piece that is not divided yet; None where the reference has to compute
+    all of them."""
+    pairs = list(zip(layers, pieces, strict=True))
+    if all(can_fuse(layer, piece) for layer, piece in pairs):
+        return reduce(lambda total, pair: run_fused(*pair, Around(residual=total)), pairs, None)
+    outputs = [run(layer, layer.divide(piece)) for layer, piece in pairs]
+    if all(output is None for output in outputs):
+        return None
+    return reduce(torch.add, (layer(piece) if output is None else output for output, (layer, piece) in zip(outputs, pairs)))
 
 
 def is_supported(layer: nn.Module, x: Tensor) -> bool:
@@ -177,7 +185,7 @@ def run_fused(layer: nn.Module, x: Tensor, around: Around = NOTHING, out: Tensor
     """The output of a layer that can be fused; of a linear layer in a tensor that is already there, if it is given."""
     parts = layer._modules
     if isinstance(parts["divide"], Divide):
-        around = _divided(around, parts["divide"].reciprocal, 1 if isinstance(layer, nn.Linear) else len(x))
+        around = around._replace(factor=parts["divide"].reciprocal)
     return apply(layer, parts["weight"].blocked, x, around, out)
 
 
@@ -243,25 +251,11 @@ def share(around: Around, grids: int) -> tuple[int, Around]:
     return images, around
 
 
-def _divided(around: Around, reciprocal: Tensor, images: int) -> Around:
-    """The same on inputs whose channels are divided first, after all that a gain, an offset and an activation do."""
-    if around.gain is not None or around.activate:
-        return around._replace(factor=reciprocal)
-    shape = (images, len(reciprocal))
-    return around._replace(gain=reciprocal.expand(shape).contiguous(), offset=reciprocal.new_zeros(shape))
-
-
 def grid_of(grid: FixedGrid | TemporalGrid, x: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and zero of an input, one each or one for each sample."""
     if not isinstance(grid, TemporalGrid):
         return grid._buffers["scale"], grid._buffers["zero"]
-    scale, zero = grid.rows(len(x))
-    # a GPU is not asked: the answer would be waited for
-    can_ask = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    # samplers call with one timestep for all; one image of many pixels is less work than many of few
-    if can_ask and bool((scale == scale[0]).all() & (zero == zero[0]).all()):
-        return scale[:1], zero[:1]
-    return scale, zero
+    return grid.row() or grid.rows(len(x))  # one image of many pixels is less work than many of few
 
 
 def as_images(layer: nn.Module, x: Tensor, grids: int = 1) -> Tensor:

@@ -25,7 +25,7 @@ def multiply(
 ) -> Tensor:  # fmt: skip
     """As ops.multiply; weights are laid out as for plain C."""
     x = x if beside is None else torch.cat([x, beside], -1)
-    if gain is not None or activate or epsilon > 0:
+    if gain is not None or factor is not None or activate or epsilon > 0:
         x = normal.normalize(x, gain, offset, factor=factor, activate=activate, epsilon=epsilon)
     act_scale, act_zero = (each.view(-1, 1, 1, 1) for each in (act_scale, act_zero))
     bits, halves, act_bits = format

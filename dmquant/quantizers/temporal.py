@@ -103,6 +103,13 @@ class TemporalGrid(FixedGrid, Timed):
         """Scale and zero (count,) for the rows of an input."""
         return self.clock.read_table(self.scale, count), self.clock.read_table(self.zero, count).round()
 
+    def row(self) -> tuple[Tensor, Tensor] | None:
+        """Scale and zero (1,) that all samples of the running call share, if they do and that is known without waiting."""
+        if torch.compiler.is_compiling():
+            return None
+        scale, zero = (self.clock.read_shared(self._buffers[name]) for name in ("scale", "zero"))
+        return None if scale is None else (scale, zero.round())
+
     def forward(self, x: Tensor) -> Tensor:
         scale, zero = (per_sample(rows, x) for rows in self.rows(len(x)))
         return quantize(widen(x), scale, zero, self.bits).sub_(zero).mul_(scale).to(x.dtype)

@@ -8,6 +8,7 @@ from dmquant import kernels
 from dmquant.calibration import Collector
 from dmquant.clock import Clock
 from dmquant.formats import is_kind
+from dmquant.kernels import dispatch
 from dmquant.layers import quantized
 from dmquant.packed import empty_layer, layer_format, pack_layer, restore_float, slices_of
 from dmquant.quantizers.dilated import DILATED, DilatedInput, DilatedWeight
@@ -89,8 +90,9 @@ def test_kernels_multiply_each_part_by_its_own_codes(name, temporal, factor, mon
     assert [part.weight.shape[1] for part in parts] == [5, 3]
     assert all(bool(part.weight.blocked) == has_compiler for part in parts)
     assert slices_of(packed) is parts and all(torch.equal(value, stored[key]) for key, value in packed.state_dict().items())
-    run = kernels.run_divided
-    monkeypatch.setattr(kernels, "run_divided", lambda part, piece: None if part is parts[1] else run(part, piece))
+    run = dispatch.run
+    monkeypatch.setattr(dispatch, "can_fuse", lambda part, piece: False)
+    monkeypatch.setattr(dispatch, "run", lambda part, piece: None if part is parts[1] else run(part, piece))
     monkeypatch.setattr(kernels, "run", lambda layer, x: None)
     assert torch.allclose(packed(x), expected, atol=1e-5 * expected.abs().max().item()), "one part has no kernel"
     packed.weight.codes.zero_()

@@ -27,7 +27,7 @@
 #endif
 #define SLACK 16                    /* cells behind the last one that a wide tile may read and ignore */
 
-INLINE int is_normalized(const Job *job) { return job->gain || job->activate || job->epsilon > 0; }
+INLINE int is_normalized(const Job *job) { return job->gain || job->factor || job->activate || job->epsilon > 0; }
 INLINE int64_t channels_before(const Job *job) { return job->channels - job->beside_channels; }
 /* Whether pixels are written before they become cells: normalized, or in one piece. */
 INLINE int is_prepared(const Job *job) { return is_normalized(job) || (job->beside && channels_before(job) % job->block); }
