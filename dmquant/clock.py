@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "timestep_ratio")  # most denoisers; HiDream; Z-Image; Stable Cascade
-Place = tuple[int, int, Tensor]  # entries before and after, share of the latter (1,)
+Place = tuple[int, int, float]  # entries before and after, share of the latter
 NEAREST, LINEAR = LOOKUPS = ("nearest", "linear")  # what a timestep that was not calibrated reads of a table over steps
 
 
@@ -70,14 +70,18 @@ class Clock(nn.Module):
     def read_shared(self, table: Tensor) -> Tensor | None:
         """The entry (1,) of a table (S,) if all samples of the running call read the same one, for less than read_table takes. None
         if they read several, and on a GPU, whose answer would have to be waited for."""
-        if self._shared[0] is not self.step:
-            self._shared = self.step, self._find_shared()
-        place = self._shared[1]
+        place = self.shared()
         if place is None:
             return None
         before, after, share = place
         entry = table[before : before + 1]
-        return entry if before == after else torch.lerp(entry, table[after : after + 1], share.to(table.dtype))
+        return entry if before == after else torch.lerp(entry, table[after : after + 1], share)
+
+    def shared(self) -> Place | None:
+        """Where in a table all samples of the running call read, if they do so at one place and no GPU has to be asked."""
+        if self._shared[0] is not self.step:
+            self._shared = self.step, self._find_shared()
+        return self._shared[1]
 
     def _find_shared(self) -> Place | None:
         before, after, share = parts = self.neighbours or (self.step, self.step, torch.zeros(1))
@@ -85,7 +89,7 @@ class Clock(nn.Module):
             return None
         if share[0] in (0, 1):  # at a calibrated timestep
             before = after = after if share[0] else before
-        return int(before[0]), int(after[0]), share[:1]
+        return int(before[0]), int(after[0]), float(share[0])
 
     def _find_neighbours(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ordered, order = self.timesteps.sort()

@@ -21,6 +21,7 @@ from dmquant.kernels.dispatch import Around, can_fuse, run_fused, window_of
 from dmquant.kernels.fused import LAST, Fused, images, is_free, is_training, is_watched
 from dmquant.kernels.normal import SILU, moments_of
 from dmquant.kernels.skips import FusedAttnUpBlock2D, FusedCrossAttnUpBlock2D, FusedUpBlock2D
+from dmquant.kernels.times import recall
 from dmquant.kernels.tokens import FusedBasicTransformerBlock, FusedTransformer2DModel, has_plain_products, multiply
 from dmquant.quantizers.split import SplitGrid
 
@@ -36,13 +37,13 @@ class FusedResnetBlock2D(Fused, ResnetBlock2D):
     ) -> Tensor:
         x = input_tensor.contiguous(memory_format=LAST)
         own = self._modules  # to ask a module for its parts by name takes its time
-        time = None if self.time_emb_proj is None else self._embed(temb)
+        time = None if self.time_emb_proj is None else recall(self, temb, lambda: self._embed(temb))
+        is_scaled = self.time_embedding_norm == "scale_shift"
         gain, offset = moments_of(own["norm1"], x, skip)
-        is_shifted = time is not None and self.time_embedding_norm == "default"
-        bias = _sum(own["conv1"]._parameters["bias"], time) if is_shifted else None
+        bias = None if is_scaled else time
         hidden = run_fused(own["conv1"], x, Around(gain, offset, SILU, bias=bias, beside=skip))
         gain, offset = moments_of(own["norm2"], hidden)
-        if time is not None and not is_shifted:
+        if time is not None and is_scaled:
             scale, shift = time.chunk(2, dim=1)
             gain, offset = gain * (1 + scale), offset * (1 + scale) + shift
         residual = x if self.conv_shortcut is None else self._cut_short(x, skip)
@@ -68,13 +69,15 @@ class FusedResnetBlock2D(Fused, ResnetBlock2D):
         return self.conv_shortcut.join(x, skip) if is_cut else run_fused(self.conv_shortcut, x, Around(beside=skip))
 
     def _embed(self, temb: Tensor) -> Tensor:
-        """What the time adds to each channel: (N, O)."""
-        layer = self.time_emb_proj
+        """The bias of the first convolution with what the time adds to it (N, O), or scales and shifts of the second (N, 2 O)."""
+        layer, bias = self.time_emb_proj, self.conv1.bias
         if self.skip_time_act:
-            return layer(temb)
-        if is_watched(self.nonlinearity) or not can_fuse(layer, temb):
-            return layer(self.nonlinearity(temb))
-        return run_fused(layer, temb, Around(activate=SILU))
+            time = layer(temb)
+        elif is_watched(self.nonlinearity) or not can_fuse(layer, temb):
+            time = layer(self.nonlinearity(temb))
+        else:
+            time = run_fused(layer, temb, Around(activate=SILU))
+        return time if bias is None or self.time_embedding_norm == "scale_shift" else bias + time
 
 
 def takes_parts(layer: nn.Module, x: Tensor, skip: Tensor) -> bool:
@@ -155,7 +158,3 @@ def unfuse(denoiser: nn.Module) -> None:
 def _change(denoiser: nn.Module, kinds: dict[type, type]) -> None:
     for module in denoiser.modules():
         module.__class__ = kinds.get(type(module), type(module))
-
-
-def _sum(bias: Tensor | None, time: Tensor) -> Tensor:
-    return time if bias is None else bias + time

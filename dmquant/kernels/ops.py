@@ -79,7 +79,7 @@ def write(
     channels = channels // 2 if activate == GATED else channels + others
     bits, halves, act_bits = format
     (planes, plane_bytes), outputs = weight.shape, total.shape[1]
-    bias_stride, act_stride = outputs if bias is not None and bias.dim() == 2 else 0, act_scale.numel() > 1
+    bias_stride, act_stride = outputs if bias is not None and bias.numel() > outputs else 0, act_scale.numel() > 1
     height, width, last_width = height * zoom, width * zoom, width * zoom
     if window == POINT and zoom == 1:
         if not (act_stride or bias_stride or gain is not None):
