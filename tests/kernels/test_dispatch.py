@@ -141,10 +141,16 @@ def test_each_sample_takes_the_grid_of_its_timestep(shape, steps, has_compiler):
 
 
 @pytest.mark.needs_compiler
-def test_a_kernel_that_is_wrong_is_disabled_with_a_warning(monkeypatch):
+@pytest.mark.parametrize("factor", [1 + 1e-7, torch.nan])
+def test_a_kernel_that_is_wrong_is_disabled_with_a_warning(monkeypatch, factor):
     trial.check.cache_clear()
-    right = trial.ops.multiply
-    monkeypatch.setattr(trial.ops, "multiply", lambda *arguments: right(*arguments) * 1.001)
+    right, calls = trial.ops.multiply, []
+
+    def multiply(*arguments):
+        calls.append(arguments)
+        return right(*arguments) * (1 if len(calls) == 1 else factor)
+
+    monkeypatch.setattr(trial.ops, "multiply", multiply)
     try:
         with pytest.warns(RuntimeWarning, match="is not used: it is wrong by"):
             assert kernels.run(conv(), torch.randn(2, 70, 6, 5)) is None
