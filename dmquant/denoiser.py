@@ -16,6 +16,7 @@ from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFound
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from dmquant import kernels
 from dmquant.errors import DamagedFile, DmquantError, InputError, MissingResource
 from dmquant.folder import find_quantizer, list_components, refuse_foreign_code, refuse_pickles
 from dmquant.silence import loading_quietly
@@ -92,6 +93,7 @@ def locate(model: str | Path | None) -> Path:
 
 def load_folder(folder: Path, *, dtype: torch.dtype | None = None) -> DiffusionPipeline:
     """The pipeline in a local folder, in the dtype given or float32; safetensors and classes of diffusers only."""
+    kernels.choice()  # a name that is none must not come to light when all the work is done
     files = list_components(folder)
     refuse_foreign_code(folder, files)
     refuse_pickles(files)

@@ -181,6 +181,14 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, capsys):
     assert code == 2 and message in err
 
 
+@pytest.mark.parametrize("command", [["quantize", "-o", "new"], ["eval", "-o", "new"], ["sample", "-o", "new.png"], ["doctor"]])
+def test_kernels_that_do_not_exist_are_refused_before_any_work(command, tiny_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("DMQUANT_KERNELS", "fast")
+    code, err = fails(capsys, *command, *([] if command == ["doctor"] else [tiny_folder]))
+    assert code == 2 and "DMQUANT_KERNELS must be one of auto, c, onednn" in err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_run_that_is_there_is_refused_before_any_work(tiny_folder, capsys):
     folder = Path("taken")
     folder.mkdir()

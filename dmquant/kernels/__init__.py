@@ -18,7 +18,8 @@ the kernels on the way, what comes over skips is read where it lies (skips.py), 
 the next batch (times.py).
 """
 
+from dmquant.kernels.catalogue import choice
 from dmquant.kernels.dispatch import run, run_sum
 from dmquant.kernels.inventory import survey
 
-__all__ = ["run", "run_sum", "survey"]
+__all__ = ["choice", "run", "run_sum", "survey"]

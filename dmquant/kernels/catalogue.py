@@ -11,6 +11,7 @@ from functools import cache, partial
 
 from torch import Tensor
 
+from dmquant.errors import InputError
 from dmquant.kernels import blocking, compiler, gpu
 from dmquant.kernels.compiler import CannotCompile
 from dmquant.kernels.gpu import layout
@@ -99,10 +100,10 @@ BY_NAME = {kernel.name: kernel for kernel in (*KERNELS, TRITON, EXACT)}
 
 def choice() -> str:
     """DMQUANT_KERNELS: auto (C on a CPU if it compiles, else oneDNN, else torch; Triton on a GPU), or one of them by name; exact is
-    C's arithmetic by torch."""
+    C's arithmetic by torch. Raises InputError for any other name."""
     value = os.environ.get("DMQUANT_KERNELS") or "auto"
     if value not in CHOICES:
-        raise ValueError(f"DMQUANT_KERNELS must be one of {', '.join(CHOICES)}, got {value!r}")
+        raise InputError(f"DMQUANT_KERNELS must be one of {', '.join(CHOICES)}, got {value!r}")
     return value
 
 
