@@ -41,22 +41,21 @@ def multiply(
     format: bits of a plane, whether scales are halved, bits of activations. window: kernel, stride (both height, width) and
     padding (top, bottom, left, right). act_scale and act_zero hold one value, or one for each image; bias may be (N, O).
     With gain and offset (N, C), f(x * gain + offset) * factor is quantized instead of x: f is an activation of normal.py, factor
-    (C) may be None; with an activation or a factor they may be None themselves. GATED reads x (N, H, W, 2 C). With an epsilon each pixel of x
-    is normalized over its channels first, and nothing activates it. residual, of the output's shape, is added to it. Each pixel
-    is read zoom times zoom times. The channels of `beside` (N, H, W, C') count as if they lay behind those of x, which must not
-    be GATED. oneDNN knows none of these, Triton SiLU alone. x is float32, for Triton half as well.
+    (C) may be None; with an activation or a factor the others may be None. GATED reads x (N, H, W, 2 C). With an epsilon each
+    pixel of x is normalized over its channels first, and nothing activates it. residual, of the output's shape, is added to it.
+    Each pixel is read zoom times zoom times. The channels of `beside` (N, H, W, C') count as if they lay behind those of x, which
+    must not be GATED. oneDNN knows none of these, Triton SiLU alone. x is float32, for Triton half as well.
     """
     _, halves, act_bits = format
     if kernel == onednn.NAME:
         return onednn.multiply(x, weight, scale.view(-1) * (0.5 if halves else 1), bias, act_scale, act_zero, act_bits, window)
+    arguments = (x, weight, total, scale, zero, bias, act_scale, act_zero, format, window, gain, offset, factor, residual)
     if kernel == gpu.NAME:
         from dmquant.kernels.gpu import products  # Triton may be missing, and is slow to import
 
-        arguments = (x, weight, total, scale, zero, bias, act_scale, act_zero, format, window)
-        return products.multiply(*arguments, gain, offset, factor, residual, bool(activate), zoom)
+        return products.multiply(*arguments, bool(activate), zoom)
     if kernel == exact.NAME:
-        arguments = (x, weight, total, scale, zero, bias, act_scale, act_zero, format, window)
-        return exact.multiply(*arguments, gain, offset, factor, residual, activate, zoom, epsilon, beside)
+        return exact.multiply(*arguments, activate, zoom, epsilon, beside)
     x, residual, beside = (None if tensor is None else tensor.contiguous() for tensor in (x, residual, beside))
     out = pages.empty((len(x), *output_size(x, window, zoom), total.shape[1]))
     arguments = (weight, total, scale, zero, bias, act_scale, act_zero, kernel, format, tuple(window), gain, offset, factor)
