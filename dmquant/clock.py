@@ -68,8 +68,10 @@ class Clock(nn.Module):
         return entries[:1] if count == 1 else entries.repeat_interleave(count // len(entries))
 
     def read_shared(self, table: Tensor) -> Tensor | None:
-        """The entry (1,) of a table (S,) if all samples of the running call read the same one, for less than read_table takes. None
-        if they read several, and on a GPU, whose answer would have to be waited for."""
+        """The entry (1,) of a table (S,) if all samples of the running call read the same one, in less time than read_table.
+
+        None if they read several, and on a GPU, whose answer would have to be waited for.
+        """
         place = self.shared()
         if place is None:
             return None

@@ -99,8 +99,10 @@ BY_NAME = {kernel.name: kernel for kernel in (*KERNELS, TRITON, EXACT)}
 
 
 def choice() -> str:
-    """DMQUANT_KERNELS: auto (C on a CPU if it compiles, else oneDNN, else torch; Triton on a GPU), or one of them by name; exact is
-    C's arithmetic by torch. Raises InputError for any other name."""
+    """DMQUANT_KERNELS: auto (C on a CPU if it compiles, else oneDNN, else torch; Triton on a GPU), or one of them by name.
+
+    exact is C's arithmetic by torch. Raises InputError for any other name.
+    """
     value = os.environ.get("DMQUANT_KERNELS") or "auto"
     if value not in CHOICES:
         raise InputError(f"DMQUANT_KERNELS must be one of {', '.join(CHOICES)}, got {value!r}")

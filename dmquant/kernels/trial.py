@@ -44,8 +44,7 @@ class Format(NamedTuple):
 
 @cache
 def check(kernel: str, format: Format, device: torch.device = CPU) -> str:
-    """Empty if the kernel agrees with exact.py on this format, and to the bit if it is of C; otherwise, after a warning, what went
-    wrong."""
+    """Empty if the kernel agrees with exact.py on this format, to the bit if it is of C; after a warning, what went wrong."""
     generator, limit = torch.Generator().manual_seed(0), TOLERANCE if kernel in (onednn.NAME, gpu.NAME) else 0
     sizes = [(window, ODD) for window in WINDOWS if kernel == onednn.NAME or BY_NAME[kernel].is_made_for(window)]
     if device.type == "cuda":
@@ -156,8 +155,8 @@ def _reference(format: Format, x: Tensor, outputs: int, window: tuple[int, ...])
 
 
 def _error(
-    kernel: str, format: Format, window: tuple[int, ...], shape: tuple[int, ...], is_shifted: bool, generator: torch.Generator,
-    device: torch.device,
+    kernel: str, format: Format, window: tuple[int, ...], shape: tuple[int, ...], is_shifted: bool,
+    generator: torch.Generator, device: torch.device,
 ) -> float:  # fmt: skip
     """How far it is from exact.py: shape is (N, H, W, C, O), is_shifted whether zeros of weights are others than in the middle."""
     (height, width), (*size, channels, outputs) = window[:2], shape
