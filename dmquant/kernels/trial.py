@@ -158,7 +158,7 @@ def _error(
     kernel: str, format: Format, window: tuple[int, ...], shape: tuple[int, ...], is_shifted: bool,
     generator: torch.Generator, device: torch.device,
 ) -> float:  # fmt: skip
-    """How far it is from exact.py: shape is (N, H, W, C, O), is_shifted whether zeros of weights are others than in the middle."""
+    """How far it is from exact.py: shape is (N, H, W, C, O), is_shifted whether zeros of weights are not in the middle."""
     (height, width), (*size, channels, outputs) = window[:2], shape
     bits, planes, act_bits = format
     codes = torch.randint(1 << bits * planes, (outputs, channels, height * width), generator=generator).to(device, torch.uint8)
