@@ -75,6 +75,17 @@ def test_the_best_key_may_be_anywhere_and_2_to_the_300_better_than_the_others(pl
         assert error(attention.attend(*arguments, number), attention.reference(*arguments)) < 1e-6
 
 
+def test_a_query_for_which_a_late_key_is_far_better_changes_no_bit_of_another():
+    torch.manual_seed(0)
+    query, key, value = torch.randn(1, 1, 16, 32) / 10, torch.randn(1, 1, 2000, 32), torch.randn(1, 1, 2000, 32)
+    query[:, :, 10], key[:, :, 1995] = 2.9, 2.9
+    scales, zeros = torch.full((4, 1, 1), 6 / 256), torch.full((4, 1, 1), 128.0)
+    scales[2], zeros[2] = 1 / 200000, 0  # codes around 100: shares that differ in their last bit become other codes now and then
+    alone = attention.attend(query[:, :, :10], key, value, scales, zeros, 8, 1.0, USABLE[0])
+    for number in USABLE:
+        assert torch.equal(attention.attend(query, key, value, scales, zeros, 8, 1.0, number)[:, :10], alone)
+
+
 @pytest.mark.parametrize("threads", [2, 3])
 def test_the_number_of_threads_changes_no_bit(threads):
     before, arguments = torch.get_num_threads(), (*factors(2, 3, 40, 50, 24), *grids(2, 3, 8), 8, 0.2)

@@ -141,31 +141,32 @@ static void score(const Attention *a, const Head *head, int64_t i) {
              head->key_start + first, least(CHUNK, a->keys - first), head->sums, head->sum_step);
 }
 
-/* The best scores in chunk i of keys become the pivots of `count` queries, unless they have better ones. */
-static void find_pivots(const Attention *a, const Head *head, float factor, int64_t count, int64_t i) {
-    for (int64_t q = 0; q < count; q++) {
-        float shift = best_of(head->sums + q * head->sum_step, least(CHUNK, a->keys - i * CHUNK)) * factor;
-        head->shifts[q] = i && head->shifts[q] > shift ? head->shifts[q] : shift;
-    }
+/* The best score of a query in chunk i of keys becomes its pivot, unless it has a better one. */
+static void find_pivot(const Attention *a, const Head *head, float factor, int64_t q, int64_t i) {
+    float shift = best_of(head->sums + q * head->sum_step, least(CHUNK, a->keys - i * CHUNK)) * factor;
+    head->shifts[q] = i && head->shifts[q] > shift ? head->shifts[q] : shift;
 }
+
+/* Whether a query's shares are not too large for its pivot. */
+INLINE int is_right(const Head *head, int64_t q) { return sum_lanes(load(head->totals + q * LANES)) < TOO_MUCH; }
 
 /* Shares of `count` queries in all keys, by known pivots or by those of the first chunk. Whether none is too large. */
 static int share(const Attention *a, const Head *head, float factor, int64_t count, int has_pivots) {
     Floats steep = all(factor);
-    int is_right = 1;
+    int are_right = 1;
     memset(head->totals, 0, 4 * ROWS * LANES);
     for (int64_t i = 0; i < head->chunks; i++) {
         int64_t keys = a->keys - i * CHUNK, step = head->sum_step;
         float *shares = head->shares + i * SHARES;
         score(a, head, i);
-        if (!i && !has_pivots) find_pivots(a, head, factor, count, i);
+        for (int64_t q = 0; q < count && !i && !has_pivots; q++) find_pivot(a, head, factor, q, i);
         for (int64_t q = 0; q < count && keys >= CHUNK; q++)
             share_out(head->sums + q * step, steep, head->shifts[q], CHUNK, shares + q * CHUNK, head->totals + q * LANES);
         for (int64_t q = 0; q < count && keys < CHUNK; q++)
             share_out(head->sums + q * step, steep, head->shifts[q], keys, shares + q * CHUNK, head->totals + q * LANES);
     }
-    for (int64_t q = 0; q < count; q++) is_right &= sum_lanes(load(head->totals + q * LANES)) < TOO_MUCH;
-    return is_right;
+    for (int64_t q = 0; q < count; q++) are_right &= is_right(head, q);
+    return are_right;
 }
 
 /* Shares of `count` queries -> codes of their probabilities, in place; the sums of their a. */
@@ -210,7 +211,11 @@ static void attend(const Attention *a, Head *head, int64_t first) {
     factor = factor < 64.0f ? factor : 64.0f;
     unsigned mode = drop_tiny();
     if (!share(a, head, factor, count, 0)) {
-        for (int64_t i = 0; i < head->chunks; i++) score(a, head, i), find_pivots(a, head, factor, count, i);
+        for (int64_t i = 0; i < head->chunks; i++) {
+            score(a, head, i);
+            for (int64_t q = 0; q < count; q++)     /* no query's pivot depends on which others come with it */
+                if (!is_right(head, q)) find_pivot(a, head, factor, q, i);
+        }
         share(a, head, factor, count, 1);
     }
     soften(a, head, count, shifts);
