@@ -5,40 +5,36 @@ and hangs on the tensor from then on. Whatever else a row is made of is looked a
 """
 
 from collections.abc import Callable
+from operator import is_
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from dmquant.kernels.blocked import BlockedCodes
+from dmquant.kernels.blocked import Blocked, BlockedCodes
+from dmquant.kernels.fused import is_watched
 from dmquant.quantizers.temporal import TemporalGrid
 
 MOST = 256  # embeddings of a denoiser: schedules of more timesteps are seldom walked twice
 ROWS = "_dmquant_rows"  # on an embedding: what was kept for it
 
 
-class Kept:
-    """A row (1, O) of a residual block, and what it was made of beside the embedding."""
+class Sources(NamedTuple):
+    """What a row is made of beside the embedding."""
 
-    __slots__ = ("row", "biases", "holder", "weight", "grid", "place", "hooks")
+    place: tuple | None  # in the tables of a temporal grid
+    things: tuple[Blocked | Tensor | None, ...]
+    versions: tuple[int, ...]
 
-    def __init__(self, block: nn.Module, row: Tensor):
-        layer, conv, activation = (block._modules[name] for name in ("time_emb_proj", "conv1", "nonlinearity"))
-        biases = [(part._parameters, part._parameters["bias"]) for part in (layer, conv)]
-        self.biases = [(holder, bias, version_of(bias)) for holder, bias in biases]
-        self.row, self.holder = row.clone(), vars(layer._modules["weight"])
-        self.weight = self.holder.get("blocked")  # made anew when codes are loaded or moved
-        grid = layer._modules["input"]
-        self.grid = grid if isinstance(grid, TemporalGrid) else None
-        self.place = None if self.grid is None else grid.clock.shared()
-        self.hooks = [hooks for part in (layer, activation) for hooks in (part._forward_hooks, part._forward_pre_hooks)]
+    def are(self, others: "Sources") -> bool:
+        is_same = self.place == others.place and self.versions == others.versions
+        return is_same and all(map(is_, self.things, others.things))
 
-    def holds(self) -> bool:
-        for holder, bias, version in self.biases:
-            if holder["bias"] is not bias or version_of(bias) != version:
-                return False
-        is_there = self.grid is None or self.place is not None and self.place == self.grid.clock.shared()
-        return is_there and self.weight is not None and self.weight is self.holder["blocked"] and not any(self.hooks)
+
+class Kept(NamedTuple):
+    row: Tensor  # (1, O)
+    sources: Sources
 
 
 Rows = WeakKeyDictionary[nn.Module, Kept]  # by block
@@ -56,14 +52,13 @@ def recall(block: nn.Module, embedding: Tensor, compute: Callable[[], Tensor]) -
     if version != version_of(embedding):
         rows = find(block, embedding)
         setattr(embedding, ROWS, (version_of(embedding), rows))
-    kept = None if rows is None else rows.get(block)
-    if kept is not None and kept.holds():
-        return kept.row
-    out = compute()
-    if rows is None or not isinstance(block._modules["time_emb_proj"]._modules.get("weight"), BlockedCodes):
-        return out
-    rows[block] = kept = Kept(block, out[:1])
-    return kept.row if kept.holds() else out
+    sources = None if rows is None else sources_of(block)
+    if sources is None:
+        return compute()
+    kept = rows.get(block)
+    if kept is None or not kept.sources.are(sources):
+        kept = rows[block] = Kept(compute()[:1].clone(), sources)
+    return kept.row
 
 
 def find(block: nn.Module, embedding: Tensor) -> Rows | None:
@@ -72,6 +67,18 @@ def find(block: nn.Module, embedding: Tensor) -> Rows | None:
         return None
     name, moments = embedding[:1].detach().numpy().tobytes(), KEPT.setdefault(block, {})
     return moments.setdefault(name, Rows()) if name in moments or len(moments) < MOST else Rows()
+
+
+def sources_of(block: nn.Module) -> Sources | None:
+    """None where nothing may be kept: the layer has no kernel, is watched, or reads the grids of several timesteps."""
+    layer, conv, activation = (block._modules[name] for name in ("time_emb_proj", "conv1", "nonlinearity"))
+    weight, grid = layer._modules.get("weight"), layer._modules.get("input")
+    if not isinstance(weight, BlockedCodes) or weight.blocked is None or is_watched(layer, activation):
+        return None
+    place = grid.clock.shared() if isinstance(grid, TemporalGrid) else ()
+    biases = (layer._parameters["bias"], conv._parameters["bias"])
+    tensors = (*biases, *weight._buffers.values(), *grid._buffers.values())
+    return None if place is None else Sources(place, (weight.blocked, *tensors), tuple(map(version_of, tensors)))
 
 
 def version_of(tensor: Tensor | None) -> int:
