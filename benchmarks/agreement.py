@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from dmquant import load
-from dmquant.denoiser import find_denoiser
-from dmquant.kernels import fusion
+from dmquant.diffusion.pipeline import find_denoiser
+from dmquant.nn.fused import unet
 
 IMAGES = 2
 BOUND = 1e-4
@@ -42,11 +42,11 @@ def measure(folder: Path, steps: int) -> dict[str, dict[str, float]]:
     """Of each variant: median, largest difference, and how many of the steps are within the bound."""
     pipe, generator = load(str(folder)), torch.Generator().manual_seed(0)
     plain = find_denoiser(pipe)[1]
-    fusion.unfuse(plain)
+    unet.unfuse(plain)
     models = {(kernels, is_fused): copy.deepcopy(plain) for kernels in ("c", "exact") for is_fused in (False, True)}
     for (_, is_fused), model in models.items():
         if is_fused:
-            fusion.fuse(model)
+            unet.fuse(model)
     shape = (IMAGES, plain.config.in_channels, *[plain.config.sample_size] * 2)
     apart: dict[str, list[float]] = {}
     pipe.scheduler.set_timesteps(steps)

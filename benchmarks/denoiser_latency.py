@@ -24,12 +24,13 @@ import torch
 from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
-from dmquant import kernels, methods
-from dmquant.attention import quantize_products
-from dmquant.denoiser import ASSETS
-from dmquant.formats import Format
-from dmquant.kernels import fusion
-from dmquant.packed import empty_layer, layers_of, packed_layers
+from dmquant import methods
+from dmquant.diffusion.pipeline import ASSETS
+from dmquant.kernels import status
+from dmquant.nn.attention import quantize_products
+from dmquant.nn.convert import empty_layer, layers_of, packed_layers
+from dmquant.nn.fused import unet as fusion
+from dmquant.nn.scheme import Format
 from dmquant.quantizers.base import FixedGrid
 
 UNETS = {
@@ -88,7 +89,7 @@ def format_of(text: str) -> tuple[int, int]:
 
 def conditions() -> dict[str, object]:
     return {
-        "torch": torch.__version__, "threads": torch.get_num_threads(), "load": os.getloadavg(), "kernels": kernels.survey(),
+        "torch": torch.__version__, "threads": torch.get_num_threads(), "load": os.getloadavg(), "kernels": status.survey(),
         "capability": torch.backends.cpu.get_cpu_capability(),
     }  # fmt: skip
 

@@ -23,9 +23,10 @@ from statistics import mean
 
 import torch
 
-from dmquant import effort, report
-from dmquant.console import say, show_table
-from dmquant.experiments import Experiment, parse_run
+from dmquant.cli.console import say, show_table
+from dmquant.evaluation.reports import report
+from dmquant.evaluation.sweep import Experiment, parse_run
+from dmquant.training import run_cost
 
 RESULT = Path(__file__).parent / "results" / "finetune_cost.json"
 STAGES = ("recording", "calibration", "fine-tuning", "clipping")
@@ -107,7 +108,7 @@ def measure(experiment: Experiment, steps: int, args: argparse.Namespace) -> Poi
 def measure_once(experiment: Experiment, steps: int, seed: int, args: argparse.Namespace) -> Point:
     folder = args.output / f"{experiment.name}-{steps}-seed{seed}"
     where = ["--device", args.device] if args.device else []
-    if not (folder / effort.FILE_NAME).is_file():
+    if not (folder / run_cost.FILE_NAME).is_file():
         method = experiment.method
         chosen = {**method.settings(), "max_steps": steps}
         settings = [part for key, value in chosen.items() for part in ("--set", f"{key}={write(value)}")]
@@ -132,7 +133,7 @@ def run_command(line: list[str]) -> None:
 
 
 def read_point(steps: int, folder: Path, file: Path) -> Point:
-    taken = effort.Effort.load(folder)
+    taken = run_cost.Effort.load(folder)
     keys = ("seconds", "cpu_seconds", "peak_bytes", "added_bytes")
     measured = ({name: getattr(stage, key) for name, stage in taken.stages.items()} for key in keys)
     distance = next(iter(report.Report.load(file).metrics.values()))

@@ -18,11 +18,12 @@ import torch
 from torch import nn
 
 from dmquant import methods
-from dmquant.calibration import observe_inputs, observe_weights
-from dmquant.clock import Clock
-from dmquant.denoiser import find_denoiser, open_pipeline
-from dmquant.distill import Distillation, Training, draw, parameter_groups, start_optimizer
-from dmquant.samples import record
+from dmquant.diffusion.pipeline import find_denoiser, open_pipeline
+from dmquant.diffusion.trajectories import record
+from dmquant.quantizers.timestep_clock import Clock
+from dmquant.training.calibration import observe_inputs, observe_weights
+from dmquant.training.objectives import Distillation
+from dmquant.training.trainer import Training, draw, parameter_groups, start_optimizer
 
 
 def main() -> None:
@@ -58,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def make_step(model: nn.Module, objective: Distillation, training: Training) -> Callable[[int], None]:
-    """A training step of the model, like one turn of `dmquant.distill.fit`."""
+    """A training step of the model, like one turn of `dmquant.training.trainer.fit`."""
     _, optimizer = start_optimizer(parameter_groups(model, training))
 
     def step(number: int) -> None:

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.denoiser_latency import BITS, count_kernels, make_denoiser, pack_randomly
-from dmquant import kernels
-from dmquant.kernels import fusion
-from dmquant.kernels.gpu import graph
+from dmquant.kernels import status
+from dmquant.nn import cuda_graph
+from dmquant.nn.fused import unet
 
 MODELS = ("cifar", "ldm4", "sd15")
 BATCHES = (1, 8, 32)
@@ -77,7 +77,7 @@ def read(file: Path) -> Measured:
 def write(file: Path, rows: Measured) -> None:
     conditions = {
         "device": torch.cuda.get_device_name(), "capability": torch.cuda.get_device_capability(), "torch": torch.__version__,
-        "cuda": torch.version.cuda, "triton": kernels.survey()["triton"] or "in use",
+        "cuda": torch.version.cuda, "triton": status.survey()["triton"] or "in use",
     }  # fmt: skip
     file.parent.mkdir(parents=True, exist_ok=True)
     draft = file.with_suffix(".draft")
@@ -108,12 +108,12 @@ def make_variant(denoiser: nn.Module, variant: str) -> nn.Module:
     """A denoiser on the GPU, as the variant has it."""
     if variant in PACKED:
         denoiser = pack_randomly(denoiser, *PACKED[variant])
-        fusion.fuse(denoiser)
+        unet.fuse(denoiser)
     denoiser = denoiser.eval().to("cuda", torch.bfloat16, memory_format=torch.channels_last)
     if "compiled" in variant:
         return torch.compile(denoiser, mode="reduce-overhead" if "graph" in variant else None)
     if "graph" in variant:
-        graph.capture(denoiser)
+        cuda_graph.capture(denoiser)
     return denoiser
 
 

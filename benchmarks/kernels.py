@@ -28,14 +28,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dmquant import kernels
-from dmquant.formats import Format
-from dmquant.kernels import catalogue, dispatch
-from dmquant.packed import PackedConv2d, empty_layer
+from dmquant.kernels import registry, status
+from dmquant.nn import dispatch
+from dmquant.nn.convert import empty_layer
+from dmquant.nn.packed_layers import PackedConv2d
+from dmquant.nn.scheme import Format
 
 ISAS = {  # what oneDNN calls them, and instruction sets that they have not
-    "avx512": ("AVX512_CORE_VNNI", catalogue.AMX), "avx2vnni": ("AVX2_VNNI", catalogue.AVX512),
-    "avx2": ("AVX2", catalogue.AVX512 | catalogue.AVX_VNNI),
+    "avx512": ("AVX512_CORE_VNNI", registry.AMX), "avx2vnni": ("AVX2_VNNI", registry.AVX512),
+    "avx2": ("AVX2", registry.AVX512 | registry.AVX_VNNI),
 }  # fmt: skip
 BITS = ((1, 4), (1, 5), (1, 6), (2, 4), (4, 4), (8, 8))
 
@@ -73,7 +74,7 @@ def main() -> None:
         os.environ["ONEDNN_MAX_CPU_ISA"] = name  # read when oneDNN is first used
     rows = [measure(shape, args.seconds, without=without) for shape in SHAPES]
     conditions = {
-        "torch": torch.__version__, "threads": torch.get_num_threads(), "load": os.getloadavg(), "kernels": kernels.survey(),
+        "torch": torch.__version__, "threads": torch.get_num_threads(), "load": os.getloadavg(), "kernels": status.survey(),
         "isa": args.isa,
     }  # fmt: skip
     print(table(rows))
@@ -110,9 +111,9 @@ def measure(shape: Shape, seconds: float, *, without: int = 0) -> dict[str, obje
 
 
 def fitting(weight_bits: int, act_bits: int, window: tuple[int, ...], without: int) -> list[str]:
-    fitting = [kernel for kernel in catalogue.KERNELS if kernel.fits(weight_bits, act_bits, window)]
+    fitting = [kernel for kernel in registry.KERNELS if kernel.fits(weight_bits, act_bits, window)]
     wanted = [kernel for kernel in fitting if not kernel.is_portable and not kernel.needs & without]
-    return [kernel.name for kernel in wanted if not catalogue.state(kernel)]
+    return [kernel.name for kernel in wanted if not registry.state(kernel)]
 
 
 def make_packed(layer: nn.Conv2d, weight_bits: int, act_bits: int, kernel: str) -> PackedConv2d:

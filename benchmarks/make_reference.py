@@ -9,9 +9,9 @@ is measured against stays the same file, byte for byte, whatever else is added.
 import argparse
 from pathlib import Path
 
-from dmquant.images import list_images
-from dmquant.metrics.extractor import EMBEDDED, NAMES, load_extractor
-from dmquant.metrics.reference import MORE, PARTS, compute_reference, save_reference
+from dmquant.diffusion.image_files import list_images
+from dmquant.evaluation.metrics.feature_extractor import EMBEDDED, NAMES, load_extractor
+from dmquant.evaluation.metrics.reference_stats import MORE, PARTS, compute_reference, save_reference
 
 
 def main() -> None:

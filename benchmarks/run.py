@@ -14,9 +14,9 @@ from pathlib import Path
 from statistics import mean
 
 import dmquant
-from dmquant.console import Tracker, say
-from dmquant.experiments import FLOAT, read_plan, run_plan
-from dmquant.report import Report
+from dmquant.cli.console import Tracker, say
+from dmquant.evaluation.reports.report import Report
+from dmquant.evaluation.sweep import FLOAT, read_plan, run_plan
 
 RESULTS = Path(__file__).parent / "results"
 

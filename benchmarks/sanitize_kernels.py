@@ -29,11 +29,11 @@ def main() -> None:
 
 
 def start_again() -> int:
-    compiler = os.environ.get("CC") or "gcc"
-    library = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout.strip()
+    build = os.environ.get("CC") or "gcc"
+    library = subprocess.run([build, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout.strip()
     with tempfile.TemporaryDirectory() as folder:
         environment = {
-            **os.environ, "CC": compiler, "DMQUANT_SANITIZED": "1", "LD_PRELOAD": library, "XDG_CACHE_HOME": folder,
+            **os.environ, "CC": build, "DMQUANT_SANITIZED": "1", "LD_PRELOAD": library, "XDG_CACHE_HOME": folder,
             "ASAN_OPTIONS": "detect_leaks=0", "PYTHONMALLOC": "malloc", "PYTHONPATH": str(Path(__file__).parents[1]),
         }  # fmt: skip
         return subprocess.run([sys.executable, *sys.argv], env=environment).returncode
@@ -42,13 +42,14 @@ def start_again() -> int:
 def check(cases: int, seed: int) -> None:
     import torch
 
-    from dmquant.kernels import catalogue, compiler, dispatch, exact
+    from dmquant.kernels import build, reference, registry
+    from dmquant.nn import dispatch
     from tests.kernels.test_ops import error, expected, make_layer
 
-    compiler.OPTIONS = (*compiler.OPTIONS, *SANITIZERS)
+    build.OPTIONS = (*build.OPTIONS, *SANITIZERS)
     draw = random.Random(seed)
     torch.manual_seed(seed)
-    usable = [kernel for kernel in catalogue.KERNELS if not catalogue.state(kernel)]
+    usable = [kernel for kernel in registry.KERNELS if not registry.state(kernel)]
     print("kernels:", ", ".join(kernel.name for kernel in usable))
     for case in range(cases):
         weight_bits, act_bits, bases = draw.randint(1, 8), draw.randint(1, 8), draw.choice([0, 0, 2])
@@ -60,7 +61,7 @@ def check(cases: int, seed: int) -> None:
         options = {"bases": bases, "symmetric": draw.random() < 0.5, "stride": stride, "padding": padding}
         layer = make_layer((outputs, channels, kernel, kernel), weight_bits, act_bits, **options)
         x = torch.randn(draw.randint(1, 3), channels, side, draw.choice([1, 3, side, side + 1]) + kernel)
-        layer.weight.block(exact.NAME)
+        layer.weight.block(reference.NAME)
         wanted = dispatch.apply(layer, layer.weight.blocked, x)
         layer.weight.release()
         assert error(wanted, expected(layer, x)) < 1e-5, (case, layer, tuple(x.shape))
@@ -82,15 +83,16 @@ def check_fused(layer, x, draw: random.Random) -> None:
     """
     import torch
 
-    from dmquant.kernels import dispatch, normal
+    from dmquant.kernels import norm
+    from dmquant.nn import dispatch
 
     zoom, last = draw.choice([1, 1, 2, 3]), x.permute(0, 2, 3, 1)
     groups = draw.choice([1, x.shape[1]])
-    gain, offset = normal.moments(last, *torch.randn(2, x.shape[1]).unbind(), groups, 1e-5)
-    activate, factor = draw.choice((normal.NONE, normal.SILU, normal.GELU, normal.TANH_GELU)), torch.rand(x.shape[1])
+    gain, offset = norm.moments(last, *torch.randn(2, x.shape[1]).unbind(), groups, 1e-5)
+    activate, factor = draw.choice((norm.NONE, norm.SILU, norm.GELU, norm.TANH_GELU)), torch.rand(x.shape[1])
     bias = torch.randn(len(x), layer.out_channels)
     around = dispatch.Around(gain, offset, activate, factor, bias, zoom=zoom)
-    made = normal.normalize(last, gain, offset, factor=around.factor, activate=around.activate).permute(0, 3, 1, 2)
+    made = norm.normalize(last, gain, offset, factor=around.factor, activate=around.activate).permute(0, 3, 1, 2)
     made = made.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     wanted = dispatch.apply(layer, layer.weight.blocked, made, dispatch.Around(bias=around.bias))
     residual = torch.randn_like(wanted)
@@ -101,15 +103,15 @@ def check_fused(layer, x, draw: random.Random) -> None:
         beside = around._replace(residual=residual, beside=x[:, place:])
         joined = dispatch.apply(layer, layer.weight.blocked, x[:, :place], beside)
         assert torch.equal(joined, found), (layer, tuple(x.shape), place)
-        pieces = normal.moments(last[..., :place], None, None, groups, 1e-5, last[..., place:])
-        assert all(map(torch.equal, pieces, normal.moments(last, None, None, groups, 1e-5))), (tuple(x.shape), place)
+        pieces = norm.moments(last[..., :place], None, None, groups, 1e-5, last[..., place:])
+        assert all(map(torch.equal, pieces, norm.moments(last, None, None, groups, 1e-5))), (tuple(x.shape), place)
     token = {"gain": gain, "offset": offset, "factor": factor, "epsilon": 1e-5}
-    made = normal.normalize(last, **token).permute(0, 3, 1, 2)
+    made = norm.normalize(last, **token).permute(0, 3, 1, 2)
     found = dispatch.apply(layer, layer.weight.blocked, x, dispatch.Around(**token))
     assert torch.equal(found, dispatch.apply(layer, layer.weight.blocked, made)), (layer, tuple(x.shape))
     pair = torch.cat([x, torch.randn_like(x)], 1)
-    gated = normal.normalize(pair.permute(0, 2, 3, 1), activate=normal.GATED).permute(0, 3, 1, 2)
-    found = dispatch.apply(layer, layer.weight.blocked, pair, dispatch.Around(activate=normal.GATED))
+    gated = norm.normalize(pair.permute(0, 2, 3, 1), activate=norm.GATED).permute(0, 3, 1, 2)
+    found = dispatch.apply(layer, layer.weight.blocked, pair, dispatch.Around(activate=norm.GATED))
     assert torch.equal(found, dispatch.apply(layer, layer.weight.blocked, gated)), (layer, tuple(x.shape))
 
 
@@ -117,12 +119,12 @@ def check_attention(draw: random.Random) -> None:
     """Every variant on factors of a random shape, against float64 and against each other."""
     import torch
 
-    from dmquant.kernels import attention, catalogue
+    from dmquant.kernels import attention, registry
     from tests.kernels.test_attention import factors, grids
 
     bits, size = draw.randint(1, 8), [draw.randint(1, largest) for largest in (2, 3, 40, 150, 130)]
     arguments = (*factors(*size), *grids(*size[:2], bits), bits, draw.random())
-    usable = [number for number, kernel in enumerate(attention.VARIANTS) if not catalogue.state(kernel)]
+    usable = [number for number, kernel in enumerate(attention.VARIANTS) if not registry.state(kernel)]
     found, wanted = [attention.attend(*arguments, number) for number in usable], attention.reference(*arguments)
     assert all(torch.equal(other, found[0]) for other in found), (size, bits)
     # now and then a probability lies between two codes and falls to the other one

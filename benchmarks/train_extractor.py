@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dmquant.images import hash_images, list_images, load_images
-from dmquant.metrics.resnet import ResNetExtractor
+from dmquant.diffusion.image_files import hash_images, list_images, load_images
+from dmquant.evaluation.metrics.resnet import ResNetExtractor
 
 
 def main() -> None:

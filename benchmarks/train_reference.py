@@ -17,7 +17,7 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from torch import Tensor
 
-from dmquant.images import hash_images, list_images, load_images
+from dmquant.diffusion.image_files import hash_images, list_images, load_images
 
 SHAPE = dict(
     sample_size=32, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(48, 96, 96),

@@ -10,12 +10,12 @@ __version__ = "0.1.0"
 
 PUBLIC = {
     "quantize": "dmquant.quantization:quantize",
-    "load": "dmquant.checkpoint:open_any",
-    "save": "dmquant.checkpoint:save",
-    "evaluate": "dmquant.evaluation:evaluate",
-    "compare": "dmquant.comparison:compare",
+    "load": "dmquant.checkpoint.serialization:open_any",
+    "save": "dmquant.checkpoint.serialization:save",
+    "evaluate": "dmquant.evaluation.evaluator:evaluate",
+    "compare": "dmquant.evaluation.reports.comparison:compare",
     "methods": "dmquant.methods",
-    "Conditioning": "dmquant.generation:Conditioning",
+    "Conditioning": "dmquant.diffusion.conditioning:Conditioning",
 }
 
 __all__ = ["__version__", *PUBLIC]

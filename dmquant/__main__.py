@@ -1,6 +1,6 @@
 """`python -m dmquant`: the same commands under `accelerate launch -m dmquant` and `torchrun -m dmquant`."""
 
-from dmquant.cli import main
+from dmquant.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -10,23 +10,24 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from dmquant import hf, methods
-from dmquant.calibration import correct_answers
-from dmquant.clipping import fit_clipping
-from dmquant.clock import LINEAR, Clock
-from dmquant.denoiser import EMBEDDED, evaluating, find_denoiser, with_denoiser
-from dmquant.denoising import Denoising, open_denoising
-from dmquant.distill import Distillation, weigh
+from dmquant import methods
+from dmquant.checkpoint import diffusers_quantizer
+from dmquant.diffusion.clip_range import fit_clipping
+from dmquant.diffusion.conditioning import Conditioning, complete
+from dmquant.diffusion.pipeline import EMBEDDED, evaluating, find_denoiser, with_denoiser
+from dmquant.diffusion.trajectories import Samples, record, recording_seeds
 from dmquant.errors import InputError
-from dmquant.formats import BASES, FLOAT, FLOAT_BITS, Bits, Format, Layout
-from dmquant.generation import Conditioning, complete
-from dmquant.layers import find_layers
-from dmquant.meter import Meter
 from dmquant.methods.base import Method
-from dmquant.packed import pack_model, read_layout
+from dmquant.nn.convert import pack_model, read_layout
+from dmquant.nn.fake_quant_layers import find_layers
+from dmquant.nn.scheme import BASES, FLOAT, FLOAT_BITS, Bits, Format, Layout
 from dmquant.progress import Track, plain
-from dmquant.runs import Run
-from dmquant.samples import Samples, record, recording_seeds
+from dmquant.quantizers.timestep_clock import LINEAR, Clock
+from dmquant.training.calibration import correct_answers
+from dmquant.training.denoising_loss import Denoising, open_denoising
+from dmquant.training.objectives import Distillation, weigh
+from dmquant.training.profiler import Meter
+from dmquant.training.resume import Run
 
 
 def quantize(
@@ -52,7 +53,7 @@ def quantize(
     if samples is None or conditioning != Conditioning():
         asked = complete(pipeline, conditioning).describe()
         packed.dmquant_record |= {name: value for name, value in asked.items() if value is not None}
-    hf.mark(packed)
+    diffusers_quantizer.mark(packed)
     quantized = with_denoiser(pipeline, find_denoiser(pipeline)[0], packed)
     seeds = recording_seeds(seed, min(method.clip_images, method.trajectories))
     how = {"steps": method.sampling_steps, "batch": method.batch, "conditioning": conditioning}

@@ -42,11 +42,11 @@ def has_compiler() -> bool:
 @cache
 def is_compiler_there() -> bool:
     """Only whether one is there: one that fails, or makes a kernel that is wrong, leaves no test out."""
-    from dmquant.kernels import compiler
+    from dmquant.kernels import build
 
     try:
-        return bool(compiler.find_compiler())
-    except compiler.CannotCompile:
+        return bool(build.find_compiler())
+    except build.CannotCompile:
         return False
 
 
@@ -60,6 +60,17 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("DMQUANT_CACHE", str(tmp_path_factory.getbasetemp() / "images"))
         for name in ("DMQUANT_DEBUG", "DMQUANT_INCEPTION_WEIGHTS", "NO_COLOR", "FORCE_COLOR"):
             patch.delenv(name, raising=False)
+        yield
+
+
+@pytest.fixture
+def by_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Layers are computed by the C kernels, where there is a compiler, on random numbers that repeat."""
+    import torch
+
+    monkeypatch.setenv("DMQUANT_KERNELS", "c")
+    with torch.no_grad():
+        torch.manual_seed(0)
         yield
 
 
@@ -80,7 +91,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pipeline(tiny_folder):
     """The tiny pipeline, opened."""
-    from dmquant.denoiser import open_pipeline
+    from dmquant.diffusion.pipeline import open_pipeline
 
     return open_pipeline(tiny_folder)
 
@@ -88,6 +99,6 @@ def pipeline(tiny_folder):
 @pytest.fixture(scope="module")
 def samples(pipeline):
     """Four calls recorded along each of its trajectories of three steps."""
-    from dmquant.samples import record
+    from dmquant.diffusion.trajectories import record
 
     return record(pipeline, 4, steps=3, seed=0)

@@ -1,13 +1,14 @@
 import pytest
 import torch
 
-from dmquant import checkpoint
-from dmquant.denoiser import find_denoiser, find_roles, open_pipeline, with_denoiser
+from dmquant.checkpoint import serialization
+from dmquant.diffusion.layer_roles import find_roles
+from dmquant.diffusion.pipeline import find_denoiser, open_pipeline, with_denoiser
+from dmquant.diffusion.sampling import generate
 from dmquant.errors import InputError
-from dmquant.generation import generate
-from dmquant.layers import quantized_layers
 from dmquant.methods.lsq.method import LSQ
-from dmquant.packed import packed_layers
+from dmquant.nn.convert import packed_layers
+from dmquant.nn.fake_quant_layers import quantized_layers
 from dmquant.quantization import describe_run, make_student, plan, quantize
 
 QUICK = dict(trajectories=2, sampling_steps=2, calibration_samples=4, max_steps=2, batch=2, init="minmax")
@@ -52,10 +53,10 @@ def test_high_bits_hardly_change_an_image_and_low_bits_do(pipeline):
 
 def test_what_comes_back_draws_what_is_loaded_after_saving(quantized, tmp_path):
     assert packed_layers(quantized.unet) and not quantized_layers(quantized.unet)
-    checkpoint.save(quantized, tmp_path / "saved")
+    serialization.save(quantized, tmp_path / "saved")
     quantized.save_pretrained(tmp_path / "by diffusers")
     for folder in ("saved", "by diffusers"):
-        loaded = checkpoint.load(tmp_path / folder)
+        loaded = serialization.load(tmp_path / folder)
         assert torch.equal(*(torch.cat(list(generate(p, [0, 1], steps=2))) for p in (quantized, loaded)))
 
 

@@ -6,13 +6,13 @@ import sys
 
 import pytest
 
-from dmquant.report import Protocol, Report
+from dmquant.evaluation.reports.report import Protocol, Report
 
 HEAVY = ("torch", "diffusers", "torchmetrics", "accelerate", "transformers", "numpy", "matplotlib")
 PROBE = f"""
-import json, sys, dmquant.cli
+import json, sys, dmquant.cli.app
 for line in json.loads(sys.argv[1]):
-    code = dmquant.cli.run(line)
+    code = dmquant.cli.app.run(line)
     heavy = set(sys.modules) & set({HEAVY})
     if code or heavy:
         sys.exit(f"{{line}} ended with {{code}} and imported {{heavy}}")

@@ -17,12 +17,13 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from dmquant.denoiser import find_denoiser, named_layers, open_pipeline, with_denoiser
+from dmquant.diffusion.layer_roles import named_layers
+from dmquant.diffusion.other_tools import layer_bits
+from dmquant.diffusion.pipeline import find_denoiser, open_pipeline, with_denoiser
+from dmquant.diffusion.trajectories import record
 from dmquant.errors import InputError
-from dmquant.evaluation import evaluate
-from dmquant.foreign import layer_bits
-from dmquant.gallery import default_folder
-from dmquant.samples import record
+from dmquant.evaluation.evaluator import evaluate
+from dmquant.evaluation.image_cache import default_folder
 
 FLOAT_BITS = 32
 NAME = re.compile(r"(\w+):(\d+)/(\d+)")

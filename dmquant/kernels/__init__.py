@@ -17,9 +17,3 @@ A pipeline that is loaded also gets its blocks fused (fusion.py): norm, activati
 the kernels on the way, what comes over skips is read where it lies (skips.py), and what a timestep adds to a block is kept for
 the next batch (times.py).
 """
-
-from dmquant.kernels.catalogue import choice
-from dmquant.kernels.dispatch import run, run_sum
-from dmquant.kernels.inventory import survey
-
-__all__ = ["choice", "run", "run_sum", "survey"]

@@ -8,18 +8,28 @@ different bits.
 
 import struct
 import warnings
-from collections.abc import Sequence
 from functools import cache
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dmquant.kernels import catalogue, pages
-from dmquant.kernels.catalogue import AMX, AVX2, AVX512, AVX_VNNI, EXACT, VNNI, Kernel, choice, library
-from dmquant.kernels.catalogue import FLAGS_256, FLAGS_AMX, FLAGS_AVX_VNNI, FLAGS_VNNI
-from dmquant.quantizers.base import FixedGrid, quantize
-from dmquant.quantizers.split import HeadGrids
-from dmquant.quantizers.temporal import TemporalGrid
+from dmquant.kernels import buffer_pool, registry
+from dmquant.kernels.registry import (
+    AMX,
+    AVX2,
+    AVX512,
+    AVX_VNNI,
+    EXACT,
+    FLAGS_256,
+    FLAGS_AMX,
+    FLAGS_AVX_VNNI,
+    FLAGS_VNNI,
+    VNNI,
+    Kernel,
+    choice,
+    library,
+)
+from dmquant.kernels.rounding import quantize
 
 NAME = "attention"
 VARIANTS = (  # best first
@@ -37,49 +47,10 @@ NUMBERS = ("images", "heads", "queries", "keys", "channels", *STRIDES, "max_code
 ATTENTION = struct.Struct(f"{len(POINTERS)}P{len(NUMBERS)}qd")  # the structure of csrc/attention.c; the last is the scale
 
 
-class Products(nn.Module):
-    """An attention processor with arithmetic of its own, which fused blocks call between projections."""
-
-    def multiply(self, query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
-        """softmax(q k^T * scale + mask) v of factors (B, heads, N, C): (B, N, heads * C)."""
-        raise NotImplementedError
-
-
-def run(query: Tensor, key: Tensor, value: Tensor, grids: Sequence[nn.Module], scale: float) -> Tensor | None:
-    """The products of an attention (B, N, heads * C), or None where torch has to compute them.
-
-    query (B, heads, N, C), key and value (B, heads, M, C); grids: of query, key, probability and value, as they are stored.
-    """
-    if not is_supported(query, key, value, grids):
-        return None
-    variant = chosen(grids[0].bits)
-    if variant is None:
-        return None
-    scales, zeros = tables(grids, *query.shape[:2])
-    is_compiling = torch.compiler.is_compiling()
-    distinct = () if is_compiling else set(zeros.view(-1).tolist())
-    if not all(zero.is_integer() and 0 <= zero < 1 << grids[0].bits for zero in distinct):
-        return None
-    return (attend_op if is_compiling else attend)(query, key, value, scales, zeros, grids[0].bits, scale, variant)
-
-
-def is_supported(query: Tensor, key: Tensor, value: Tensor, grids: Sequence[nn.Module]) -> bool:
-    """Whether all factors are float32 on the CPU, without gradients, and on grids of equally many bits that nobody watches."""
-    factors = (query, key, value)
-    if any(x.dtype != torch.float32 or x.device.type != "cpu" or not x.numel() for x in factors):
-        return False
-    if torch.is_autocast_enabled("cpu") or torch.is_grad_enabled() and any(x.requires_grad for x in factors):
-        return False
-    if key.shape[2] > LARGEST or key.shape[3] > LARGEST or value.shape[3] != key.shape[3]:
-        return False
-    is_known = all(type(grid) in (FixedGrid, TemporalGrid, HeadGrids) and grid.bits == grids[0].bits for grid in grids)
-    return is_known and not any(grid._forward_hooks or grid._forward_pre_hooks for grid in grids)
-
-
 @torch.compiler.assume_constant_result
 def chosen(bits: int) -> int | None:
     """The number of the best variant that runs here and agrees with the reference."""
-    usable = (kernel for kernel in candidates() if not catalogue.state(kernel) and not check(kernel, bits))
+    usable = (kernel for kernel in candidates() if not registry.state(kernel) and not check(kernel, bits))
     return next((VARIANTS.index(kernel) for kernel in usable), None)
 
 
@@ -94,7 +65,7 @@ def survey() -> str:
     if not candidates():
         return f"DMQUANT_KERNELS={choice()}"
     last = candidates()[-1]
-    return "" if chosen(8) is not None else catalogue.state(last) or check(last, 8)
+    return "" if chosen(8) is not None else registry.state(last) or check(last, 8)
 
 
 @cache
@@ -127,31 +98,13 @@ def reference(query: Tensor, key: Tensor, value: Tensor, scales: Tensor, zeros: 
     return products.transpose(1, 2).flatten(2)
 
 
-def tables(grids: Sequence[nn.Module], images: int, heads: int) -> tuple[Tensor, Tensor]:
-    """Scales and zeros of the four factors: (4, B, heads) each."""
-    if all(type(grid) is FixedGrid for grid in grids):  # in fewer steps
-        values = torch.stack([grid._buffers[name] for name in ("scale", "zero") for grid in grids])
-        return values.view(2, len(grids), 1, 1).expand(-1, -1, images, heads).contiguous().unbind()
-    rows = [_rows(grid, images, heads) for grid in grids]
-    return torch.stack([scale for scale, _ in rows]), torch.stack([zero for _, zero in rows])
-
-
-def _rows(grid: nn.Module, images: int, heads: int) -> tuple[Tensor, Tensor]:
-    if isinstance(grid, HeadGrids):
-        scale, zero = zip(*(_rows(part, images, 1) for part in grid.parts))
-        return torch.cat(scale, 1), torch.cat(zero, 1)
-    pair = (grid.row() or grid.rows(images)) if isinstance(grid, TemporalGrid) else (grid.scale, grid.zero)
-    scale, zero = (values.reshape(-1, 1).expand(images, heads) for values in pair)
-    return scale, zero
-
-
 def attend(
     query: Tensor, key: Tensor, value: Tensor, scales: Tensor, zeros: Tensor, bits: int, scale: float, variant: int
 ) -> Tensor:
     """softmax(q k^T * scale) v by a variant: (B, N, heads * C). scales and zeros: (4, B, heads), contiguous."""
     images, heads, queries, channels = query.shape
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    out = pages.empty((images, queries, heads * channels))
+    out = buffer_pool.empty((images, queries, heads * channels))
     job = ATTENTION.pack(
         *(tensor.data_ptr() for tensor in (query, key, value, out, scales, zeros)),
         images, heads, queries, key.shape[2], channels, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from dmquant.quantizers.base import quantize
+from dmquant.kernels.rounding import quantize
 
 NAME = "onednn"
 PREPACKED = WeakTensorKeyDictionary()  # levels -> what oneDNN makes of them, by grid and window; gone with the levels

@@ -10,12 +10,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from dmquant.kernels import exact, gpu, onednn, pages
-from dmquant.kernels.blocking import fill_up
-from dmquant.kernels.catalogue import BY_NAME, library
-from dmquant.kernels.normal import GATED, place
-
-ROW = 32  # pixels of a row where the layer does not care: rows are what threads share
+from dmquant.kernels import buffer_pool, onednn, reference, triton_support
+from dmquant.kernels.conv_shape import POINT, output_size, rows_of
+from dmquant.kernels.norm import GATED, place
+from dmquant.kernels.registry import BY_NAME, library
 
 POINTERS = (
     "x", "out", "weight", "total", "scale", "zero", "bias", "act_scale", "act_zero", "gain", "offset", "factor", "residual",
@@ -27,7 +25,6 @@ NUMBERS = (
     "pad_top", "pad_left", "out_height", "out_width", "threads",
 )  # fmt: skip
 JOB = struct.Struct(f"{len(POINTERS)}P{len(NUMBERS)}qd")  # the structure of csrc/job.h; the last is epsilon
-POINT = (1, 1, 1, 1, 0, 0, 0, 0)  # the window of a linear layer
 
 
 def multiply(
@@ -50,14 +47,14 @@ def multiply(
     if kernel == onednn.NAME:
         return onednn.multiply(x, weight, scale.view(-1) * (0.5 if halves else 1), bias, act_scale, act_zero, act_bits, window)
     arguments = (x, weight, total, scale, zero, bias, act_scale, act_zero, format, window, gain, offset, factor, residual)
-    if kernel == gpu.NAME:
-        from dmquant.kernels.gpu import products  # Triton may be missing, and is slow to import
+    if kernel == triton_support.NAME:
+        from dmquant.kernels.triton import conv  # Triton may be missing, and is slow to import
 
-        return products.multiply(*arguments, bool(activate), zoom)
-    if kernel == exact.NAME:
-        return exact.multiply(*arguments, activate, zoom, epsilon, beside)
+        return conv.multiply(*arguments, bool(activate), zoom)
+    if kernel == reference.NAME:
+        return reference.multiply(*arguments, activate, zoom, epsilon, beside)
     x, residual, beside = (None if tensor is None else tensor.contiguous() for tensor in (x, residual, beside))
-    out = pages.empty((len(x), *output_size(x, window, zoom), total.shape[1]))
+    out = buffer_pool.empty((len(x), *output_size(x, window, zoom), total.shape[1]))
     arguments = (weight, total, scale, zero, bias, act_scale, act_zero, kernel, format, tuple(window), gain, offset, factor)
     write(out, out.shape[1:3], x, x.shape, *arguments, residual, activate, zoom, epsilon, beside)
     return out
@@ -104,24 +101,6 @@ def write(
 def entry(kernel: str, channels: int) -> tuple[Callable[[bytes], int], int]:
     """What runs a job of a kernel, and how many channels its blocks have."""
     return library(BY_NAME[kernel]).dmquant_run, BY_NAME[kernel].block_for(channels)
-
-
-def output_size(x: Tensor, window: Sequence[int], zoom: int = 1) -> tuple[int, int]:
-    """Height and width of the output for x (N, H, W, C)."""
-    return size_behind(*x.shape[1:3], window, zoom)
-
-
-def size_behind(height: int, width: int, window: Sequence[int], zoom: int) -> tuple[int, int]:
-    """The same for an image of this height and width."""
-    kernel_h, kernel_w, stride_h, stride_w, top, bottom, left, right = window
-    return (height * zoom + top + bottom - kernel_h) // stride_h + 1, (width * zoom + left + right - kernel_w) // stride_w + 1
-
-
-def rows_of(pixels: int) -> tuple[int, int, int]:
-    """Rows of 32 pixels, their width, and that of the last one, which has what is left: where the shape of an image means
-    nothing."""
-    rows = fill_up(pixels, ROW) // ROW
-    return rows, ROW, pixels - (rows - 1) * ROW
 
 
 @torch.library.custom_op("dmquant::multiply", mutates_args=())

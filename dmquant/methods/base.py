@@ -10,21 +10,22 @@ from typing import Any, ClassVar, Literal, Self, get_args
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
-from dmquant.attention import find_attentions, quantize_products
-from dmquant.calibration import correct_biases, observe_inputs, observe_weights
-from dmquant.clock import Clock, attach
-from dmquant.denoiser import Role, find_roles
-from dmquant.distill import Objective, Training, fit
+from dmquant.diffusion.layer_roles import Role, find_roles
+from dmquant.diffusion.trajectories import Samples
 from dmquant.errors import InputError
-from dmquant.formats import FLOAT_BITS
-from dmquant.layers import quantized_layers, swap
+from dmquant.nn.attention import find_attentions, quantize_products
+from dmquant.nn.fake_quant_layers import quantized_layers, swap
+from dmquant.nn.scheme import FLOAT_BITS
 from dmquant.progress import Track
 from dmquant.quantizers.base import Quantizer
 from dmquant.quantizers.binary import Binary
-from dmquant.quantizers.temporal import TemporalStep
+from dmquant.quantizers.per_timestep import TemporalStep
+from dmquant.quantizers.timestep_clock import Clock, attach
 from dmquant.quantizers.uniform import LearnedStep
-from dmquant.runs import Run
-from dmquant.samples import Samples
+from dmquant.training.calibration import correct_biases, observe_inputs, observe_weights
+from dmquant.training.objectives import Objective
+from dmquant.training.resume import Run
+from dmquant.training.trainer import Training, fit
 
 FIRST_LAST_BITS = 8
 

@@ -10,7 +10,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from dmquant.packing import check_bits
+from dmquant.kernels.packing import check_bits
+from dmquant.kernels.rounding import quantize, widen
 
 SMALLEST_SCALE = 1e-8  # a learned scale that falls below stands still here, in forward and export alike
 
@@ -113,15 +114,3 @@ class FixedGrid(Float32Buffers):
         return f"bits={self.bits}"
 
 
-def quantize(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """Codes as floats: clip(round(x * (1 / scale)) + zero, 0, 2^bits - 1), ties to even.
-
-    The one rounding expression of the project: kernels use the same, or ties would fall apart.
-    """
-    codes = x.mul(scale.reciprocal())
-    return codes.round_().add_(zero).clamp_(0, (1 << bits) - 1)
-
-
-def widen(x: Tensor) -> Tensor:
-    """Half precisions in float32: a grid of 256 codes is finer than their mantissa."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()

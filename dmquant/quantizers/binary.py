@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from dmquant.quantizers.base import SMALLEST_SCALE, Codes, Quantizer, widen
+from dmquant.kernels.rounding import widen
+from dmquant.quantizers.base import SMALLEST_SCALE, Codes, Quantizer
 
 
 class Binary(Quantizer):

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dmquant.clock import Clock
 from dmquant.quantizers.base import Codes, FixedGrid, Float32Buffers, Quantizer
+from dmquant.quantizers.timestep_clock import Clock
 
 DILATED = "dilated"  # the kind of a layer whose input is divided, channel by channel, before it is quantized
 

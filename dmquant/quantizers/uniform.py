@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from dmquant.packing import check_bits
-from dmquant.quantizers.base import SMALLEST_SCALE, Quantizer, quantize, widen
+from dmquant.kernels.packing import check_bits
+from dmquant.kernels.rounding import quantize, widen
+from dmquant.quantizers.base import SMALLEST_SCALE, Quantizer
 
 INITIALISATIONS = ("mse", "minmax", "lsq")
 SEARCH_STEPS = 48  # candidates per end of the range

@@ -7,10 +7,10 @@ import pytest
 
 from benchmarks import finetune_cost
 from benchmarks.finetune_cost import Point, average, compare, find_time, measure, parse_shares
-from dmquant.effort import Effort, Stage
-from dmquant.experiments import parse_run
+from dmquant.evaluation.sweep import parse_run
 from dmquant.methods import get
-from tests.test_report import document
+from dmquant.training.run_cost import Effort, Stage
+from tests.evaluation.reports.test_report import document
 
 
 def point(steps, distance, seconds=None, peak=1000, added=600):

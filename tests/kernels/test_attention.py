@@ -4,14 +4,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dmquant.clock import Clock
-from dmquant.kernels import attention, catalogue
+from dmquant.kernels import attention, registry
+from dmquant.nn.attention import quantized_attention
 from dmquant.quantizers.base import FixedGrid
-from dmquant.quantizers.split import HeadGrids
-from dmquant.quantizers.temporal import TemporalGrid
+from dmquant.quantizers.per_part import HeadGrids
+from dmquant.quantizers.per_timestep import TemporalGrid
+from dmquant.quantizers.timestep_clock import Clock
 from tests.kernels.test_ops import error
 
-USABLE = [number for number, kernel in enumerate(attention.VARIANTS) if kernel.is_portable or not catalogue.state(kernel)]
+USABLE = [number for number, kernel in enumerate(attention.VARIANTS) if kernel.is_portable or not registry.state(kernel)]
 SIZES = [  # images, heads, queries, keys, channels
     (1, 2, 5, 3, 7), (2, 1, 33, 330, 40), (1, 3, 16, 64, 64), (2, 2, 17, 97, 100), (1, 1, 1, 1, 1), (1, 1, 40, 1, 16),
 ]  # fmt: skip
@@ -100,8 +101,8 @@ def test_the_number_of_threads_changes_no_bit(threads):
 
 def test_factors_may_lie_in_memory_as_they_like():
     query, key, value = factors(2, 3, 9, 11, 20)
-    wanted = attention.run(query, key, value, four(), 0.2)
-    assert torch.equal(attention.run(query.contiguous(), key.mT.contiguous().mT, value.contiguous(), four(), 0.2), wanted)
+    wanted = quantized_attention(query, key, value, four(), 0.2)
+    assert torch.equal(quantized_attention(query.contiguous(), key.mT.contiguous().mT, value.contiguous(), four(), 0.2), wanted)
 
 
 def test_each_head_and_each_sample_has_the_grid_that_is_its_own():
@@ -115,7 +116,7 @@ def test_each_head_and_each_sample_has_the_grid_that_is_its_own():
 
     per_head = [HeadGrids([timed(3 * factor + head) for head in range(3)]) for factor in range(4)]
     with clock.at(torch.tensor([10.0, 0.0]), 2):
-        found = attention.run(*tensors, per_head, 0.2)
+        found = quantized_attention(*tensors, per_head, 0.2)
         query, key, value = (grid(x) for grid, x in zip((per_head[0], per_head[1], per_head[3]), tensors))
         wanted = (per_head[2]((query @ key.mT * 0.2).softmax(-1)) @ value).transpose(1, 2).flatten(2)
     assert error(found, wanted) < 1e-5
@@ -134,9 +135,9 @@ def test_each_head_and_each_sample_has_the_grid_that_is_its_own():
 )  # fmt: skip
 def test_what_no_kernel_takes_is_left_to_torch(change):
     tensors, parts = factors(1, 2, 5, 6, 8), four()
-    assert attention.run(*tensors, parts, 0.3) is not None
+    assert quantized_attention(*tensors, parts, 0.3) is not None
     with torch.enable_grad():
-        assert attention.run(*change(tensors, parts), parts, 0.3) is None
+        assert quantized_attention(*change(tensors, parts), parts, 0.3) is None
 
 
 def test_a_variant_that_is_wrong_is_disabled_with_a_warning(monkeypatch):
@@ -145,7 +146,7 @@ def test_a_variant_that_is_wrong_is_disabled_with_a_warning(monkeypatch):
     monkeypatch.setattr(attention, "attend", lambda *arguments: right(*arguments) * 1.001)
     try:
         with pytest.warns(RuntimeWarning, match="attention is not used: it is wrong by"):
-            assert attention.run(*factors(1, 2, 5, 6, 8), four(), 0.3) is None
+            assert quantized_attention(*factors(1, 2, 5, 6, 8), four(), 0.3) is None
         assert attention.survey().startswith("wrong by")
     finally:
         attention.check.cache_clear()
@@ -154,7 +155,7 @@ def test_a_variant_that_is_wrong_is_disabled_with_a_warning(monkeypatch):
 def test_it_is_chosen_like_every_kernel(monkeypatch):
     assert attention.survey() == ""
     monkeypatch.setenv("DMQUANT_KERNELS", "torch")
-    assert attention.survey() == "DMQUANT_KERNELS=torch" and attention.run(*factors(1, 2, 5, 6, 8), four(), 0.3) is None
+    assert attention.survey() == "DMQUANT_KERNELS=torch" and quantized_attention(*factors(1, 2, 5, 6, 8), four(), 0.3) is None
 
 
 def test_the_operator_tells_its_shape_without_computing():

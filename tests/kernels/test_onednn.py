@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dmquant import kernels
-from dmquant.kernels import onednn
+from dmquant.kernels import onednn, status
+from dmquant.nn import dispatch
 from tests.kernels.test_ops import CONVOLUTIONS, convolution, error, expected, make_layer
 
 
@@ -25,8 +25,8 @@ def test_symmetric_weights_run_on_bytes_and_others_on_the_reference(weight_bits,
 
 def test_what_it_cannot_do_is_left_to_the_reference():
     layer, x = make_layer((9, 33), 0, 4, bases=2), torch.randn(4, 33)
-    assert kernels.run(layer, x) is None
-    assert set(kernels.survey().values()) == {"DMQUANT_KERNELS=onednn", onednn.state()}
+    assert dispatch.run(layer, x) is None
+    assert set(status.survey().values()) == {"DMQUANT_KERNELS=onednn", onednn.state()}
 
 
 def test_it_says_which_operator_a_torch_has_not(monkeypatch):

@@ -4,15 +4,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dmquant.kernels import attention, catalogue, dispatch, ops
-from dmquant.kernels.catalogue import BY_NAME, EXACT, KERNELS
-from dmquant.packed import PackedConv1d, PackedConv2d, PackedLinear
-from dmquant.packing import pack
-from dmquant.quantizers.base import FixedGrid, quantize
-from dmquant.weights import PackedBases, PackedWeight
+from dmquant.kernels import attention, ops, registry
+from dmquant.kernels.packing import pack
+from dmquant.kernels.registry import BY_NAME, EXACT, KERNELS
+from dmquant.kernels.rounding import quantize
+from dmquant.nn import dispatch
+from dmquant.nn.packed_layers import PackedConv1d, PackedConv2d, PackedLinear
+from dmquant.nn.packed_weight import PackedBases, PackedWeight
+from dmquant.quantizers.base import FixedGrid
 
 # plain C runs everywhere: where it does not compile, these tests fail
-USABLE = [EXACT.name, *(kernel.name for kernel in KERNELS if kernel.is_portable or not catalogue.state(kernel))]
+USABLE = [EXACT.name, *(kernel.name for kernel in KERNELS if kernel.is_portable or not registry.state(kernel))]
 
 # channels, outputs, shape of the input behind them, kernel, stride, padding
 CONVOLUTIONS = [
@@ -71,7 +73,7 @@ def convolution(case: tuple, weight_bits: int, act_bits: int, **options) -> tupl
 
 @pytest.mark.parametrize("kernel", (*KERNELS, *attention.VARIANTS), ids=lambda kernel: kernel.name)
 def test_a_kernel_is_missing_for_want_of_instructions_only(kernel):
-    assert "cannot compile" not in catalogue.state(kernel)
+    assert "cannot compile" not in registry.state(kernel)
 
 
 @pytest.mark.parametrize("act_bits", [1, 4, 5, 6, 8])  # benchmarks/sanitize_kernels.py draws from all

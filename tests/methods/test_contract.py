@@ -5,16 +5,17 @@ import copy
 import pytest
 import torch
 
-from dmquant import checkpoint, methods
-from dmquant.clock import Clock
-from dmquant.cost import measure_cost
-from dmquant.denoiser import find_denoiser
+from dmquant import methods
+from dmquant.checkpoint import serialization
+from dmquant.diffusion.pipeline import find_denoiser
 from dmquant.errors import InputError
-from dmquant.layers import quantized_layers
+from dmquant.evaluation.cost import measure_cost
 from dmquant.methods.base import Method
+from dmquant.nn.fake_quant_layers import quantized_layers
 from dmquant.progress import plain
 from dmquant.quantization import lay_out, make_student, quantize
 from dmquant.quantizers.base import Quantizer
+from dmquant.quantizers.timestep_clock import Clock
 
 QUICK = dict(trajectories=4, sampling_steps=3, calibration_samples=8, max_steps=4, batch=4)
 
@@ -77,9 +78,9 @@ def test_preparing_looks_at_shapes_only_and_so_runs_on_meta(cls, pipeline, sampl
 def test_what_a_plan_counts_is_what_is_written_to_the_byte(cls, pipeline, samples, attention_bits, tmp_path):
     method = cls.parse({**QUICK, "act_bits": 4, "attention_bits": attention_bits})
     planned = measure_cost(find_denoiser(pipeline)[1], layout=lay_out(pipeline, method))
-    folder = checkpoint.save(quantize(pipeline, method, samples=samples), tmp_path / "out")
+    folder = serialization.save(quantize(pipeline, method, samples=samples), tmp_path / "out")
     assert planned.size_bytes == (folder / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
-    assert planned == measure_cost(find_denoiser(checkpoint.load(folder))[1])
+    assert planned == measure_cost(find_denoiser(serialization.load(folder))[1])
 
 
 def test_the_law_holds_for_every_quantizer_of_a_finished_run(student):

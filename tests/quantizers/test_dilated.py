@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from dmquant.clock import Clock
-from dmquant.layers import bypassed, quantized
-from dmquant.packed import layer_format, pack_layer, restore_float
+from dmquant.nn.convert import layer_format, pack_layer, restore_float
+from dmquant.nn.fake_quant_layers import bypassed, quantized
 from dmquant.quantizers.dilated import DILATED, DilatedInput, DilatedWeight, spread
-from dmquant.quantizers.temporal import TEMPORAL, TemporalStep
+from dmquant.quantizers.per_timestep import TEMPORAL, TemporalStep
+from dmquant.quantizers.timestep_clock import Clock
 from dmquant.quantizers.uniform import LearnedStep
 
 LAYERS = {

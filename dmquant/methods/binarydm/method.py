@@ -6,17 +6,17 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
-from dmquant.blocks import find_blocks, find_ends
-from dmquant.clock import Clock
-from dmquant.distill import Objective
-from dmquant.layers import quantized_layers
+from dmquant.diffusion.blocks import find_blocks, find_ends
+from dmquant.diffusion.trajectories import Samples
 from dmquant.methods.base import Method, setting
-from dmquant.methods.binarydm.binarizer import EvolvableBasis
-from dmquant.methods.binarydm.evolution import Evolution, WarmUp, group_layers, set_bases
-from dmquant.methods.binarydm.mimicking import Mimicking, find_subspaces
+from dmquant.methods.binarydm.basis_schedule import Evolution, WarmUp, group_layers, set_bases
+from dmquant.methods.binarydm.evolvable_basis import EvolvableBasis
+from dmquant.methods.binarydm.low_rank_mimicking import Mimicking, find_subspaces
+from dmquant.nn.fake_quant_layers import quantized_layers
 from dmquant.progress import Track
-from dmquant.runs import Run
-from dmquant.samples import Samples
+from dmquant.quantizers.timestep_clock import Clock
+from dmquant.training.objectives import Objective
+from dmquant.training.resume import Run
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,23 +8,23 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn
 
-from dmquant.attention import find_attentions
-from dmquant.clock import Clock, Timed, attach
-from dmquant.denoiser import Role, find_roles
-from dmquant.distill import Distillation, Objective
+from dmquant.diffusion.layer_roles import Role, find_roles
+from dmquant.diffusion.trajectories import Samples
 from dmquant.errors import InputError
-from dmquant.formats import FLOAT_BITS
-from dmquant.layers import find_layers, quantized_inputs
 from dmquant.methods.base import Method, setting
-from dmquant.methods.dilatequant.concatenation import find_places
-from dmquant.methods.dilatequant.dilation import describe_dilation, dilate, smooth, wrap_layers
-from dmquant.methods.dilatequant.reconstruction import reconstruct
+from dmquant.methods.dilatequant.block_reconstruction import reconstruct
+from dmquant.methods.dilatequant.skip_concat import find_places
+from dmquant.methods.dilatequant.weight_dilation import describe_dilation, dilate, smooth, wrap_layers
+from dmquant.nn.attention import find_attentions
+from dmquant.nn.fake_quant_layers import find_layers, quantized_inputs
+from dmquant.nn.scheme import FLOAT_BITS
 from dmquant.progress import Track
 from dmquant.quantizers.base import Quantizer
-from dmquant.quantizers.split import Heads, Split
-from dmquant.quantizers.temporal import TemporalStep
-from dmquant.runs import Run
-from dmquant.samples import Samples
+from dmquant.quantizers.per_part import Heads, Split
+from dmquant.quantizers.per_timestep import TemporalStep
+from dmquant.quantizers.timestep_clock import Clock, Timed, attach
+from dmquant.training.objectives import Distillation, Objective
+from dmquant.training.resume import Run
 
 GIB = 1 << 30
 

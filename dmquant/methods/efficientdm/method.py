@@ -9,19 +9,20 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn
 
-from dmquant.clock import Clock, attach
-from dmquant.denoiser import Role, find_roles
-from dmquant.distill import Distillation, Group, Objective, fit, quantizer_groups
+from dmquant.diffusion.layer_roles import Role, find_roles
+from dmquant.diffusion.trajectories import Samples
 from dmquant.errors import InputError
-from dmquant.layers import quantized_layers
 from dmquant.methods.base import FLOAT_BITS, Method, setting
-from dmquant.methods.efficientdm.adapter import QALoRA, adapted_layers, halved, light_layers
-from dmquant.methods.efficientdm.trajectory import follow
+from dmquant.methods.efficientdm.guided_distillation import follow
+from dmquant.methods.efficientdm.qalora import QALoRA, adapted_layers, halved, light_layers
+from dmquant.nn.fake_quant_layers import quantized_layers
 from dmquant.progress import Track
 from dmquant.quantizers.base import Quantizer
-from dmquant.quantizers.temporal import TemporalStep
-from dmquant.runs import Run
-from dmquant.samples import Samples
+from dmquant.quantizers.per_timestep import TemporalStep
+from dmquant.quantizers.timestep_clock import Clock, attach
+from dmquant.training.objectives import Distillation, Objective
+from dmquant.training.resume import Run
+from dmquant.training.trainer import Group, fit, quantizer_groups
 
 # Beside 1x1 skips the public code leaves in float: downsamplers ("op"), and plain attention, whose projections are Conv1d there
 LEFT_BY_PAPER = re.compile(r"\bdownsamplers\.\d+\.conv$|\battentions\.\d+\.to_(q|k|v|out\.0)$")

@@ -5,9 +5,9 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
-from dmquant.clock import Clock
 from dmquant.methods.base import FLOAT_BITS, Method, setting
 from dmquant.quantizers.binary import Binary
+from dmquant.quantizers.timestep_clock import Clock
 from dmquant.quantizers.uniform import LearnedStep
 
 

@@ -6,24 +6,25 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from PIL import Image
 
 import dmquant
-from dmquant import checkpoint
-from dmquant.blocks import find_ends
-from dmquant.calibration import observe_weights
-from dmquant.clock import Clock
-from dmquant.cost import measure_cost
-from dmquant.denoiser import find_roles, open_pipeline
+from dmquant.checkpoint import serialization
+from dmquant.diffusion.blocks import find_ends
+from dmquant.diffusion.layer_roles import find_roles
+from dmquant.diffusion.pipeline import open_pipeline
+from dmquant.diffusion.trajectories import record
 from dmquant.errors import InputError, Interrupted
-from dmquant.layers import quantized_layers
-from dmquant.methods.binarydm.binarizer import EvolvableBasis
-from dmquant.methods.binarydm.evolution import set_bases
+from dmquant.evaluation.cost import measure_cost
+from dmquant.methods.binarydm.basis_schedule import set_bases
+from dmquant.methods.binarydm.evolvable_basis import EvolvableBasis
 from dmquant.methods.binarydm.method import BinaryDM
-from dmquant.packed import packed_layers
+from dmquant.nn.convert import packed_layers
+from dmquant.nn.fake_quant_layers import quantized_layers
+from dmquant.nn.packed_weight import PackedBases
 from dmquant.quantization import make_student, plan, quantize
 from dmquant.quantizers.binary import Binary
-from dmquant.runs import SavedRun
-from dmquant.samples import record
-from dmquant.weights import PackedBases
-from tests.test_cost import DDPM_CIFAR, LDM4_BEDS, on_meta
+from dmquant.quantizers.timestep_clock import Clock
+from dmquant.training.calibration import observe_weights
+from dmquant.training.resume import SavedRun
+from tests.evaluation.test_cost import DDPM_CIFAR, LDM4_BEDS, on_meta
 
 QUICK = dict(trajectories=4, sampling_steps=3, calibration_samples=8, max_steps=6, batch=4)
 
@@ -132,7 +133,7 @@ def test_the_file_of_the_cifar_ddpm_is_less_than_a_24th_and_its_size_is_the_one_
     method.prepare(unet, Clock(torch.tensor([0.0])))
     observe_weights(unet)
     set_bases([q for q in unet.modules() if isinstance(q, EvolvableBasis)], 1)
-    checkpoint.save(DDIMPipeline(unet, DDIMScheduler()), tmp_path / "out")
+    serialization.save(DDIMPipeline(unet, DDIMScheduler()), tmp_path / "out")
     size_bytes = (tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
     assert 24 * size_bytes <= 4 * cost.num_params
     assert cost.size_bytes == pytest.approx(size_bytes, rel=0.01)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
+from dmquant.diffusion.trajectories import record
 from dmquant.quantizers import uniform
-from dmquant.samples import record
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -7,19 +7,21 @@ import torch
 from PIL import Image
 
 import dmquant
-from dmquant import checkpoint, cli
-from dmquant.attention import QuantInput
-from dmquant.clock import Clock
-from dmquant.denoiser import Role, find_denoiser, find_roles, with_denoiser
+from dmquant.checkpoint import serialization
+from dmquant.cli import app
+from dmquant.diffusion.layer_roles import Role, find_roles
+from dmquant.diffusion.pipeline import find_denoiser, with_denoiser
 from dmquant.errors import DamagedFile, InputError
-from dmquant.layers import quantized_layers
-from dmquant.methods.dilatequant.dilation import find_factors
 from dmquant.methods.dilatequant.method import DilateQuant
-from dmquant.packed import packed_layers, read_layout
+from dmquant.methods.dilatequant.weight_dilation import find_factors
+from dmquant.nn.attention import QuantInput
+from dmquant.nn.convert import packed_layers, read_layout
+from dmquant.nn.fake_quant_layers import quantized_layers
 from dmquant.quantization import make_student, quantize
 from dmquant.quantizers.dilated import DILATED, DilatedInput, Divide
-from dmquant.quantizers.split import HEADS, Heads, Split, SplitGrid
-from dmquant.quantizers.temporal import TEMPORAL, TemporalGrid, TemporalStep
+from dmquant.quantizers.per_part import HEADS, Heads, Split, SplitGrid
+from dmquant.quantizers.per_timestep import TEMPORAL, TemporalGrid, TemporalStep
+from dmquant.quantizers.timestep_clock import Clock
 
 QUICK = dict(trajectories=4, sampling_steps=3, calibration_samples=12, max_steps=2, batch=4)
 
@@ -77,7 +79,7 @@ def test_a_plan_says_how_many_channels_of_each_layer_are_dilated(pipeline, sampl
 
 
 def test_a_dry_run_shows_it(tiny_folder, capsys):
-    assert cli.run(["quantize", str(tiny_folder), "--method", "dilatequant", "--dry-run"]) == 0
+    assert app.run(["quantize", str(tiny_folder), "--method", "dilatequant", "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert shown.count("channels dilated") > 20 and "channels dilated, folded" in shown and "first: kept at 8/8; 0 of 3" in shown
 
@@ -100,7 +102,7 @@ def test_a_second_part_that_begins_behind_the_input_is_refused(pipeline, samples
     assert path.read_text().count('"split:8"') == 1  # both up blocks by one pattern
     path.write_text(path.read_text().replace('"split:8"', '"split:16"'))
     with pytest.raises(DamagedFile, match="does not fit UNet2DModel"):
-        checkpoint.load(tmp_path / "out", verify=False)
+        serialization.load(tmp_path / "out", verify=False)
 
 
 @pytest.mark.parametrize("bits, split", [(4, "skip"), (6, "all"), (8, "none")])

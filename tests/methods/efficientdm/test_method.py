@@ -11,24 +11,28 @@ from PIL import Image
 from torch import nn
 
 import dmquant
-from dmquant import checkpoint, cli
-from dmquant.clock import Clock
-from dmquant.denoiser import Role, find_denoiser, find_roles
-from dmquant.distill import Distillation, fit
+from dmquant.checkpoint import serialization
+from dmquant.cli import app
+from dmquant.diffusion.conditioning import Conditioning
+from dmquant.diffusion.layer_roles import Role, find_roles
+from dmquant.diffusion.pipeline import find_denoiser
+from dmquant.diffusion.sampling import generate, set_sampler
+from dmquant.diffusion.trajectories import Samples, record
 from dmquant.errors import InputError, Interrupted
-from dmquant.formats import FLOAT_BITS
-from dmquant.generation import Conditioning, generate, set_sampler
-from dmquant.layers import quantized_layers, swap
-from dmquant.methods.efficientdm.adapter import QALoRA, adapted_layers
 from dmquant.methods.efficientdm.method import EfficientDM
-from dmquant.packed import packed_layers
+from dmquant.methods.efficientdm.qalora import QALoRA, adapted_layers
+from dmquant.nn.convert import packed_layers
+from dmquant.nn.fake_quant_layers import quantized_layers, swap
+from dmquant.nn.scheme import FLOAT_BITS
 from dmquant.progress import plain
 from dmquant.quantization import make_student, quantize
-from dmquant.quantizers.temporal import TemporalGrid, TemporalStep
+from dmquant.quantizers.per_timestep import TemporalGrid, TemporalStep
+from dmquant.quantizers.timestep_clock import Clock
 from dmquant.quantizers.uniform import LearnedStep
-from dmquant.runs import SavedRun
-from dmquant.samples import Samples, record
-from tests.test_cost import LDM4_BEDS, LDM4_IMAGENET, LDM8_CHURCH, on_meta
+from dmquant.training.objectives import Distillation
+from dmquant.training.resume import SavedRun
+from dmquant.training.trainer import fit
+from tests.evaluation.test_cost import LDM4_BEDS, LDM4_IMAGENET, LDM8_CHURCH, on_meta
 from tests.text import make_text_pipeline
 
 QUICK = dict(act_bits=4, trajectories=4, sampling_steps=3, calibration_samples=12, max_steps=6, batch=4)
@@ -286,8 +290,8 @@ def test_a_text_pipeline_is_trained_at_the_guidance_scale_of_the_command_line(tm
     (tmp_path / "prompts.txt").write_text("a cat\ndogs\n")
     asked = ["--prompts", str(tmp_path / "prompts.txt"), "--guidance-scale", "3", "-o", str(tmp_path / "out")]
     settings = [f"--set={name}={value}" for name, value in {**QUICK, "max_steps": 1}.items()]
-    assert cli.run(["quantize", str(tmp_path / "text"), "--method", "efficientdm", *settings, *asked]) == 0
-    record = checkpoint.read_record(tmp_path / "out")
+    assert app.run(["quantize", str(tmp_path / "text"), "--method", "efficientdm", *settings, *asked]) == 0
+    record = serialization.read_record(tmp_path / "out")
     assert (record["condition"], record["num_conditions"], record["guidance_scale"]) == ("prompts", 2, 3.0)
 
 

@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from dmquant.clock import Clock
-from dmquant.denoiser import Role, find_denoiser, find_roles, open_pipeline
-from dmquant.layers import quantized_layers
+from dmquant.diffusion.layer_roles import Role, find_roles
+from dmquant.diffusion.pipeline import find_denoiser, open_pipeline
 from dmquant.methods.lsq.method import LSQ
+from dmquant.nn.fake_quant_layers import quantized_layers
 from dmquant.quantizers.binary import Binary
-from dmquant.quantizers.temporal import TemporalStep
+from dmquant.quantizers.per_timestep import TemporalStep
+from dmquant.quantizers.timestep_clock import Clock
 from dmquant.quantizers.uniform import LearnedStep
 
 

@@ -1,0 +1,134 @@
+"""`quantization_config` of a packed model: how it is stored and how it was made, as JSON that is checked key by key."""
+
+import math
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from itertools import chain
+from typing import Any
+
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+
+from dmquant import __version__
+from dmquant.errors import DamagedFile, InputError
+from dmquant.nn.scheme import FLOAT_BITS, Format, Layout, Timing, is_kind
+from dmquant.quantizers.per_timestep import TEMPORAL
+from dmquant.quantizers.timestep_clock import LOOKUPS
+
+FORMAT_VERSION = 1
+
+
+class QuantMethod(str, Enum):
+    """diffusers reads `.value`, so a plain string would not do."""
+
+    DMQUANT = "dmquant"
+
+
+class DmquantConfig(QuantizationConfigMixin):
+    """`quantization_config` of a packed model: the bits of every layer, and how the model was made.
+
+    Small, because diffusers may send it along in an HTTP header: patterns instead of one entry per layer. The structure is read
+    from here and never from the code of a method, so a file outlives the method that made it.
+    """
+
+    def __init__(
+        self, *, weight_bits: int, act_bits: int, kinds: Sequence[str] = (),
+        overrides: Mapping[str, list[int | str]] | None = None, attention_bits: int = FLOAT_BITS,
+        attention_kinds: Sequence[str] = (), timing: Mapping[str, int | str] | None = None, method: str | None = None,
+        settings: Mapping[str, Any] | None = None, base_model: str | None = None, record: Mapping[str, Any] | None = None,
+        producer: str = f"dmquant {__version__}", format_version: int = FORMAT_VERSION, quant_method: str = "dmquant",
+    ):  # fmt: skip
+        self.quant_method = QuantMethod(quant_method)
+        self.format_version, self.producer = format_version, producer
+        self.weight_bits, self.act_bits, self.kinds = weight_bits, act_bits, list(kinds)
+        self.overrides = {name: list(entry) for name, entry in (overrides or {}).items()}
+        self.attention_bits, self.attention_kinds = attention_bits, list(attention_kinds)
+        self.timing = None if timing is None else dict(timing)
+        self.method, self.settings, self.base_model = method, dict(settings or {}), base_model
+        self.record = dict(record or {})  # whatever else is known of how it was made: seed, timesteps, ...
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "DmquantConfig":
+        """The config in a file, checked key by key."""
+        _check_config(config_dict)
+        return cls(**config_dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "quant_method": self.quant_method.value}
+
+    # the base class prints itself through a method that it does not have
+    to_diff_dict = to_dict
+
+    @property
+    def layout(self) -> Layout:
+        overrides = {name: Format(*entry[:2], tuple(entry[2:])) for name, entry in self.overrides.items()}
+        timing = None if self.timing is None else Timing(**self.timing)
+        default = Format(self.weight_bits, self.act_bits, tuple(self.kinds))
+        return Layout(default, overrides, self.attention_bits, tuple(self.attention_kinds), timing)
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """How the model was made: the record that quantize left on the denoiser."""
+        known = {name: getattr(self, name) for name in ("method", "settings", "weight_bits", "act_bits", "base_model")}
+        return {**known, **self.record}
+
+
+def _check_config(config: dict[str, Any]) -> None:
+    """Every key is there, known, and of its type; a newer format is refused by the version that can read it."""
+    if not isinstance(config, dict):
+        raise DamagedFile(f"quantization_config should be a JSON object, not a {type(config).__name__}")
+    if config.get("quant_method") != QuantMethod.DMQUANT.value:
+        raise InputError(f"this is a {config.get('quant_method')} checkpoint, not one of dmquant")
+    version = config.get("format_version")
+    if type(version) is int and version > FORMAT_VERSION:
+        raise InputError(f"needs dmquant >= {str(config.get('producer')).removeprefix('dmquant ')}, this is {__version__}")
+    odd = sorted((set(config) ^ set(_IS_VALID)) - (LATER - set(config)))
+    if odd:
+        raise DamagedFile(f"quantization_config.{odd[0]} is {'unknown' if odd[0] in config else 'missing'}")
+    for key, value in config.items():
+        if not _IS_VALID[key](value):
+            raise DamagedFile(f"quantization_config.{key} cannot be {value!r}")
+    of_layers = chain.from_iterable(entry[2:] for entry in config["overrides"].values())
+    kinds = {*config["kinds"], *config.get("attention_kinds", ()), *of_layers}
+    if TEMPORAL in kinds and config.get("timing") is None:
+        raise DamagedFile("quantization_config.timing is missing: there are grids per timestep")
+
+
+def _is_bits(value: object) -> bool:
+    return type(value) is int and (1 <= value <= 8 or value == FLOAT_BITS)
+
+
+def _is_kinds(value: object) -> bool:
+    return isinstance(value, list) and all(map(is_kind, value)) and len(set(value)) == len(value)
+
+
+def _is_overrides(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(entry, list) and len(entry) >= 2 and all(map(_is_bits, entry[:2])) and _is_kinds(entry[2:])
+        for entry in value.values()
+    )
+
+
+def _is_timing(value: object) -> bool:
+    is_pair = isinstance(value, dict) and set(value) == set(Timing._fields)
+    has_steps = is_pair and type(value["num_steps"]) is int and 1 <= value["num_steps"] <= MAX_STEPS
+    return value is None or (has_steps and value["lookup"] in LOOKUPS)
+
+
+def _is_text(value: object) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _is_json_object(value: object) -> bool:
+    return isinstance(value, dict) and all(math.isfinite(number) for number in value.values() if isinstance(number, float))
+
+
+MAX_STEPS = 1 << 20  # more timesteps than any sampler has
+LATER = {"attention_bits", "attention_kinds", "timing"}  # keys that older files do not have
+_IS_VALID = {
+    "quant_method": _is_text, "format_version": lambda value: value == FORMAT_VERSION and type(value) is int,
+    "producer": lambda value: isinstance(value, str), "weight_bits": _is_bits, "act_bits": _is_bits,
+    "kinds": _is_kinds, "overrides": _is_overrides, "attention_bits": _is_bits,
+    "attention_kinds": _is_kinds, "timing": _is_timing,
+    "method": _is_text, "settings": _is_json_object, "base_model": _is_text,
+    "record": _is_json_object,
+}  # fmt: skip

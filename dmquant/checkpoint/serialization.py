@@ -1,0 +1,172 @@
+"""Write and read a quantized pipeline folder: a plain diffusers pipeline whose denoiser is packed.
+
+The folder is published whole (storage.py), its denoiser is read by the hooks of hf.py: load and diffusers' own from_pretrained
+are one loader, load checks the hashes of the manifest first. Saving the same pipeline twice gives the same bytes.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import DiffusionPipeline
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from dmquant.checkpoint import atomic_folder, diffusers_quantizer
+from dmquant.diffusion.pipeline import (
+    DENOISERS,
+    find_denoiser,
+    is_quantized,
+    load_folder,
+    locate,
+    open_pipeline,
+    place,
+    with_denoiser,
+)
+from dmquant.errors import DamagedFile, DmquantError, InputError
+from dmquant.nn import cuda_graph as graph
+from dmquant.nn.convert import pack_model, packed_layers, prepare_packed
+
+
+def save(pipeline: DiffusionPipeline, folder: str | Path, *, force: bool = False) -> Path:
+    """Writes the pipeline with a packed denoiser and returns the folder. The pipeline given stays as it is."""
+    target = atomic_folder.check_target(folder, force=force)
+    twin = pack(pipeline)
+    denoiser = find_denoiser(twin)[1]
+    _refuse_unreadable(denoiser)
+    atomic_folder.check_space(target, _count_bytes(twin))
+    with atomic_folder.publish(target, force=force) as temporary:
+        try:
+            twin.save_pretrained(temporary, safe_serialization=True)
+        except SafetensorError as error:
+            raise DmquantError(f"{target} was not written: {error}") from error
+        _forget_paths(temporary)
+    return target
+
+
+def load(
+    folder: str | Path, *, device: str | None = None, dtype: torch.dtype | None = None, verify: bool = True
+) -> DiffusionPipeline:
+    """The quantized pipeline in a folder, hashes checked first where it has any. Scales stay float32 in every dtype."""
+    folder = locate(_recover(Path(folder)))
+    if verify and (folder / atomic_folder.MANIFEST).is_file():  # save_pretrained writes none
+        atomic_folder.verify_manifest(folder)
+    _read_config(folder)
+    return place(load_folder(folder, dtype=dtype), device)
+
+
+def open_any(
+    model: str | Path | None = None, *, device: str | None = None, dtype: torch.dtype | None = None, any_tool: bool = False,
+    cuda_graph: bool = False,
+) -> DiffusionPipeline:  # fmt: skip
+    """A quantized or a float pipeline: a local folder, a hub id, or the embedded one (None).
+
+    With `any_tool` also one that another tool quantized. With `cuda_graph`, on a CUDA device, the denoiser's calls are replays of
+    CUDA graphs (kernels/gpu/graph.py): faster where launches take longer than the work, at the price of more memory.
+    """
+    if cuda_graph and not (device or "").startswith("cuda"):
+        raise InputError(f"cuda_graph needs a CUDA device, not {device or 'the CPU'}; give device='cuda'")
+    folder = locate(model)
+    if not is_quantized(folder):
+        pipeline = open_pipeline(model, device=device, dtype=dtype, any_tool=any_tool)
+    else:
+        # a snapshot of the hub has hashes of its own, and no file that diffusers does not ask for
+        pipeline = load(folder, device=device, dtype=dtype, verify=model is not None and Path(model).exists())
+    if cuda_graph:
+        graph.capture(find_denoiser(pipeline)[1])
+    return pipeline
+
+
+def verify(folder: str | Path) -> list[str]:
+    """Checks everything there is to check, reading all of it; the names of the files, or a DamagedFile."""
+    folder = locate(_recover(Path(folder)))
+    if not (folder / atomic_folder.MANIFEST).is_file():
+        _read_config(folder)  # a float pipeline never has one
+        way_out = "write the folder anew with dmquant.save(dmquant.load(folder), new_folder)"
+        raise DamagedFile(f"{folder} has no {atomic_folder.MANIFEST} to compare its files with; {way_out}")
+    names = atomic_folder.verify_manifest(folder)
+    load(folder, verify=False)
+    for name in names:
+        if name.endswith(".safetensors"):
+            _refuse_non_finite(folder / name)
+    return names
+
+
+def read_record(folder: str | Path) -> dict[str, Any]:
+    """How the pipeline in a folder was quantized: method, settings, bits, base model, seed. Reads JSON only."""
+    return _read_config(Path(folder)).run
+
+
+def pack(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """A pipeline with a packed denoiser, ready to run or to save; it shares everything that stays in float."""
+    name, denoiser = find_denoiser(pipeline)
+    packed = pack_model(denoiser)
+    if not packed_layers(packed):
+        raise InputError("nothing in this pipeline is quantized; see dmquant.quantize")
+    diffusers_quantizer.mark(packed)
+    return with_denoiser(pipeline, name, packed)
+
+
+def _refuse_unreadable(denoiser: nn.Module) -> None:
+    """What is written must load again: the tensors that the config promises, no other, all finite."""
+    with init_empty_weights():
+        # through JSON: config in memory also holds marks of diffusers that no file has
+        skeleton = type(denoiser).from_config(json.loads(denoiser.to_json_string()))
+    prepare_packed(skeleton, denoiser.config.quantization_config.layout, dtype=denoiser.dtype)
+    expected, found = skeleton.state_dict(), denoiser.state_dict()
+    odd = sorted(set(expected) ^ set(found))
+    if odd:
+        raise DmquantError(f"nothing was saved: {odd[0]} is {'unexpected' if odd[0] in found else 'missing'} in a packed model")
+    for name, tensor in found.items():
+        path, _, leaf = name.rpartition(".")
+        diffusers_quantizer.check_tensor(skeleton.get_submodule(path), leaf, tensor, name=name)
+
+
+def _count_bytes(pipeline: DiffusionPipeline) -> int:
+    modules = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    return sum(tensor.nbytes for module in modules for tensor in module.state_dict().values())
+
+
+def _forget_paths(folder: Path) -> None:
+    """Where a pipeline lay when it was loaded is no fact about it, and it is a path on somebody's machine."""
+    for path in folder.rglob("*.json"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _recover(folder: Path) -> Path:
+    """A writer that was killed between its two renames has left the result under another name."""
+    if not folder.exists() and folder.parent.is_dir():
+        with atomic_folder.lock(folder):
+            atomic_folder.repair(folder)
+    return folder
+
+
+def _read_config(folder: Path) -> diffusers_quantizer.DmquantConfig:
+    """The quantization_config of the denoiser in a pipeline folder."""
+    for name in DENOISERS:
+        path = locate(folder) / name / "config.json"
+        if path.is_file():
+            return _parse_config(path)
+    raise InputError(f"{folder} holds no denoiser: looked for {', '.join(DENOISERS)}")
+
+
+def _parse_config(path: Path) -> diffusers_quantizer.DmquantConfig:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8")).get("quantization_config")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise DamagedFile(f"{path} is no JSON object: {error}") from error
+    if config is None:
+        raise InputError(f"{path.parent} is not quantized; open it with dmquant.diffusion.pipeline.open_pipeline")
+    return diffusers_quantizer.DmquantConfig.from_dict(config)
+
+
+def _refuse_non_finite(path: Path) -> None:
+    with safe_open(path, "pt") as file:
+        for name in file.keys():
+            tensor = file.get_tensor(name)
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise DamagedFile(f"{path}: {name} holds values that are not finite")

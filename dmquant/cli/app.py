@@ -1,0 +1,259 @@
+"""The commands: thin, with everything heavy imported inside them, so that help, methods and compare need no torch.
+
+Results on stdout, talk on stderr. Exit codes: 0 done; 1 an expected failure; 2 the user's mistake; 3 something to fetch
+is missing; 4 out of memory; 70 a bug of ours; 130 interrupted. DMQUANT_DEBUG=1 shows tracebacks.
+"""
+
+import json
+import math
+import sys
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+
+import typer
+
+from dmquant import __version__
+from dmquant.cli import arguments, compare_command, console, evaluate_command
+from dmquant.cli.exit_codes import INTERRUPTED, explain
+from dmquant.cli.options import HIDDEN, Batch, Device, GivenModel, Guidance, Labels, Model, Prompts, Sampler, Seed, Steps
+from dmquant.training import distributed
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from dmquant.methods.base import Method
+    from dmquant.nn.scheme import Layout
+
+app = typer.Typer(
+    name="dmquant",
+    help="Extremely low-bit quantization of diffusion models: quantize, evaluate, compare.",
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+def main() -> NoReturn:
+    """Entry point of the `dmquant` program."""
+    sys.exit(run())
+
+
+def run(line: list[str] | None = None) -> int:
+    """Run one command line and return its exit code; every failure becomes one line on stderr."""
+    console.show_warnings()
+    line = sys.argv[1:] if line is None else line
+    try:
+        arguments.refuse_empty(line)
+        code = app(args=line, prog_name="dmquant", standalone_mode=False, obj=line) or 0
+    except (Exception, KeyboardInterrupt) as error:
+        return explain(error)
+    if code == INTERRUPTED:
+        console.say("interrupted")
+    return code
+
+
+@app.callback(invoke_without_command=True)
+def _start(context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False) -> None:
+    if version:
+        console.show(__version__)
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        console.say(context.get_help())
+        raise typer.Exit(2)
+
+
+@app.command()
+def quantize(
+    context: typer.Context,
+    model: Model = None,
+    method: Annotated[str, typer.Option(help="See `dmquant methods`.")] = "lsq",
+    wbits: Annotated[int | None, typer.Option(help="Bits per weight; 32 = float.", min=1, max=32, **HIDDEN)] = None,
+    abits: Annotated[int | None, typer.Option(help="Bits per activation; 32 = float.", min=1, max=32, **HIDDEN)] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder to write.", show_default="runs/NAME")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting; may be repeated.")] = None,
+    seed: Seed = 0,
+    device: Device = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would become of each layer, and stop.")] = False,
+    max_steps: Annotated[int | None, typer.Option(help="Optimiser steps at most.", min=0, **HIDDEN)] = None,
+    data: Annotated[Path | None, typer.Option(help="Images to fine-tune on; default: data-free.", **HIDDEN)] = None,
+    prompts: Prompts = None,
+    class_labels: Labels = None,
+    guidance_scale: Guidance = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was interrupted.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a result, and a run that was interrupted.")] = False,
+) -> None:
+    """Quantize a pipeline and write it as packed safetensors."""
+    from dmquant.methods import get
+
+    given = {"weight_bits": wbits, "act_bits": abits, "max_steps": max_steps}
+    chosen = get(method).parse(arguments.merge_settings(given, settings or []))
+    if dry_run:
+        _show_plan(arguments.open_model(model, "cpu"), chosen)
+        return
+    from dmquant.checkpoint import atomic_folder
+    from dmquant.cli import signals
+    from dmquant.diffusion import pipeline as denoiser
+
+    folder = output or arguments.name_run(model, method, chosen.weight_bits, chosen.act_bits)
+    conditioning = arguments.read_conditioning(prompts, class_labels, guidance_scale)
+    denoiser.locate(model)
+    if distributed.is_first():
+        atomic_folder.check_target(folder, force=force)
+    with (
+        atomic_folder.lock(folder) if distributed.is_first() else nullcontext(),
+        signals.resumable(folder, context.obj, resume=resume, force=force) as run,
+    ):
+        how = {"seed": seed, "data": data, "conditioning": conditioning, "run": run, "track": console.Tracker()}
+        _quantize(arguments.open_model(model, device), chosen, how, folder, force=force)
+
+
+def _quantize(pipeline: "DiffusionPipeline", method: "Method", how: dict[str, Any], folder: Path, *, force: bool) -> None:
+    from dmquant.checkpoint import serialization
+    from dmquant.quantization import quantize
+
+    quantized = quantize(pipeline, method, **how)
+    if distributed.is_first():
+        serialization.save(quantized, folder, force=force)
+        _sum_up(quantized, folder)
+        console.say(f"wrote {folder}; next: dmquant eval {folder} --fid")
+
+
+app.command("eval")(evaluate_command.evaluate)
+app.command()(compare_command.compare)
+app.command()(evaluate_command.reference)
+
+
+@app.command()
+def methods(name: Annotated[str | None, typer.Argument(help="The one to describe.", **HIDDEN)] = None) -> None:
+    """List the methods, or the settings of one with their defaults."""
+    from dmquant import methods as table
+
+    if name is None:
+        console.show_table(["method", "what it is"], [[known, table.summary(known)] for known in table.names()], align="ll")
+        return
+    rows = [[item.name, item.type, _write_value(item.default), item.help] for item in table.get(name).describe()]
+    console.show_table(["setting", "type", "default", "what it does"], rows, align="llll")
+
+
+@app.command()
+def inspect(model: GivenModel) -> None:
+    """Show what is in a pipeline: components, layers, bits, size and operations."""
+    from dmquant.diffusion.pipeline import find_denoiser
+    from dmquant.training.run_cost import Effort
+
+    pipeline = arguments.open_model(model, "cpu")
+    name, denoiser = find_denoiser(pipeline)
+    record, effort = getattr(denoiser, "dmquant_record", {}), Effort.load(Path(model))
+    facts = {"pipeline": type(pipeline).__name__, "denoiser": f"{name} ({type(denoiser).__name__})", **record}
+    facts |= facts.pop("settings", {}) | ({} if effort is None else {"effort": effort.describe()})
+    console.show_table(["fact", "value"], [[key, _write_value(value)] for key, value in facts.items()], align="ll", notes=[""])
+    _show_coverage(pipeline, record.get("weight_bits", 32), record.get("act_bits", 32))
+
+
+@app.command()
+def sample(
+    model: GivenModel,
+    count: Annotated[int, typer.Option("-n", "--num-images", help="Images to draw.", min=1)] = 16,
+    seed: Seed = 0,
+    steps: Steps = 20,
+    sampler: Sampler = None,
+    batch: Batch = 50,
+    prompts: Prompts = None,
+    class_labels: Labels = None,
+    guidance_scale: Guidance = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Picture to write.")] = Path("samples.png"),
+    beside: Annotated[
+        list[str] | None, typer.Option(help="Another pipeline, drawn below from equal seeds; may be repeated.", **HIDDEN)
+    ] = None,
+    device: Device = None,
+) -> None:
+    """Draw images and write them as one picture."""
+    arguments.require_picture(output)
+    conditioning = arguments.read_conditioning(prompts, class_labels, guidance_scale)
+    import torch
+
+    from dmquant.diffusion import sampling
+    from dmquant.evaluation import image_grid
+
+    rows, how = {}, {"steps": steps, "batch": batch, "conditioning": conditioning, "track": console.Tracker()}
+    for name in dict.fromkeys([model, *(beside or ())]):
+        pipeline = arguments.open_model(name, device, any_tool=True)
+        sampling.set_sampler(pipeline, sampler)
+        rows[name] = torch.cat(list(sampling.generate(pipeline, range(seed, seed + count), **how)))
+    picture = image_grid.beside(rows) if beside else image_grid.make_grid(rows[model], math.ceil(count**0.5))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(output)
+    console.say(f"wrote {output}")
+
+
+@app.command()
+def verify(folder: Annotated[Path, typer.Argument(help="Folder of a quantized pipeline.")]) -> None:
+    """Check a quantized pipeline: hashes, format, finiteness."""
+    from dmquant.checkpoint import serialization
+
+    for name in serialization.verify(folder):
+        console.show(f"ok  {name}")
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="As JSON, for bug reports.")] = False) -> None:
+    """Show versions, devices, kernels and files; exit 1 where something is amiss."""
+    from dmquant.cli.doctor import examine
+
+    findings = examine()
+    if as_json:
+        console.show(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        rows = [[f.name, f.value, "" if f.is_ok else f"amiss: {f.advice}"] for f in findings]
+        console.show_table(["what", "found", ""], rows, align="lll")
+    if not all(finding.is_ok for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def fetch(resource: Annotated[Literal["inception", "clip"], typer.Argument(help="What to get; its hash is checked.")]) -> None:
+    """Download what a later command would otherwise miss."""
+    from dmquant.evaluation.metrics import clip_score, inception_weights
+
+    console.show(str({"inception": inception_weights.fetch_inception, "clip": clip_score.fetch_clip}[resource]()))
+
+
+def _show_plan(pipeline: "DiffusionPipeline", method: "Method") -> None:
+    """What would become of each layer."""
+    from dmquant.diffusion.pipeline import find_denoiser
+    from dmquant.quantization import lay_out
+
+    notes = method.notes(find_denoiser(pipeline)[1])
+    _show_coverage(pipeline, method.weight_bits, method.act_bits, layout=lay_out(pipeline, method), notes=notes)
+
+
+def _show_coverage(
+    pipeline: "DiffusionPipeline", weight_bits: int, act_bits: int, *, layout: "Layout | None" = None, notes: dict | None = None
+) -> None:
+    from dmquant.cli import layer_table
+    from dmquant.diffusion.pipeline import find_denoiser
+    from dmquant.evaluation.cost import measure_cost
+
+    cost = measure_cost(find_denoiser(pipeline)[1], layout=layout, notes=notes)
+    rows = layer_table.tabulate(cost, weight_bits=weight_bits, act_bits=act_bits)
+    console.show_table(layer_table.HEADINGS, rows, align="lllrrrl", notes=["", *layer_table.summarize(cost)])
+
+
+def _sum_up(pipeline: "DiffusionPipeline", folder: Path) -> None:
+    """Says what quantizing took, which is kept beside the pipeline, and what it gave."""
+    from dmquant.diffusion.pipeline import find_denoiser
+    from dmquant.evaluation.cost import measure_cost
+
+    name, denoiser = find_denoiser(pipeline)
+    size_bytes = sum(file.stat().st_size for file in (folder / name).glob("*.safetensors"))
+    ratio = measure_cost(denoiser).float_size_bytes / size_bytes
+    denoiser.dmquant_effort.save(folder)
+    console.say(denoiser.dmquant_effort.describe())
+    console.say(f"{name}: {size_bytes / 1e6:.2f} MB on disk, 1/{ratio:.2f} of float32")
+
+
+def _write_value(value: object) -> str:
+    if isinstance(value, tuple | list):
+        return ",".join(map(str, value))
+    return str(value)

@@ -1,0 +1,175 @@
+"""The command that compares: reports that are there, or experiments that it runs first. Over reports alone it needs no torch."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from dmquant.cli import arguments, console
+from dmquant.cli.options import HIDDEN, Device, Guidance, Labels, Prompts
+from dmquant.errors import DmquantError, InputError, Interrupted
+
+if TYPE_CHECKING:
+    from dmquant.evaluation.reports.comparison import Comparison
+    from dmquant.evaluation.reports.report import Report
+    from dmquant.evaluation.sweep import Plan
+    from dmquant.training.resume import SavedRun
+
+RUN = "METHOD:W/A[,KEY=VALUE...] to quantize and evaluate; may be repeated."
+PLAN = "JSON list of experiments with their protocol."
+Format = Literal["table", "md", "csv", "json", "latex"]
+MEASURED = "For --run: fid,sfid,kid,is,prdc,psnr,ssim,cosine,layers,clip_score."
+Metrics = Annotated[str | None, typer.Option(help=MEASURED, show_default="fid,psnr")]
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a command line says of experiments."""
+
+    runs: tuple[str, ...]
+    plan: Path | None
+    output: Path | None
+    model: str | None
+    device: str | None
+    metrics: str | None
+    protocol: dict[str, int | None]
+    conditions: tuple[Path | None, str | None, float | None]  # prompts, class labels, guidance scale
+
+    @property
+    def has_protocol(self) -> bool:
+        return any(value is not None for value in (self.metrics, *self.protocol.values(), *self.conditions))
+
+
+def compare(
+    paths: Annotated[list[Path] | None, typer.Argument(metavar="PATH...", help="Reports, or folders that hold some.")] = None,
+    form: Annotated[Format, typer.Option("--format", help="How to write it.")] = "table",
+    mixed: Annotated[bool, typer.Option("--mixed", help="Allow different protocols; what differs becomes a column.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Also write a page: table, plots, samples, settings.", **HIDDEN)] = None,
+    samples: Annotated[int, typer.Option(help="Images of each model on the page; 0 opens no pipeline.", min=0, max=64)] = 8,
+    effort: Annotated[bool, typer.Option("--effort", help="Also show what quantizing took: seconds, memory.")] = False,
+    cards: Annotated[bool, typer.Option("--cards", help="Also write a model card into each quantized folder.")] = False,
+    runs: Annotated[list[str] | None, typer.Option("--run", help=RUN)] = None,
+    plan: Annotated[Path | None, typer.Option("--experiments", help=PLAN, **HIDDEN)] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder of the experiments.", **HIDDEN)] = None,
+    model: Annotated[str | None, typer.Option(help="Float pipeline of the experiments.", show_default="embedded")] = None,
+    metrics: Metrics = None,
+    num_images: Annotated[int | None, typer.Option(help="For --run.", min=2, show_default="1000")] = None,
+    steps: Annotated[int | None, typer.Option(help="For --run.", min=1, show_default="20")] = None,
+    batch: Annotated[int | None, typer.Option(help="For --run.", min=1, show_default="50")] = None,
+    prompts: Prompts = None,
+    class_labels: Labels = None,
+    guidance_scale: Guidance = None,
+    device: Device = None,
+) -> None:
+    """Put reports side by side, the float model first; with --run or --experiments, make them before."""
+    if html is not None:
+        arguments.require_page(html)
+    protocol, failures = {"num_images": num_images, "steps": steps, "batch": batch}, {}
+    conditions = (prompts, class_labels, guidance_scale)
+    order = Order(tuple(runs or ()), plan, output, model, device, metrics, protocol, conditions)
+    if runs or plan:
+        paths, failures = _run(order, paths or [], has_page=html is not None)
+    elif output or model or order.has_protocol:
+        raise InputError("-o, --model and the options of a protocol (--metrics, --steps, ...) are for --run and --experiments")
+    paths = arguments.find_reports(paths or [])
+    table, reports = _tabulate(paths, mixed=mixed, effort=effort)
+    _show(table, form)
+    if html is not None:
+        _write_page(html, table, reports, samples, device)
+    if cards:
+        _write_cards(paths, reports, mixed)
+    if failures:
+        raise DmquantError("; ".join(f"{name} failed: {reason}" for name, reason in failures.items()))
+
+
+def _run(order: Order, paths: list[Path], *, has_page: bool) -> tuple[list[Path], dict[str, str]]:
+    """Does the experiments; their folders, the float model's first, before the paths; and what failed. A page shows layers."""
+    if order.output is None:
+        raise InputError("give the folder of the experiments with -o")
+    if order.plan is not None and order.has_protocol:
+        raise InputError("the file of --experiments holds its protocol; leave out --metrics, --steps, --prompts and the like")
+    from dmquant.diffusion import pipeline
+    from dmquant.evaluation import image_cache, sweep
+
+    chosen = _make_plan(order)
+    chosen = chosen.with_layers() if has_page else chosen
+    pipeline.locate(order.model)
+    arguments.require_writable(order.output)
+    how = {"begin": _begin, "cache": image_cache.default_folder(), "tell": console.say, "track": console.Tracker()}
+    how |= {"model": order.model, "device": order.device or pipeline.choose_device()}
+    try:
+        results = sweep.run_plan(chosen, order.output, **how)
+    except (KeyboardInterrupt, Interrupted):
+        raise Interrupted("interrupted; the same command goes on") from None
+    return [*(order.output / name for name in results.reports), *paths], results.failures
+
+
+def _make_plan(order: Order) -> "Plan":
+    from dmquant.evaluation.sweep import DEFAULT_METRICS, Plan, parse_run, read_plan
+
+    own = tuple(parse_run(run) for run in order.runs)
+    if order.plan is not None:
+        read = read_plan(order.plan)
+        return replace(read, experiments=(*read.experiments, *own))
+    protocol = {name: value for name, value in order.protocol.items() if value is not None}
+    metrics = tuple(order.metrics.split(",")) if order.metrics else DEFAULT_METRICS
+    return Plan(own, protocol, metrics, arguments.read_conditioning(*order.conditions))
+
+
+@contextmanager
+def _begin(folder: Path) -> Iterator["SavedRun"]:
+    """The saved run beside an experiment's folder, continued where there is one; the first Ctrl-C saves it."""
+    from dmquant.cli.signals import Stop
+    from dmquant.training.resume import SavedRun
+
+    with Stop() as stop:
+        run = SavedRun(folder.absolute().with_name(f"{folder.name}.run"), should_stop=stop)
+        yield run
+        run.remove()
+
+
+def _tabulate(paths: list[Path], *, mixed: bool, effort: bool) -> tuple["Comparison", list["Report"]]:
+    from dmquant.evaluation.reports import comparison
+    from dmquant.evaluation.reports.report import Report
+    from dmquant.training.run_cost import Effort
+
+    reports = [Report.load(path) for path in paths]
+    table = comparison.compare(reports, mixed=mixed)
+    if not effort:
+        return table, reports
+    ordered = sorted(zip(paths, reports), key=lambda pair: not pair[1].is_float)  # as the rows are
+    folders = [path if path.is_dir() else path.parent for path, _ in ordered]
+    return comparison.add_efforts(table, [Effort.load(folder) for folder in folders]), reports
+
+
+def _show(table: "Comparison", form: Format) -> None:
+    if form == "table":
+        console.show_comparison(table)
+    else:
+        write = {"md": table.to_markdown, "csv": table.to_csv, "json": table.to_json, "latex": table.to_latex}
+        console.show(write[form]())
+
+
+def _write_page(file: Path, table: "Comparison", reports: list["Report"], samples: int, device: str | None) -> None:
+    from dmquant.evaluation.reports import html_page
+
+    strips = []
+    if samples:
+        from dmquant.evaluation import image_cache, sample_sheet
+
+        how = {"device": device, "cache": image_cache.default_folder(), "track": console.Tracker()}
+        strips = sample_sheet.draw_strips(reports, samples, **how)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(html_page.render(table, reports, strips), encoding="utf-8")
+    console.say(f"wrote {file}")
+
+
+def _write_cards(paths: list[Path], reports: list["Report"], mixed: bool) -> None:
+    from dmquant.evaluation.model_card import write_card
+
+    for path, report in zip(paths, reports, strict=True):
+        if (path / "model_index.json").is_file() and not report.is_float:
+            console.say(f"wrote {write_card(path, report, reports, mixed=mixed)}")

@@ -1,0 +1,134 @@
+"""The commands that measure: eval and reference. Like all commands thin, with everything heavy imported inside them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dmquant.cli import arguments, console
+from dmquant.cli.options import HIDDEN, Batch, Device, Guidance, Labels, Model, Prompts, Sampler, Seed, Steps
+from dmquant.errors import Interrupted
+from dmquant.training import distributed
+
+if TYPE_CHECKING:
+    from dmquant.evaluation.reports.report import LayerProfile, Report
+
+REPORT = "File NAME.json, or folder for report.json; default: beside a quantized MODEL, else runs/eval-NAME."
+Extractor = Annotated[str, typer.Option(help="resnet-cifar10 or inception.")]
+Weights = Annotated[Path | None, typer.Option("--inception-weights", help="File of the FID Inception.", **HIDDEN)]
+
+
+def evaluate(
+    context: typer.Context,
+    model: Model = None,
+    fid: Annotated[bool, typer.Option("--fid", help="Frechet distance; the default, with --psnr of a quantized model.")] = False,
+    sfid: Annotated[bool, typer.Option("--sfid", help="Frechet distance of spatial features.")] = False,
+    kid: Annotated[bool, typer.Option("--kid", help="Kernel distance, unbiased for few images.")] = False,
+    score: Annotated[bool, typer.Option("--is", help="Inception score.")] = False,
+    prdc: Annotated[bool, typer.Option("--prdc", help="Precision, recall, density, coverage; k = 3.")] = False,
+    psnr: Annotated[bool, typer.Option("--psnr", help="PSNR to the float model at equal seeds.")] = False,
+    ssim: Annotated[bool, typer.Option("--ssim", help="SSIM to the float model at equal seeds.")] = False,
+    cosine: Annotated[bool, typer.Option("--cosine", help="Cosine to the float denoiser's answers, by timestep.")] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="Each layer's error, and its input's range by timestep.")] = False,
+    clip_score: Annotated[bool, typer.Option("--clip-score", help="Cosine of image and prompt by CLIP, times 100.")] = False,
+    num_images: Annotated[int, typer.Option(help="Images to draw.", min=2)] = 1000,
+    steps: Steps = 20,
+    sampler: Sampler = None,
+    seed: Seed = 0,
+    batch: Batch = 50,
+    prompts: Prompts = None,
+    class_labels: Labels = None,
+    guidance_scale: Guidance = None,
+    reference: Annotated[str | None, typer.Option(help="Built-in name, npz, or images.", show_default="the extractor's")] = None,
+    extractor: Extractor = "resnet-cifar10",
+    inception_weights: Weights = None,
+    clip: Annotated[str | None, typer.Option(help="Folder or hub id.", show_default="openai/clip-vit-large-patch14")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help=REPORT, **HIDDEN)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The report as JSON on stdout.")] = False,
+    keep: Annotated[bool, typer.Option("--cache/--no-cache", help="Keep images, and use those kept.")] = True,
+    num_processes: Annotated[int, typer.Option(help="Processes to split the seeds over.", min=1)] = 1,
+    device: Device = None,
+) -> None:
+    """Draw images of a float or quantized pipeline, measure them, and write a report."""
+    if num_processes > 1 and not distributed.is_launched():
+        raise typer.Exit(distributed.launch(context.obj, num_processes))
+    from dmquant.diffusion import pipeline as denoiser
+    from dmquant.evaluation.reports.report import name_file
+
+    wanted = {"fid": fid, "sfid": sfid, "kid": kid, "is": score, "prdc": prdc, "psnr": psnr, "ssim": ssim, "cosine": cosine,
+              "layers": layers, "clip_score": clip_score}  # fmt: skip
+    how = {"num_images": num_images, "seed": seed, "steps": steps, "sampler": sampler, "batch": batch, "extractor": extractor,
+           "inception_weights": inception_weights, "reference": reference, "clip": clip}  # fmt: skip
+    how["metrics"] = tuple(name for name, is_wanted in wanted.items() if is_wanted) or None
+    how["conditioning"] = arguments.read_conditioning(prompts, class_labels, guidance_scale)
+    denoiser.locate(model)
+    file = name_file(output or arguments.name_evaluation(model))
+    arguments.require_writable(file.parent)
+    report = _measure(model, device, keep, how)
+    if distributed.is_first():
+        report.save(file)
+    _show(report, as_json)
+    console.say(f"wrote {file}")
+    distributed.leave_together()
+
+
+def _measure(model: str | None, device: str | None, keep: bool, how: dict[str, Any]) -> "Report":
+    """What evaluation.evaluate says of a model, asked with these arguments; an interrupt says whether images are kept."""
+    from dmquant.evaluation import evaluator, image_cache
+
+    try:
+        pipeline = arguments.open_model(model, device, any_tool=True)
+        return evaluator.evaluate(pipeline, cache=image_cache.default_folder() if keep else None, track=console.Tracker(), **how)
+    except KeyboardInterrupt:
+        advice = "; the same command goes on with the images that were drawn"
+        raise Interrupted("interrupted" + (advice if keep else "")) from None
+
+
+def _show(report: "Report", as_json: bool) -> None:
+    if as_json:
+        console.show(report.to_json())
+        return
+    from dmquant.evaluation.reports import comparison
+
+    console.show_comparison(comparison.compare([report]))
+    for line in describe_worst(report.layers):
+        console.show(line)
+
+
+def describe_worst(layers: Sequence["LayerProfile"]) -> list[str]:
+    """The layer with the lowest SQNR, by itself and with the errors of those before it; none of a float model."""
+    titles = {"local_db": "worst layer, read alone", "total_db": "worst layer, in its own model"}
+    lines = []
+    for name, title in titles.items():
+        known = [layer for layer in layers if getattr(layer, name) is not None]
+        if known:
+            worst = min(known, key=lambda layer: getattr(layer, name))
+            bits = f"{worst.weight_bits}/{worst.act_bits}"
+            lines.append(f"{title}: {worst.name} ({worst.role}, {bits}), SQNR {getattr(worst, name):.1f} dB")
+    return lines
+
+
+def reference(
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGES...", help="Folders or zips of images.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="File NAME.npz to write.")],
+    extractor: Extractor = "resnet-cifar10",
+    inception_weights: Weights = None,
+    size: Annotated[int | None, typer.Option(help="Bring images to this side: bicubic, centre crop.", min=1, **HIDDEN)] = None,
+    device: Device = None,
+) -> None:
+    """Compute what `eval --reference` compares with: statistics of images, and features of some of them."""
+    arguments.require_new(output, ".npz")
+    import torch
+
+    from dmquant.diffusion.image_files import list_images
+    from dmquant.diffusion.pipeline import choose_device
+    from dmquant.evaluation.metrics.feature_extractor import load_extractor
+    from dmquant.evaluation.metrics.reference_stats import compute_reference, save_reference
+
+    files = list_images(*images)
+    network = load_extractor(extractor, inception_weights).to(torch.device(device or choose_device()))
+    found = compute_reference(files, network, name=output.stem, size=size, track=console.Tracker())
+    output.parent.mkdir(parents=True, exist_ok=True)
+    save_reference(found, network, output, size=size)
+    console.say(f"wrote {output}: {found.num_images} images, features of {len(found.features)}")

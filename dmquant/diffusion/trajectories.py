@@ -1,0 +1,185 @@
+"""Denoiser calls recorded along the teacher's own trajectories: data-free training and calibration material.
+
+The timestep is in the sample, so no training code asks which step it is.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from functools import wraps
+from typing import Any, Self
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from torch import Tensor, nn
+
+from dmquant.diffusion.conditioning import Conditioning, complete
+from dmquant.diffusion.pipeline import evaluating, find_denoiser
+from dmquant.diffusion.sampling import generate
+from dmquant.errors import InputError
+from dmquant.progress import Track, plain
+from dmquant.quantizers.timestep_clock import find_timestep_name
+
+# far from the small seeds that people draw and evaluate with; torch's CPU generator reads 32 bits of a seed and no more
+FIRST_RECORDING_SEED = 1 << 31
+POSITIONS = ("img_ids", "txt_ids")  # Flux: places of tokens (N, 3), which may happen to be as many as samples
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Calls of a denoiser. Tensors live on the CPU; `on` moves a batch to a device.
+
+    Of the answers, recorded or new, only the channels count that the sampler uses. A denoiser that also learned a variance
+    answers with twice the channels (DiT, PixArt), and diffusers' pipelines for it drop the second half.
+    """
+
+    x: Tensor  # (N, ...) noisy inputs
+    timestep: Tensor  # (N,)
+    target: Tensor  # (N, C, ...) the teacher's answers, C channels of them
+    conditioning: dict[str, Tensor]  # one row per sample; nested arguments are written "outer.inner"
+    shared: dict[str, Tensor]  # arguments that have no batch dimension, the same for every sample
+    names: tuple[str, str] = ("sample", "timestep")  # what the denoiser calls x and timestep
+    guidance: float | None = None  # scale at which the sampler mixes answers with and without condition, where it asks for both
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: Tensor | slice) -> Self:
+        rows = {name: value[index] for name, value in self.conditioning.items()}
+        picked = {name: getattr(self, name)[index] for name in ("x", "timestep", "target")}
+        return replace(self, **picked, conditioning=rows)
+
+    def spread(self, count: int) -> Self:
+        """At most `count` samples, evenly over the timesteps: with at least as many as there are steps, each is among them."""
+        order = self.timestep.argsort(stable=True)
+        return self[order[torch.linspace(0, len(self) - 1, min(count, len(self))).round().long()]]
+
+    def split(self, batch: int) -> list[Self]:
+        return [self[slice(start, start + batch)] for start in range(0, len(self), batch)]
+
+    def on(self, device: torch.device) -> Self:
+        moved = {f.name: _move(getattr(self, f.name), device) for f in fields(self) if f.name not in ("names", "guidance")}
+        return replace(self, **moved)
+
+    def call(self, denoiser: nn.Module) -> Tensor:
+        """The denoiser's answer to these samples, in the channels of the target."""
+        # by name: in some denoisers the second argument is not the timestep
+        arguments = dict(zip(self.names, (self.x, self.timestep))) | _nest({**self.conditioning, **self.shared})
+        return denoiser(**arguments, return_dict=False)[0][:, :self.target.shape[1]]
+
+
+def record(
+    pipeline: DiffusionPipeline, trajectories: int, *, steps: int, seed: int, batch: int = 32, eta: float = 0.0,
+    conditioning: Conditioning = Conditioning(), track: Track = plain,
+) -> Samples:
+    """Every denoiser call of `trajectories` runs of the pipeline's own sampler with `steps` steps.
+
+    `eta` is the share of fresh noise in each step, from 0, the sampler as it is, to 1, for samplers that take one (DDIM, eq.
+    16; Song et al., 2021); InputError for others.
+    """
+    denoiser, recorder, conditioning = find_denoiser(pipeline)[1], Recorder(), complete(pipeline, conditioning)
+    seeds, how = recording_seeds(seed, trajectories), dict(steps=steps, batch=batch, conditioning=conditioning, track=track)
+    with evaluating(denoiser), stepping(pipeline.scheduler, eta) as given:
+        hook = denoiser.register_forward_hook(recorder.note, with_kwargs=True)
+        try:
+            for _ in generate(pipeline, seeds, **how):
+                pass  # the hook keeps what is wanted
+        finally:
+            hook.remove()
+    samples = recorder.take()
+    return replace(samples, target=keep_used(samples.target, given), guidance=conditioning.guidance)
+
+
+@contextmanager
+def stepping(scheduler: SchedulerMixin, eta: float) -> Iterator[set[torch.Size]]:
+    """While inside, the scheduler's steps take this eta; notes the shapes (C, ...) of what they are given.
+
+    The scheduler is told and not the pipeline, since some pipelines (DiT) hand no eta on.
+    """
+    own, given = scheduler.step, set()
+    if eta and "eta" not in inspect.signature(own).parameters:
+        raise InputError(f"eta of {eta:g}: {type(scheduler).__name__} takes none; leave it at 0, or use a pipeline with DDIM")
+
+    @wraps(own)  # pipelines look at its signature
+    def step(model_output: Tensor, *args: Any, **kwargs: Any) -> Any:
+        given.add(model_output.shape[1:])
+        return own(model_output, *args, **({**kwargs, "eta": eta} if eta else kwargs))
+
+    scheduler.step = step
+    try:
+        yield given
+    finally:
+        del scheduler.step
+
+
+def keep_used(answers: Tensor, given: set[torch.Size]) -> Tensor:
+    """Of answers (N, C, ...) the leading channels that the sampler was given; all where it was given something else."""
+    alike = {shape[0] for shape in given if shape[1:] == answers.shape[2:]}
+    return answers[:, :max(alike, default=None)].contiguous()
+
+
+def recording_seeds(seed: int, count: int) -> range:
+    """Seeds of the recorded trajectories of a run: other ones for each run, never those of an evaluation."""
+    first = FIRST_RECORDING_SEED + int(np.random.SeedSequence(seed).generate_state(1)[0]) % (1 << 30)
+    return range(first, first + count)
+
+
+class Recorder:
+    """A forward hook that keeps what a denoiser was asked and what it answered."""
+
+    def __init__(self) -> None:
+        self._calls: list[Samples] = []
+
+    def note(self, denoiser: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        arguments = inspect.signature(denoiser.forward).bind_partial(*args, **kwargs).arguments
+        name, x = next(iter(arguments.items()))
+        clock = find_timestep_name(arguments)
+        extra = _flatten({k: v for k, v in arguments.items() if k not in (name, clock)})
+        rows = {k: _keep(v) for k, v in extra.items() if v.ndim and len(v) == len(x) and not (k in POSITIONS and v.ndim == 2)}
+        shared = {k: _keep(v) for k, v in extra.items() if k not in rows}
+        timestep = torch.as_tensor(arguments[clock]).reshape(-1).expand(len(x))
+        answer = output[0] if isinstance(output, tuple) else output.sample
+        self._calls.append(Samples(_keep(x), _keep(timestep), _keep(answer), rows, shared, (name, clock)))
+
+    def take(self) -> Samples:
+        """All calls so far, in the order they were made. The recorder forgets them: one part at a time is there twice."""
+        first, calls, self._calls = self._calls[0], self._calls, []
+        rows = {name: [call.conditioning[name] for call in calls] for name in first.conditioning}
+        main = {name: [getattr(call, name) for call in calls] for name in ("x", "timestep", "target")}
+        shared, names = first.shared, first.names
+        del first, calls
+        joined = [{name: torch.cat(columns.pop(name)) for name in list(columns)} for columns in (main, rows)]
+        return Samples(**joined[0], conditioning=joined[1], shared=shared, names=names)
+
+
+def _keep(value: Tensor) -> Tensor:
+    """A copy on the CPU: samplers write into their tensors."""
+    return value.detach().to("cpu", copy=True)
+
+
+def _flatten(arguments: dict[str, Any], prefix: str = "") -> dict[str, Tensor]:
+    """Tensors among nested arguments, by dotted name; flags and None are the denoiser's defaults when it is called again."""
+    flat = {}
+    for name, value in arguments.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        elif isinstance(value, Tensor):
+            flat[prefix + name] = value
+    return flat
+
+
+def _nest(flat: dict[str, Tensor]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for name, value in flat.items():
+        outer, _, inner = name.partition(".")
+        if inner:
+            nested.setdefault(outer, {})[inner] = value
+        else:
+            nested[outer] = value
+    return nested
+
+
+def _move(value: Tensor | dict[str, Tensor], device: torch.device) -> Tensor | dict[str, Tensor]:
+    return {k: v.to(device) for k, v in value.items()} if isinstance(value, dict) else value.to(device)

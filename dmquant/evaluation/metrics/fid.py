@@ -1,0 +1,107 @@
+"""Frechet distance between the features of generated images and a reference. Heusel et al., 2017, eq. 6.
+
+It is named FID only in the features of the FID Inception network; in any other features it is `fd-<extractor>`. sFID is the
+same distance in spatial features, which know where things are (Nash et al., 2021): `sfid`, else `sfd-<extractor>`.
+"""
+
+import math
+import warnings
+
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from dmquant.errors import DmquantError, InputError
+from dmquant.evaluation.metrics.base import Batch, Metric
+from dmquant.evaluation.metrics.reference_stats import Reference
+from dmquant.evaluation.metrics.running_moments import Moments
+
+MIN_UNBIASED = 2048  # fewer images than feature dimensions leave the covariance rank deficient
+
+
+class Frechet(Metric):
+    """Streams float64 sums of features and their products; memory does not grow with the number of images."""
+
+    needs_features = True
+    reference_part = "mu"
+    least = 2
+
+    def __init__(self, extractor_name: str, reference: Reference):
+        self.key = self.name(extractor_name)
+        moments = self.pick_moments(reference)
+        # no metric here syncs by itself: of several processes the first sees everything, and the others wait elsewhere
+        how = {"reset_real_features": False, "sync_on_compute": False}
+        self._distance = FrechetInceptionDistance(Precomputed(len(moments.mu)), **how)
+        inject(self._distance, moments, reference.num_images)
+
+    @staticmethod
+    def name(extractor_name: str) -> str:
+        return distance_name(extractor_name)
+
+    @staticmethod
+    def pick_moments(reference: Reference) -> Moments:
+        return Moments(reference.mu, reference.sigma)
+
+    @staticmethod
+    def pick(batch: Batch) -> Tensor:
+        return batch.features
+
+    def update(self, batch: Batch) -> None:
+        self._distance.update(self.pick(batch), real=False)
+
+    def compute(self) -> dict[str, float]:
+        count = int(self._distance.fake_features_num_samples)
+        if count < self.least:
+            raise InputError(f"{self.key} needs at least 2 images, got {count}; raise num_images")
+        if self.key in ("fid", "sfid") and count < MIN_UNBIASED:
+            warnings.warn(f"{_written(self.key)} over {count} images is biased upward; use at least {MIN_UNBIASED}", stacklevel=2)
+        # some builds of LAPACK crash on a NaN
+        value = float(self._distance.compute()) if self._distance.fake_features_cov_sum.isfinite().all() else math.nan
+        if not math.isfinite(value):
+            raise DmquantError(f"{self.key} of {count} images is {value}: the features are not finite")
+        return {self.key: value}
+
+
+class SpatialFrechet(Frechet):
+    """The same, in features that keep their positions."""
+
+    reference_part = "spatial"
+
+    @staticmethod
+    def name(extractor_name: str) -> str:
+        return "s" + distance_name(extractor_name)
+
+    @staticmethod
+    def pick_moments(reference: Reference) -> Moments:
+        return reference.spatial
+
+    @staticmethod
+    def pick(batch: Batch) -> Tensor:
+        return batch.spatial
+
+
+class Precomputed(nn.Module):
+    """Stands where torchmetrics expects its network: the features were already computed, for all metrics at once."""
+
+    def __init__(self, num_features: int):
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+def distance_name(extractor_name: str) -> str:
+    return "fid" if extractor_name == "inception" else f"fd-{extractor_name}"
+
+
+def inject(distance: FrechetInceptionDistance, moments: Moments, num_images: int | None) -> None:
+    """Makes the sums of the real side those of the reference: sum = n mu, cov_sum = (n - 1) sigma + n mu mu^T."""
+    # any n >= 2 gives the same distance, so a file that does not say its n is read as n = 2
+    count = max(num_images or 2, 2)
+    distance.real_features_sum = moments.mu * count
+    distance.real_features_cov_sum = moments.sigma * (count - 1) + count * moments.mu.outer(moments.mu)
+    distance.real_features_num_samples.fill_(count)
+
+
+def _written(key: str) -> str:
+    return key.replace("fid", "FID")

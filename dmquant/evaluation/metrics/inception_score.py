@@ -1,0 +1,40 @@
+"""Inception score: exp of the mean divergence of an image's class probabilities from their mean. Salimans et al., 2016.
+
+It says nothing about a reference. It is named IS with the Inception classifier only, else `cs-<extractor>`, classifier score.
+"""
+
+import warnings
+
+import torch
+from torchmetrics.image.inception import InceptionScore
+
+from dmquant.evaluation.metrics.base import Batch, Metric
+from dmquant.evaluation.metrics.fid import Precomputed
+from dmquant.evaluation.metrics.reference_stats import Reference
+
+SPLIT_SIZE = 5000  # images of a split: ten splits of the papers' 50,000; fewer images are one split
+
+
+class ClassifierScore(Metric):
+    """Mean over splits, filled from a fixed seed. Keeps the logits of all images."""
+
+    needs_features = True
+    least = 2
+
+    def __init__(self, extractor_name: str, reference: Reference | None = None):
+        self.key = "is" if extractor_name == "inception" else f"cs-{extractor_name}"
+        self._logits = []
+
+    def update(self, batch: Batch) -> None:
+        self._logits.append(batch.logits)
+
+    def compute(self) -> dict[str, float]:
+        logits = torch.cat(self._logits)
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            warnings.filterwarnings("ignore", "Metric `InceptionScore` will save")
+            warnings.filterwarnings("ignore", "std\\(\\)")  # the deviation over splits, of which there may be one
+            torch.manual_seed(0)
+            splits = max(1, len(logits) // SPLIT_SIZE)
+            score = InceptionScore(Precomputed(logits.shape[1]), splits=splits, sync_on_compute=False)
+            score.update(logits)
+            return {self.key: float(score.compute()[0])}

@@ -1,0 +1,126 @@
+"""Norms on images channels last (N, H, W, C): group norm in two steps, its moments, then what a kernel does to what it reads.
+
+A group norm is a gain and an offset for each channel of each image. A kernel applies them, and SiLU behind them, to what it is
+about to quantize (ops.multiply), so that no normalized image is ever written. A layer norm it does on its own: that needs only
+the pixel which is read. `normalize` writes a normalized image by the same C: it is what kernels are compared with.
+"""
+
+import ctypes
+import struct
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from dmquant.kernels import build, registry
+from dmquant.kernels.build import CannotCompile
+from dmquant.kernels.registry import AVX2, AVX512, FLAGS_256, FLAGS_512, Kernel
+from dmquant.kernels.triton.norm import moments as moments_on_gpu
+
+VARIANTS = (Kernel("normal", AVX512, FLAGS_512), Kernel("normal", AVX2, FLAGS_256), Kernel("normal"))  # best first
+ACTIVATIONS = NONE, SILU, GELU, TANH_GELU, GATED = range(5)  # as in csrc/normal.h
+POINTERS = ("x", "beside", "weight", "bias", "gain", "offset", "sums", "factor", "out")
+NUMBERS = ("images", "pixels", "channels", "beside_channels", "groups", "activate", "threads")
+NORM = struct.Struct(f"{len(POINTERS)}P{len(NUMBERS)}qd")  # the structure of csrc/normal.c; the last is epsilon
+
+
+def moments(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, epsilon: float, beside: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Gain and offset (N, C) of a group norm over x (N, H, W, C): x * gain + offset is what it gives.
+
+    The channels of `beside` (N, H, W, C') are counted as if they lay behind those of x; on a GPU there are none.
+    """
+    if x.is_cuda:
+        return moments_on_gpu(x, weight, bias, groups, epsilon)
+    x, beside = x.contiguous(), None if beside is None else beside.contiguous()
+    return measure(x, beside, x.shape[-1], weight, bias, groups, epsilon)
+
+
+def measure(
+    x: Tensor, beside: Tensor | None, channels: int, weight: Tensor | None, bias: Tensor | None, groups: int, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """The same by C for x of N images with so many channels: shapes say nothing else here, memory is channels last."""
+    images = x.shape[0]
+    pixels = x.numel() // max(1, images * channels)
+    others = 0 if beside is None else beside.numel() // max(1, images * pixels)
+    shape = (images, channels + others)
+    gain, offset, sums = torch.empty(shape), torch.empty(shape), torch.empty((2, *shape), dtype=torch.float64)
+    if x.numel():
+        job = NORM.pack(
+            x.data_ptr(), place(beside), place(weight), place(bias), gain.data_ptr(), offset.data_ptr(), sums.data_ptr(), 0, 0,
+            images, pixels, channels + others, others, groups, NONE, torch.get_num_threads(), epsilon,
+        )  # fmt: skip
+        library().dmquant_moments(job)
+    return gain, offset
+
+
+def normalize(
+    x: Tensor, gain: Tensor | None = None, offset: Tensor | None = None, *, factor: Tensor | None = None, activate: int = NONE,
+    epsilon: float = 0,
+) -> Tensor:  # fmt: skip
+    """f(x * gain + offset) * factor: (N, H, W, C). GATED is x[:C] * gelu(x[C:]), with neither gain nor offset.
+
+    With an epsilon x is normalized over its channels first, and f must be NONE.
+    """
+    x = x.contiguous()
+    channels = x.shape[-1] // (2 if activate == GATED else 1)
+    out = x.new_empty(*x.shape[:-1], channels)
+    if x.numel():
+        job = NORM.pack(
+            x.data_ptr(), 0, 0, 0, place(gain), place(offset), 0, place(factor), out.data_ptr(),
+            len(x), x.numel() // (len(x) * x.shape[-1]), channels, 0, 1, activate, torch.get_num_threads(), epsilon,
+        )  # fmt: skip
+        library().dmquant_normalize(job)
+    return out
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """Raises CannotCompile where there is none."""
+    missing = "no variant"
+    for variant in VARIANTS:
+        try:
+            if variant.needs & ~registry.instruction_sets():
+                continue
+            loaded = build.load(variant.name, variant.flags)
+        except CannotCompile as error:
+            missing = str(error)
+            continue
+        for function in (loaded.dmquant_moments, loaded.dmquant_normalize):
+            function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_int
+        return loaded
+    raise CannotCompile(missing)
+
+
+def place(tensor: Tensor | None) -> int:
+    """Where a tensor lies in memory; 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+@torch.library.custom_op("dmquant::moments", mutates_args=())
+def moments_op(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, epsilon: float, beside: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    return moments(x, weight, bias, groups, epsilon, beside)
+
+
+@moments_op.register_fake
+def _(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, epsilon: float, beside: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    channels = x.shape[-1] + (0 if beside is None else beside.shape[-1])
+    return tuple(x.new_empty(len(x), channels, dtype=torch.float32) for _ in range(2))
+
+
+def moments_of(norm: nn.GroupNorm, x: Tensor, beside: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Gain and offset (N, C) of a layer over images (N, C, H, W), and over what lies beside them, or over tokens (N, T, C)."""
+    weight, bias = norm._parameters["weight"], norm._parameters["bias"]
+    is_image = x.dim() == 4
+    if x.is_cuda or torch.compiler.is_compiling():
+        act = moments_op if torch.compiler.is_compiling() else moments
+        x, beside = (x.permute(0, 2, 3, 1), beside) if is_image else (x.unsqueeze(1), beside)
+        return act(x, weight, bias, norm.num_groups, norm.eps, None if beside is None else beside.permute(0, 2, 3, 1))
+    order = torch.channels_last if is_image else torch.contiguous_format
+    x, beside = x.contiguous(memory_format=order), None if beside is None else beside.contiguous(memory_format=order)
+    return measure(x, beside, x.shape[1 if is_image else 2], weight, bias, norm.num_groups, norm.eps)

@@ -1,0 +1,136 @@
+"""The kernels: what each needs of a processor and what it can multiply, those of C best first.
+
+All of C give the same floats bit for bit (csrc/job.h says why), so which one runs is a matter of speed alone.
+"""
+
+import ctypes
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+
+from torch import Tensor
+
+from dmquant.errors import InputError
+from dmquant.kernels import build, layouts, triton_support
+from dmquant.kernels.build import CannotCompile
+from dmquant.kernels.triton import layout
+
+AVX2, AVX512, VNNI, VBMI, AMX, AVX_VNNI = (1 << bit for bit in range(6))  # as in csrc/isa.c
+NAMES = {AVX2: "AVX2", AVX512: "AVX-512", VNNI: "AVX-512 VNNI", VBMI: "AVX-512 VBMI", AMX: "AMX", AVX_VNNI: "AVX-VNNI"}
+FLAGS_256 = ("-mavx2", "-mfma")
+FLAGS_512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512")
+FLAGS_AVX_VNNI = (*FLAGS_256, "-mavxvnni")
+FLAGS_AMX, FLAGS_VNNI = (*FLAGS_512, "-mamx-tile", "-mamx-int8"), (*FLAGS_512, "-mavx512vnni")
+CHOICES = ("auto", "c", "onednn", "torch", triton_support.NAME, "exact")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One of csrc/, or Triton's. Layouts are those of blocking.py and of gpu/layout.py."""
+
+    name: str
+    needs: int = 0  # instruction sets
+    flags: tuple[str, ...] = ()
+    max_weight_bits: int = 8
+    max_act_bits: int = 8
+    blocks: tuple[int, ...] = (64, 32)  # channels
+    layout: str = "planes"
+    windows: tuple[tuple[int, ...], ...] = ()  # kernel and stride (both height, width) of its convolutions; empty: any
+    outdoes: tuple[str, ...] = ()  # kernels that need not run where this one does
+    must_ask: bool = False  # the operating system for permission
+    is_portable: bool = False
+    source: str = ""  # of csrc/, if it has not the kernel's name
+
+    def __hash__(self) -> int:
+        return hash(self.name)  # that of all fields would be computed at each call of a layer
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether it has registers of 512 bits: nothing else was ever much faster then."""
+        return bool(self.needs & AVX512)
+
+    def fits(self, weight_bits: int, act_bits: int, window: Sequence[int]) -> bool:
+        """Whether it multiplies layers of such bits (of a plane of weights) and such a window, as ops.multiply has it."""
+        return weight_bits <= self.max_weight_bits and act_bits <= self.max_act_bits and self.is_made_for(window)
+
+    def is_made_for(self, window: Sequence[int]) -> bool:
+        return not self.windows or tuple(window[:4]) in self.windows
+
+    @cache
+    def block_for(self, channels: int) -> int:
+        """The largest block of channels among those that are filled up the least."""
+        return min(self.blocks, key=lambda block: (layouts.fill_up(channels, block), -block))
+
+    def to_blocked(self, codes: Tensor, bits: int) -> Tensor:
+        """Bytes of the codes (O, C, taps) in this kernel's order."""
+        return LAYOUTS[self.layout][0](codes, bits, self.block_for(codes.shape[1]))
+
+    def from_blocked(self, blocked: Tensor, shape: tuple[int, int, int], bits: int) -> Tensor:
+        """The codes (O, C, taps) again."""
+        return LAYOUTS[self.layout][1](blocked, shape, bits, self.block_for(shape[1]))
+
+
+LAYOUTS = {
+    "planes": (layouts.to_planes, layouts.from_planes),
+    "nibbles": (layouts.to_nibbles, layouts.from_nibbles),
+    "nibbles by group": (partial(layouts.to_nibbles, by_group=True), partial(layouts.from_nibbles, by_group=True)),
+    "steps": (layout.to_steps, layout.from_steps),
+}
+LUT = {"max_weight_bits": 2, "max_act_bits": 6}
+WINOGRAD = {"max_weight_bits": 4, "max_act_bits": 5, "windows": ((3, 3, 1, 1),), "blocks": (64,)}
+OF_256 = ("winograd2", "avxvnni", "avx2")
+KERNELS = (
+    Kernel("amx", AVX512 | AMX, FLAGS_AMX, blocks=(64,), outdoes=("winograd", "lut2", *OF_256, "scalar"), must_ask=True),
+    Kernel(
+        "lut", AVX512 | VNNI | VBMI, (*FLAGS_VNNI, "-mavx512vbmi"), **LUT, layout="nibbles", outdoes=("lut2", *OF_256, "scalar"),
+    ),
+    Kernel("winograd", AVX512 | VNNI, FLAGS_VNNI, **WINOGRAD, outdoes=("winograd2",)),
+    Kernel("vnni", AVX512 | VNNI, FLAGS_VNNI, outdoes=(*OF_256, "scalar")),
+    Kernel("lut2", AVX2, FLAGS_256, **LUT, layout="nibbles by group", outdoes=("scalar",)),
+    Kernel("winograd2", AVX2 | AVX_VNNI, FLAGS_AVX_VNNI, **WINOGRAD, source="winograd"),
+    Kernel("avxvnni", AVX2 | AVX_VNNI, FLAGS_AVX_VNNI, outdoes=("avx2", "scalar"), source="avx2"),
+    Kernel("avx2", AVX2, FLAGS_256, outdoes=("scalar",)),
+    Kernel("scalar", is_portable=True),
+)  # fmt: skip
+TRITON = Kernel(triton_support.NAME, blocks=(128, 64, 32), layout="steps")
+EXACT = Kernel("exact")  # by torch, as exact.py says
+BY_NAME = {kernel.name: kernel for kernel in (*KERNELS, TRITON, EXACT)}
+
+
+def choice() -> str:
+    """DMQUANT_KERNELS: auto (C on a CPU if it compiles, else oneDNN, else torch; Triton on a GPU), or one of them by name.
+
+    exact is C's arithmetic by torch. Raises InputError for any other name.
+    """
+    value = os.environ.get("DMQUANT_KERNELS") or "auto"
+    if value not in CHOICES:
+        raise InputError(f"DMQUANT_KERNELS must be one of {', '.join(CHOICES)}, got {value!r}")
+    return value
+
+
+@cache
+def state(kernel: Kernel) -> str:
+    """Empty if the kernel can be used here, otherwise why it cannot."""
+    try:
+        missing = kernel.needs & ~instruction_sets()
+        if missing:
+            return f"this processor has no {' and no '.join(name for bit, name in NAMES.items() if bit & missing)}"
+        library(kernel)
+    except CannotCompile as error:
+        return str(error)
+    return ""
+
+
+@cache
+def library(kernel: Kernel) -> ctypes.CDLL:
+    """Raises CannotCompile where there is none or it may not run."""
+    loaded = build.load(kernel.source or kernel.name, kernel.flags)
+    if kernel.must_ask and loaded.dmquant_ready() != 0:
+        raise CannotCompile("the operating system does not allow it")
+    loaded.dmquant_run.argtypes, loaded.dmquant_run.restype = [ctypes.c_void_p], ctypes.c_int
+    return loaded
+
+
+def instruction_sets() -> int:
+    return build.load("isa").dmquant_isa()

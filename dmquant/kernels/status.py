@@ -1,0 +1,34 @@
+"""Which kernels are in use on this machine, and why the others are not."""
+
+import torch
+
+from dmquant.kernels import attention, onednn, registry, self_check, triton_support
+from dmquant.kernels.registry import EXACT, KERNELS, choice
+
+
+def survey() -> dict[str, str]:
+    """Each kernel by name, with an empty text if it is in use or why it is not. Compiles what has not been compiled yet."""
+    wanted, found, outdone = choice(), {}, {}
+    for kernel in KERNELS:
+        if wanted not in ("auto", "c"):
+            found[kernel.name] = f"DMQUANT_KERNELS={wanted}"
+        elif kernel.name in outdone:
+            found[kernel.name] = f"not needed beside {outdone[kernel.name]}"
+        elif kernel.is_portable and wanted == "auto":
+            found[kernel.name] = "plain C, only with DMQUANT_KERNELS=c"
+        else:
+            found[kernel.name] = registry.state(kernel) or self_check.check(kernel.name, self_check.Format(1, 1, 4))
+        if not found[kernel.name]:
+            outdone |= dict.fromkeys(set(kernel.outdoes) - set(outdone), kernel.name)
+    unwanted = f"DMQUANT_KERNELS={wanted}"
+    found[onednn.NAME] = onednn.state() if wanted in ("auto", "onednn") else unwanted
+    found[triton_support.NAME] = survey_gpu() if wanted in ("auto", triton_support.NAME) else unwanted
+    slow = f"torch in whole numbers, only with DMQUANT_KERNELS={EXACT.name}"
+    found[EXACT.name] = {EXACT.name: "", "auto": slow}.get(wanted, unwanted)
+    found[attention.NAME] = attention.survey()
+    return found
+
+
+def survey_gpu() -> str:
+    """Empty if Triton's kernels are in use on this process's GPU, otherwise why they are not."""
+    return triton_support.state() or self_check.check(triton_support.NAME, self_check.Format(1, 1, 4), torch.device("cuda", torch.cuda.current_device()))

@@ -1,0 +1,158 @@
+"""The product of an image with a packed weight: an implicit GEMM on the tensor cores for int8.
+
+A tile of the output is (outputs, pixels), not the other way round: Hopper's wgmma takes its first operand from registers, where
+the weights have just been unpacked, and its second from shared memory with channels innermost, where channels last puts them.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dmquant.kernels.conv_shape import output_size
+from dmquant.kernels.registry import TRITON
+from dmquant.kernels.triton.quantize import quantize
+
+TILES = ((128, 128), (64, 128), (64, 64), (64, 32))  # outputs and pixels
+FEW_TILES = 128  # fewer leave multiprocessors of a large GPU without work
+# without this each number that is one or a multiple of 16 where another was not makes a kernel anew
+ANY_NUMBER = (
+    "pixels", "taps", "channels", "padded_height", "padded_width", "out_height", "out_width", "kernel_width", "stride_height",
+    "stride_width", "act_stride",
+)  # fmt: skip
+
+
+def multiply(
+    x: Tensor, weight: Tensor, total: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None,
+    act_scale: Tensor, act_zero: Tensor, format: Sequence[int], window: Sequence[int], gain: Tensor | None = None,
+    offset: Tensor | None = None, factor: Tensor | None = None, residual: Tensor | None = None, activate: bool = False,
+    zoom: int = 1,
+) -> Tensor:  # fmt: skip
+    """As ops.multiply, in the dtype of x; what it takes besides may be of any. Under Triton's interpreter also on the CPU."""
+    bits, halves, act_bits = format
+    channels, block = x.shape[3], TRITON.block_for(x.shape[3])
+    residual = None if residual is None else residual.contiguous()
+    out = x.new_empty(len(x), *output_size(x, window, zoom), total.shape[1])
+    pixels, outputs = out.shape[:3].numel(), out.shape[3]
+    rows, columns = choose_tile(outputs, pixels)
+    flags = bool(halves), bias is not None and bias.dim() == 2
+    with torch.cuda.device_of(x):
+        codes = quantize(x, act_scale, act_zero, act_bits, window, block, gain, offset, factor, activate, zoom)
+        multiply_tile[(triton.cdiv(outputs, rows) * triton.cdiv(pixels, columns),)](
+            codes, weight, total, scale, zero, bias, act_scale, act_zero, residual, out, pixels, outputs, window[0] * window[1],
+            channels, codes.shape[3], *codes.shape[1:3], *out.shape[1:3], *window[1:4], weight.shape[1],
+            int(act_scale.numel() > 1), bits, act_bits, len(weight), *flags, rows, columns, block,
+            num_warps=8 if (rows, columns) == TILES[0] else 4, num_stages=3,
+        )  # fmt: skip
+    return out
+
+
+def choose_tile(outputs: int, pixels: int) -> tuple[int, int]:
+    """Outputs and pixels of a tile: large ones read less, small ones let few pixels occupy the whole GPU."""
+    for rows, columns in TILES:
+        if outputs >= rows and triton.cdiv(outputs, rows) * triton.cdiv(pixels, columns) >= FEW_TILES:
+            return rows, columns
+    return TILES[-1]
+
+
+@triton.jit(do_not_specialize=ANY_NUMBER)
+def multiply_tile(
+    codes, weight, total, scale, zero, bias, act_scale, act_zero, residual, out, pixels, outputs, taps, channels, filled,
+    padded_height, padded_width, out_height, out_width, kernel_width, stride_height, stride_width, plane_bytes, act_stride,
+    BITS: tl.constexpr, ACT_BITS: tl.constexpr, PLANES: tl.constexpr, HALVES: tl.constexpr, PER_IMAGE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Outputs (ROWS) of pixels (COLUMNS). Tiles of the same pixels follow each other: codes are more to read than weights."""
+    across = tl.cdiv(outputs, ROWS)
+    o = tl.program_id(0) % across * ROWS + tl.arange(0, ROWS)
+    p = tl.program_id(0) // across * COLUMNS + tl.arange(0, COLUMNS)
+    row, pixel = tl.minimum(o, outputs - 1), tl.minimum(p, pixels - 1)  # what lies behind is computed and not stored
+    image, y, x = pixel // (out_height * out_width), pixel // out_width % out_height, pixel % out_width
+    first = ((image * padded_height + y * stride_height).to(tl.int64) * padded_width + x * stride_width) * filled
+    unit = tl.load(act_scale + image * act_stride) * (0.5 if HALVES else 1.0)
+    excess = (1 << (ACT_BITS - 1)) - tl.load(act_zero + image * act_stride).to(tl.int32)  # a = code less half + excess
+    at, is_real = p.to(tl.int64)[None, :] * outputs + o[:, None], (p < pixels)[None, :] & (o < outputs)[:, None]
+    for plane in tl.static_range(PLANES):
+        acc, box = accumulate(
+            codes + first[None, :], weight + plane * plane_bytes, row, outputs, taps, filled, padded_width, kernel_width,
+            zero is not None, BITS, ROWS, COLUMNS, BLOCK,
+        )  # fmt: skip
+        acc += tl.load(total + plane * outputs + row)[:, None] * excess[None, :]
+        if zero is not None:
+            shift = (tl.load(zero + row) * step(BITS) + least(BITS)).to(tl.int32)
+            acc -= shift[:, None] * (box + excess * (channels * taps))[None, :]
+        if plane == 0:
+            value = load_bias(bias, row, image, outputs, PER_IMAGE, ROWS, COLUMNS)
+        factor = tl.load(scale + plane * outputs + row)[:, None] * unit[None, :]
+        value = tl.fma(acc.to(tl.float32), factor, value)
+    if residual is not None:
+        value += tl.load(residual + at, is_real, 0.0).to(tl.float32)
+    tl.store(out + at, value.to(out.dtype.element_ty), is_real)
+
+
+@triton.jit
+def load_bias(bias, row, image, outputs, PER_IMAGE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """What sums are added to (ROWS, COLUMNS): nothing, a bias, or one for each image."""
+    value = tl.zeros((ROWS, COLUMNS), tl.float32)
+    if bias is not None:
+        at = image[None, :] * outputs + row[:, None] if PER_IMAGE else row[:, None]
+        value += tl.load(bias + at).to(tl.float32)
+    return value
+
+
+@triton.jit
+def accumulate(
+    pixel, packed, o, outputs, taps, filled, padded_width, kernel_width, SUMS: tl.constexpr, BITS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sums of level * code (ROWS, COLUMNS) and, where wanted, of codes (COLUMNS)."""
+    acc = tl.zeros((ROWS, COLUMNS), tl.int32)
+    box = tl.zeros((COLUMNS,), tl.int32)
+    blocks = filled // BLOCK
+    c = tl.arange(0, BLOCK)[:, None]
+    for index in range(taps * blocks):
+        tap, block = index // blocks, index % blocks
+        at = (tap // kernel_width * padded_width + tap % kernel_width) * filled + block * BLOCK
+        a = tl.load(pixel + (at + c))
+        levels = load_levels(packed, index, o, outputs, taps * filled // 8 * outputs, BITS, ROWS, BLOCK)
+        acc = tl.dot(levels, a, acc, out_dtype=tl.int32)
+        if SUMS:
+            box += tl.sum(a.to(tl.int32), 0)
+    return acc, box
+
+
+@triton.jit
+def load_levels(packed, index, o, outputs, bit_bytes, BITS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Levels (ROWS, BLOCK) int8 of one step of a sum: the pieces of layout.py put together."""
+    code = tl.zeros((ROWS, BLOCK), tl.uint8)
+    row = index * outputs + o
+    if BITS & 1:
+        code |= load_piece(packed, row, 1, ROWS, BLOCK)
+    if BITS & 2:
+        code |= load_piece(packed + (BITS & 1) * bit_bytes, row, 2, ROWS, BLOCK) << (BITS & 1)
+    if BITS & 4:
+        code |= load_piece(packed + (BITS & 3) * bit_bytes, row, 4, ROWS, BLOCK) << (BITS & 3)
+    if BITS & 8:
+        code |= load_piece(packed, row, 8, ROWS, BLOCK)
+    return (code.to(tl.int16) * step(BITS) + least(BITS)).to(tl.int8)
+
+
+@triton.jit
+def load_piece(packed, row, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Pieces of WIDTH bits (ROWS, BLOCK): each byte is read once and shifted to as many places as it has."""
+    BYTES: tl.constexpr = BLOCK * WIDTH // 8
+    packed_bytes = tl.load(packed + row[:, None] * BYTES + tl.arange(0, BYTES)[None, :])
+    places = (tl.arange(0, 8 // WIDTH) * WIDTH).to(tl.uint8)
+    return (packed_bytes[:, :, None] >> places[None, None, :] & ((1 << WIDTH) - 1)).reshape(ROWS, BLOCK)
+
+
+@triton.jit
+def step(BITS: tl.constexpr):
+    return 2 if BITS <= 2 else 1
+
+
+@triton.jit
+def least(BITS: tl.constexpr):
+    return 1 - (1 << BITS) if BITS <= 2 else -(1 << (BITS - 1))

@@ -1,0 +1,100 @@
+"""An image as a product reads it: normalized, activated, quantized to bytes, its padding around it. One pass, channels last.
+
+The floats are those of csrc/normal.h and of the quantizer, operation for operation.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dmquant.kernels.layouts import fill_up
+
+PIXELS, CHANNELS = 32, 128  # of a program
+MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: added to, it rounds to whole numbers, ties to even
+
+
+def quantize(
+    x: Tensor, act_scale: Tensor, act_zero: Tensor, act_bits: int, window: Sequence[int], block: int,
+    gain: Tensor | None = None, offset: Tensor | None = None, factor: Tensor | None = None, activate: bool = False,
+    zoom: int = 1,
+) -> Tensor:  # fmt: skip
+    """x (N, H, W, C) -> codes less 2^(bits - 1), int8, with the window's padding and blocks of channels filled up with 0.
+
+    Outside the image lies the code that means 0. Grids and what is done to x: see ops.multiply.
+    """
+    images, height, width, channels = x.shape
+    top, bottom, left, right = window[4:]
+    filled = fill_up(channels, block)
+    codes = x.new_empty(images, height * zoom + top + bottom, width * zoom + left + right, filled, dtype=torch.int8)
+    pixels = codes.shape[:3].numel()
+    grid = triton.cdiv(pixels, PIXELS), triton.cdiv(filled, CHANNELS)
+    write_codes[grid](
+        x.contiguous(), codes, act_scale, act_zero, gain, offset, factor, pixels, height, width, *codes.shape[1:3], channels,
+        filled, top, left, zoom, int(act_scale.numel() > 1), act_bits, activate, PIXELS, CHANNELS,
+    )  # fmt: skip
+    return codes
+
+
+@triton.jit(do_not_specialize=("pixels", "height", "width", "padded_height", "padded_width", "top", "left", "act_stride"))
+def write_codes(
+    x, codes, act_scale, act_zero, gain, offset, factor, pixels, height, width, padded_height, padded_width, channels,
+    filled, top, left, zoom, act_stride, BITS: tl.constexpr, ACTIVATE: tl.constexpr, PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):  # fmt: skip
+    pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+    c = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
+    image = tl.minimum(pixel // (padded_height * padded_width), (pixels - 1) // (padded_height * padded_width))
+    row, column = pixel // padded_width % padded_height - top, pixel % padded_width - left
+    is_inside = (row >= 0) & (row < height * zoom) & (column >= 0) & (column < width * zoom) & (pixel < pixels)
+    is_real = is_inside[:, None] & (c < channels)
+    source = (image.to(tl.int64) * height + row // zoom) * width + column // zoom
+    value = tl.load(x + source[:, None] * channels + c, is_real, 0.0).to(tl.float32)
+    if gain is not None:
+        at = image[:, None] * channels + c
+        value = tl.fma(value, tl.load(gain + at, is_real, 0.0), tl.load(offset + at, is_real, 0.0))
+    if ACTIVATE:
+        value = silu(value)
+    if factor is not None:
+        value = value * tl.load(factor + c, c < channels, 0.0)
+    inverse = tl.div_rn(1.0, tl.load(act_scale + image * act_stride))[:, None]
+    zero = tl.load(act_zero + image * act_stride)[:, None]
+    # clamped before it is rounded: the limits are whole, so the order does not matter, and nothing contracts with the product
+    value = tl.minimum(tl.maximum(value * inverse, -zero), (1 << BITS) - 1 - zero)
+    level = tl.where(is_inside[:, None], (value + MAGIC) - MAGIC, 0.0) + (zero - (1 << (BITS - 1)))
+    level = tl.where(c < channels, level, 0.0).to(tl.int8)
+    tl.store(codes + pixel.to(tl.int64)[:, None] * filled + c, level, (pixel < pixels)[:, None] & (c < filled))
+
+
+@triton.jit
+def silu(x):
+    x = tl.maximum(x, -80.0)
+    return x * invert(1.0 + exponential(-tl.minimum(x, 80.0)))
+
+
+@triton.jit
+def invert(x):
+    """1 / x for 1 <= x < 2^120: Newton's steps from a guess by the exponent."""
+    y = (0x7EF311C7 - x.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+    y = tl.fma(y, tl.fma(-x, y, 1.0), y)
+    y = tl.fma(y, tl.fma(-x, y, 1.0), y)
+    return tl.fma(y, tl.fma(-x, y, 1.0), y)
+
+
+@triton.jit
+def exponential(x):
+    """e^x for |x| < 88: 2^n e^r with |r| < 0.35, by the series of e^r."""
+    z = tl.fma(x, 1.44269504, MAGIC)
+    n = z - MAGIC
+    r = tl.fma(n, 1.90465421e-9, tl.fma(n, -0.693147182, x))
+    e = tl.fma(r, 1.0 / 5040, 1.0 / 720)
+    e = tl.fma(e, r, 1.0 / 120)
+    e = tl.fma(e, r, 1.0 / 24)
+    e = tl.fma(e, r, 1.0 / 6)
+    e = tl.fma(e, r, 0.5)
+    e = tl.fma(e, r, 1.0)
+    e = tl.fma(e, r, 1.0)
+    bits = e.to(tl.int32, bitcast=True) + (z.to(tl.int32, bitcast=True) << 23)
+    return bits.to(tl.float32, bitcast=True)

@@ -1,0 +1,47 @@
+"""The Evolvable-Basis Binarizer: two binary bases while training begins, one in the file."""
+
+import torch
+from torch import Tensor
+
+from dmquant.kernels.rounding import widen
+from dmquant.nn.scheme import BASES
+from dmquant.quantizers.base import SMALLEST_SCALE, BasisCodes, Codes
+from dmquant.quantizers.binary import Binary, ScaledSign
+
+
+class EvolvableBasis(Binary):
+    """w -> scale * sign(w) + second_scale * sign(w - scale * sign(w)): four values per channel. BinaryDM, eq. 5.
+
+    With one basis it is the plain `Binary`. Scales start at mean |w| and mean |residual|. The gradient is that of autograd
+    through both signs: eq. 7 of the paper has one sign(w) too many.
+    """
+
+    def __init__(self, *, num_channels: int, ndim: int = 4):
+        super().__init__(num_channels=num_channels, ndim=ndim)
+        self.second_scale = torch.nn.Parameter(torch.ones_like(self.scale))
+        self.num_bases = 2
+
+    @property
+    def bits(self) -> int:
+        return self.num_bases
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return (BASES,) if self.num_bases > 1 else ()
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        super().observe(x)
+        rest = x - super().forward(x)
+        self.second_scale.copy_(rest.abs().reshape(self.scale.numel(), -1).mean(1).view_as(self.scale))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = super().forward(x)
+        return first if self.num_bases == 1 else first + ScaledSign.apply(x - first, self.second_scale)
+
+    def encode(self, x: Tensor) -> Codes | BasisCodes:
+        if self.num_bases == 1:
+            return super().encode(x)
+        signs = x >= 0, x - super().forward(x) >= 0
+        scales = [widen(scale).clamp(min=SMALLEST_SCALE) for scale in (self.scale, self.second_scale)]
+        return BasisCodes(sum(sign.to(torch.uint8) << bit for bit, sign in enumerate(signs)), torch.stack(scales))

@@ -1,0 +1,127 @@
+"""Where division by a factor costs nothing: it is folded into the parameters that make what a layer reads.
+
+Exact where nothing but products and sums with parameters stands between: the affine part of a norm, or its modulation by the
+time embedding, before projections; the value's projection before an attention's output; the value half of GEGLU before the
+second layer of a feed-forward. A SiLU or GELU between forbids it.
+
+Layers that read one tensor share one factor, the smallest of theirs: it is at least 1, and no layer's is larger than what the
+range of each of its own output channels allows, so all that holds of factors holds of it. It is eq. 10-12 over their weights
+as one: a minimum over the output channels of all.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
+from diffusers.models.normalization import AdaLayerNormZero
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import Tensor, nn
+
+from dmquant.nn.attention import find_attentions
+from dmquant.quantizers.dilated import spread
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a parameter, one for each channel. With `plus_one` the tensor is multiplied by 1 + them."""
+
+    name: str
+    start: int
+    count: int
+    plus_one: bool = False
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Layers that read one tensor, and the parameters that it is proportional to, channel by channel."""
+
+    readers: tuple[str, ...]
+    makers: tuple[Rows, ...]
+
+
+def find_folds(network: nn.Module, among: Collection[str]) -> list[Fold]:
+    """Folds all of whose readers are `among` these layers, in module order. The network may be a float or a quantized one."""
+    attentions = find_attentions(network)
+    found = (fold for name, module in network.named_modules() for fold in _folds_of(name, module, attentions))
+    return [fold for fold in found if fold.makers and all(reader in among for reader in fold.readers)]
+
+
+def share(factors: Mapping[str, Tensor], folds: Collection[Fold]) -> dict[str, Tensor]:
+    """Factors by layer, where those that read one tensor have the smallest of theirs."""
+    shared = {}
+    for fold in folds:
+        smallest = torch.stack([factors[reader] for reader in fold.readers]).amin(0)
+        shared |= dict.fromkeys(fold.readers, smallest)
+    return {**factors, **shared}
+
+
+@torch.no_grad()
+def apply_fold(network: nn.Module, fold: Fold, factor: Tensor) -> None:
+    """Divides what the readers read by a factor (C,), in the parameters that make it, and multiplies the readers' weights."""
+    for rows in fold.makers:
+        part = network.get_parameter(rows.name).narrow(0, rows.start, rows.count)
+        column = factor.to(part.dtype).view(-1, *(1,) * (part.ndim - 1))
+        part.copy_((part + 1) / column - 1 if rows.plus_one else part / column)
+    for reader in fold.readers:
+        layer = network.get_submodule(reader)
+        layer.weight.mul_(spread(factor, layer.weight, getattr(layer, "groups", 1)))
+
+
+def _folds_of(name: str, module: nn.Module, attentions: Mapping[str, Attention]) -> Iterator[Fold]:
+    if isinstance(module, Attention) and name in attentions:
+        yield from _attention_folds(name, module)
+    elif isinstance(module, BasicTransformerBlock):
+        yield from _transformer_folds(name, module, attentions)
+    elif isinstance(module, Transformer2DModel) and isinstance(getattr(module, "norm", None), nn.GroupNorm):
+        yield Fold((f"{name}.proj_in",), _affine(f"{name}.norm", module.norm))
+
+
+def _attention_folds(name: str, attention: Attention) -> Iterator[Fold]:
+    if attention.group_norm is not None and not attention.is_cross_attention and attention.spatial_norm is None:
+        yield Fold(_projections(name), _affine(f"{name}.group_norm", attention.group_norm))
+    # the output is a mean of values, head by head and channel by channel
+    yield Fold((f"{name}.to_out.0",), _rows(f"{name}.to_v", attention.to_v, 0, attention.to_v.out_features))
+
+
+def _transformer_folds(name: str, block: BasicTransformerBlock, attentions: Mapping[str, Attention]) -> Iterator[Fold]:
+    first, second, feed_forward = f"{name}.attn1", f"{name}.attn2", block.ff.net[0]
+    is_plain = block.norm_type == "layer_norm" and block.pos_embed is None
+    if first in attentions and block.attn1.group_norm is None:
+        readers = (f"{first}.to_q",) if block.only_cross_attention else _projections(first)
+        yield Fold(readers, _affine(f"{name}.norm1", block.norm1) if is_plain else _modulation(f"{name}.norm1", block, 0))
+    if second in attentions and is_plain and block.attn2.is_cross_attention and block.attn2.group_norm is None:
+        yield Fold((f"{second}.to_q",), _affine(f"{name}.norm2", block.norm2))
+    makers = _affine(f"{name}.norm3", block.norm3) if block.norm_type == "layer_norm" else _modulation(f"{name}.norm1", block, 3)
+    yield Fold((f"{name}.ff.net.0.proj",), makers)
+    if isinstance(feed_forward, GEGLU):
+        yield Fold((f"{name}.ff.net.2",), _rows(f"{name}.ff.net.0.proj", feed_forward.proj, 0, block.ff.net[2].in_features))
+
+
+def _projections(name: str) -> tuple[str, ...]:
+    return tuple(f"{name}.{leaf}" for leaf in ("to_q", "to_k", "to_v"))
+
+
+def _affine(name: str, norm: nn.Module) -> tuple[Rows, ...]:
+    """Weight and bias of a norm; nothing of one that has no parameters."""
+    is_known = isinstance(norm, nn.LayerNorm | nn.GroupNorm) and norm.weight is not None
+    return _rows(name, norm, 0, len(norm.weight)) if is_known else ()
+
+
+def _modulation(name: str, block: BasicTransformerBlock, place: int) -> tuple[Rows, ...]:
+    """Shift and scale of adaLN-Zero: the chunks `place` and the next of six that a linear layer makes for this block alone."""
+    if block.norm_type != "ada_norm_zero" or not isinstance(block.norm1, AdaLayerNormZero) or block.norm1.linear.bias is None:
+        return ()
+    dim, linear = block.norm1.linear.out_features // 6, block.norm1.linear
+    shift = _rows(f"{name}.linear", linear, place * dim, dim)
+    # 1 + scale is divided: of the scale W e + b the rows of W, and 1 + b
+    start = (place + 1) * dim
+    return (*shift, Rows(f"{name}.linear.weight", start, dim), Rows(f"{name}.linear.bias", start, dim, plus_one=True))
+
+
+def _rows(name: str, module: nn.Module, start: int, count: int) -> tuple[Rows, ...]:
+    return tuple(
+        Rows(f"{name}.{leaf}", start, count) for leaf in ("weight", "bias") if getattr(module, leaf, None) is not None
+    )

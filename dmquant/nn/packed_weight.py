@@ -1,0 +1,119 @@
+"""Weights as they are stored: bit planes with a grid, or with a scale each."""
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from dmquant.kernels import onednn
+from dmquant.kernels.packing import check_bits, pack, unpack
+from dmquant.kernels.weight_packing import Blocked, arrange, restore
+from dmquant.nn.scheme import BASES
+from dmquant.quantizers.base import BasisCodes, Codes, Float32Buffers
+
+
+class BlockedCodes(Float32Buffers):
+    """A module with a buffer `codes` that may live in the order of a kernel. Whoever reads `codes` gets the stored order."""
+
+    shape: torch.Size
+    bits: int
+    blocked: Blocked | None = None
+    is_left_alone = False  # where nobody is faster than the reference, or nobody can
+
+    def block(self, kernel: str) -> None:
+        """Puts the codes in the order of a kernel."""
+        codes = unpack(self.codes, self.shape).reshape(*self.shape[:2], -1)
+        self.blocked = arrange(codes, self.bits, self._buffers.get("zero"), kernel)
+        if kernel != onednn.NAME:
+            self._buffers["codes"] = None
+
+    def release(self) -> None:
+        """Puts the codes in the order of the file again."""
+        self._buffers["codes"], self.blocked, self.is_left_alone = self.codes, None, False
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        if name != "codes" or value is not None:
+            return value
+        shape = (*self.shape[:2], self.shape[2:].numel())
+        return pack(restore(self.blocked, shape), self.bits)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles hold the stored order and choose their own kernel."""
+        return {**self.__dict__, "blocked": None, "is_left_alone": False, "_buffers": {**self._buffers, "codes": self.codes}}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.release()  # the device to which it goes may have other kernels
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination[prefix + "codes"] = self.codes
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.release()
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+class PackedWeight(BlockedCodes):
+    """Bit planes with one scale and one zero per slice of dimension 0: value = (code - zero) * scale."""
+
+    def __init__(self, shape: torch.Size, bits: int, *, dtype: torch.dtype, device: torch.device | str | None = None):
+        super().__init__()
+        check_bits(bits)
+        self.shape, self.bits, self.dtype = torch.Size(shape), bits, dtype
+        planes = (bits, -(-self.shape.numel() // 8))
+        self.register_buffer("codes", torch.zeros(planes, dtype=torch.uint8, device=device))
+        self.register_buffer("scale", torch.ones(shape[0], dtype=torch.float32, device=device))
+        self.register_buffer("zero", torch.zeros(shape[0], dtype=torch.float32, device=device))
+
+    @property
+    def device(self) -> torch.device:
+        return self.scale.device
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The float weight, a new tensor, in the dtype given or the one the model was loaded in."""
+        column = (-1, *(1,) * (len(self.shape) - 1))
+        values = unpack(self.codes, self.shape).to(torch.float32)
+        return values.sub_(self.zero.view(column)).mul_(self.scale.view(column)).to(dtype or self.dtype)
+
+    def fill(self, codes: Codes) -> None:
+        """One grid per tensor is written as the same grid for each slice, so that the shapes follow from the layer alone."""
+        self.codes.copy_(pack(codes.codes, codes.bits))
+        for target, value in ((self.scale, codes.scale), (self.zero, codes.zero)):
+            if value.numel() not in (1, len(target)):
+                raise ValueError(f"a packed weight holds one grid per output channel ({len(target)}), got {tuple(value.shape)}")
+            target.copy_(value.reshape(-1))
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.shape)}, bits={self.bits}"
+
+
+class PackedBases(PackedWeight):
+    """Bit planes of signs, each with its own scale per slice of dimension 0: value = sum over planes of scale * sign."""
+
+    kinds = (BASES,)
+
+    def __init__(self, shape: torch.Size, bits: int, *, dtype: torch.dtype, device: torch.device | str | None = None):
+        super().__init__(shape, bits, dtype=dtype, device=device)
+        del self.zero
+        self.register_buffer("scale", torch.ones(bits, shape[0], dtype=torch.float32, device=device))
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        scale = self.scale.view(self.bits, -1, *(1,) * (len(self.shape) - 1))
+        return BasisCodes(unpack(self.codes, self.shape), scale).decode().to(dtype or self.dtype)
+
+    def fill(self, codes: BasisCodes) -> None:
+        self.codes.copy_(pack(codes.codes, codes.bits))
+        self.scale.copy_(codes.scale.reshape(self.scale.shape))
+
+
+def dense(weight: PackedWeight | nn.Parameter, dtype: torch.dtype) -> Tensor:
+    """The values of a weight; one of 32 bits is no PackedWeight."""
+    return weight.dequantize(dtype) if isinstance(weight, PackedWeight) else weight
+
+

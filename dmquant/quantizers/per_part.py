@@ -1,0 +1,120 @@
+"""A tensor of several parts along its channels, each on a grid of its own: two feature maps in one, or the heads of attention.
+
+What an up block of a UNet reads is a concatenation: one part comes from below, the other over a skip, and they differ in range.
+The split shortcuts of Q-Diffusion (Li et al., 2023), which EDA-DM and DilateQuant take over; theirs split the weight's grid too.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dmquant.quantizers.base import Codes, Quantizer
+from dmquant.quantizers.timestep_clock import Clock
+
+SPLIT = "split"  # the kind of an input on two grids; where the second begins is written behind it: split:128
+HEADS = "heads"  # the kind of a factor of an attention product with a grid per head
+
+
+class Parts(nn.Module):
+    """Slices of dimension 1, with so many `channels` each, on their own grids. All have the same number of bits."""
+
+    def __init__(self, parts: Iterable[nn.Module], channels: Sequence[int]):
+        super().__init__()
+        self.parts, self.channels = nn.ModuleList(parts), tuple(channels)
+        if len(self.parts) != len(self.channels) or not self.channels or min(self.channels) < 1:
+            raise ValueError(f"give each part a grid and channels, got {len(self.parts)} grids for {self.channels}")
+        if len({part.bits for part in self.parts}) > 1:
+            raise ValueError(f"the parts of a tensor have equally many bits, got {[part.bits for part in self.parts]}")
+
+    @property
+    def bits(self) -> int:
+        return self.parts[0].bits
+
+    @property
+    def kind(self) -> str:
+        return f"{SPLIT}:{self.channels[0]}"
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return (*getattr(self.parts[0], "kinds", ()), self.kind)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([part(piece) for part, piece in self.pairs(x)], 1)
+
+    def pairs(self, x: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
+        """Each part with its slice (B, c, ...) of the tensor."""
+        return zip(self.parts, x.split(self.channels, 1))
+
+    def extra_repr(self) -> str:
+        return f"channels={self.channels}"
+
+
+class SplitGrid(Parts):
+    """The grids for inference."""
+
+
+class Split(Parts, Quantizer):
+    """Quantizers for the parts of a tensor."""
+
+    @property
+    def clock(self) -> Clock | None:
+        return getattr(self.parts[0], "clock", None)
+
+    def leaves(self, x: Tensor) -> Iterator[tuple[Quantizer, Tensor]]:
+        for part, piece in self.pairs(x):
+            yield from part.leaves(piece)
+
+    def observe(self, x: Tensor) -> None:
+        for part, piece in self.pairs(x):
+            part.observe(piece)
+
+    def encode(self, x: Tensor) -> Codes:
+        """Codes with a scale and a zero for each channel: (1 or B, C, 1, ...)."""
+        pieces = [part.encode(piece) for part, piece in self.pairs(x)]
+        scale, zero = (
+            torch.cat([_per_channel(values, size, x.ndim) for values, size in zip(tables, self.channels)], 1)
+            for tables in ([piece.scale for piece in pieces], [piece.zero for piece in pieces])
+        )
+        return Codes(torch.cat([piece.codes for piece in pieces], 1), scale, zero, self.bits)
+
+    def freeze(self) -> SplitGrid:
+        return SplitGrid([part.freeze() for part in self.parts], self.channels)
+
+
+class HeadGrids(SplitGrid):
+    """A grid for each head of an attention, whose factors are (B, heads, N, C)."""
+
+    kind = HEADS
+
+    def __init__(self, parts: Sequence[nn.Module]):
+        super().__init__(parts, (1,) * len(parts))
+
+
+class Heads(Split):
+    """A quantizer for each head of an attention, whose factors are (B, heads, N, C)."""
+
+    kind = HEADS
+
+    def __init__(self, parts: Sequence[Quantizer]):
+        super().__init__(parts, (1,) * len(parts))
+
+    def freeze(self) -> HeadGrids:
+        return HeadGrids([part.freeze() for part in self.parts])
+
+
+def split_place(kinds: Iterable[str]) -> int | None:
+    """Channels of the first part by the kinds of a layer; None where it has one grid."""
+    return next((int(kind.partition(":")[2]) for kind in kinds if is_split(kind)), None)
+
+
+def is_split(kind: str) -> bool:
+    """Whether a kind says that an input is split, and where."""
+    name, _, place = kind.partition(":")
+    return name == SPLIT and place.isascii() and place.isdecimal() and place[0] != "0" and len(place) < 10
+
+
+def _per_channel(values: Tensor, size: int, ndim: int) -> Tensor:
+    """One value, or one per sample, for each of `size` channels: (1 or B, size, 1, ...)."""
+    rows = values.reshape(-1, *(1,) * (ndim - 1))
+    return rows.expand(-1, size, *(-1,) * (ndim - 2))

@@ -1,0 +1,143 @@
+"""Sets what quantized layers start from: grids of weights from themselves, grids of inputs and biases from recorded samples."""
+
+import copy
+from collections import defaultdict
+from contextlib import ExitStack, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from dmquant.diffusion.layer_roles import Role, find_roles
+from dmquant.diffusion.trajectories import Samples
+from dmquant.nn.fake_quant_layers import bypassed, quantized_inputs, quantized_layers
+from dmquant.progress import Track, plain
+from dmquant.quantizers.base import Quantizer
+
+VALUES_PER_SAMPLE = 2048  # drawn at random from each layer's input, beside its extremes
+
+
+@torch.no_grad()
+def observe_weights(student: nn.Module) -> None:
+    for layer in quantized_layers(student).values():
+        if isinstance(layer.weight_quantizer, Quantizer):
+            layer.weight_quantizer.observe(layer.weight)
+
+
+def observe_inputs(student: nn.Module, samples: Samples, *, batch: int, track: Track = plain) -> None:
+    """Shows every input quantizer what its layer or product reads when the student runs in float.
+
+    Meanwhile the student's clock, if it has one, is at the timesteps of the samples: a temporal quantizer sets its rows.
+    """
+    readers = [reader for reader in quantized_inputs(student).values() if isinstance(reader.input_quantizer, Quantizer)]
+    collectors = [Collector(seed, reader.input_quantizer) for seed, reader in enumerate(readers)]
+    with ExitStack() as hooks:
+        for reader, collector in zip(readers, collectors):
+            hooks.callback(reader.register_forward_pre_hook(collector.note).remove)
+        run_float(student, track(samples.split(batch), "calibrate"))
+    clock = getattr(student, "clock", None)
+    with nullcontext() if clock is None else clock.at(samples.timestep, len(samples)):
+        for collector in collectors:
+            for quantizer, rows in collector.rows.items():  # none of a layer that never runs: it needs no grid
+                quantizer.observe(torch.cat(rows))
+
+
+@torch.no_grad()
+def correct_biases(student: nn.Module, samples: Samples, *, batch: int, track: Track = plain) -> None:
+    """Gives back in every bias what rounding takes from the mean of an output channel. Nagel et al., 2019, sec. 4.2.
+
+    Layer by layer, each on the inputs that it has in the float model. The mean of what a denoiser's last layer answers is
+    worth it: an error that is the same in all calls adds up over the steps of sampling, one that is noise does not.
+    """
+    meters = {name: Shortfall(layer) for name, layer in quantized_layers(student).items() if layer.bias is not None}
+    with ExitStack() as hooks:
+        for name, layer in quantized_layers(student).items():
+            if name in meters:
+                hooks.callback(layer.register_forward_hook(meters[name].note).remove)
+        run_float(student, track(samples.split(batch), "correct biases"))
+    for name, meter in meters.items():
+        student.get_submodule(name).bias += meter.mean().float()
+
+
+@torch.no_grad()
+def correct_answers(
+    student: nn.Module, teacher: nn.Module, samples: Samples, weight: Tensor, *, batch: int, track: Track = plain
+) -> None:
+    """Takes from the bias of each last layer what its answers are off the teacher's on average, by `weight` (N,) of the samples.
+
+    Training leaves a little of it, and in an image it is a cast of colour: no step of sampling takes it away again.
+    """
+    names = [name for name, role in find_roles(student).items() if role == Role.LAST]
+    pairs = [tuple(network.get_submodule(name) for network in (student, teacher)) for name in names]
+    means = [(Mean(ours), Mean(theirs)) for ours, theirs in pairs if ours.bias is not None]
+    device, meters = next(student.parameters()).device, [mean for pair in means for mean in pair]
+    with ExitStack() as hooks:
+        for mean in meters:
+            hooks.callback(mean.layer.register_forward_hook(mean.note).remove)
+        for part, counts in track(list(zip(samples.split(batch), weight.split(batch))), "correct answers"):
+            for mean in meters:
+                mean.weight = counts.to(device)
+            for network in (student, teacher):
+                part.on(device).call(network)
+    for ours, theirs in means:
+        ours.layer.bias -= (ours.value() - theirs.value()).to(ours.layer.bias.dtype)
+
+
+@torch.no_grad()
+def run_float(student: nn.Module, parts: list[Samples]) -> None:
+    """The student in float on batches of samples: hooks see what its layers read and answer."""
+    device = next(student.parameters()).device
+    with bypassed(student):
+        for part in parts:
+            part.on(device).call(student)
+
+
+class Collector:
+    """Keeps a random part of each sample's values, and its extremes, as rows (N, k): for each grid of a quantizer."""
+
+    def __init__(self, seed: int, quantizer: Quantizer):
+        self._quantizer = quantizer  # the reader's own steps aside while the student runs in float
+        self._generator = torch.Generator().manual_seed(seed)
+        self.rows: dict[Quantizer, list[Tensor]] = defaultdict(list)
+
+    def note(self, layer: nn.Module, args: tuple) -> None:
+        for quantizer, part in self._quantizer.leaves(args[0].detach().float()):
+            flat = part.flatten(1)
+            index = torch.randint(flat.shape[1], (min(VALUES_PER_SAMPLE, flat.shape[1]),), generator=self._generator)
+            extremes = torch.stack(torch.aminmax(flat, dim=1), 1)
+            self.rows[quantizer].append(torch.cat([flat[:, index.to(flat.device)], extremes], 1))
+
+
+class Mean:
+    """What a layer answers on average over samples, as they count, and over everything but channels: (C,)."""
+
+    def __init__(self, layer: nn.Module):
+        self.layer, self.weight = layer, torch.ones(0)
+        self._sum, self._total = torch.zeros(len(layer.bias), dtype=torch.float64, device=layer.bias.device), 0.0
+
+    def note(self, layer: nn.Module, args: tuple, output: Tensor) -> None:
+        rows = output if isinstance(layer, nn.Linear) else output.movedim(1, -1)
+        each = rows.flatten(1, -2).mean(1, dtype=torch.float64)  # (B, C)
+        self._sum += (self.weight.unsqueeze(1) * each).sum(0)
+        self._total += float(self.weight.sum())
+
+    def value(self) -> Tensor:
+        return self._sum / (self._total or 1.0)
+
+
+class Shortfall:
+    """By how much a layer's float output exceeds its quantized one, on average over everything but channels: (C,)."""
+
+    def __init__(self, layer: nn.Module):
+        self._layer = copy.copy(layer)
+        self._layer.__dict__["_modules"] = dict(layer._modules)  # its quantizers stay while the layer's step aside
+        self._sum, self._count = torch.zeros(len(layer.bias), dtype=torch.float64, device=layer.bias.device), 0
+
+    def note(self, layer: nn.Module, args: tuple, output: Tensor) -> None:
+        # not a call: the twin shares the layer's hooks
+        lost = output - type(layer).forward(self._layer, *args)
+        rows = lost.flatten(0, -2) if isinstance(layer, nn.Linear) else lost.movedim(1, -1).flatten(0, -2)
+        self._sum += rows.sum(0, dtype=torch.float64)
+        self._count += len(rows)
+
+    def mean(self) -> Tensor:
+        return self._sum / max(1, self._count)  # a layer that never ran lost nothing

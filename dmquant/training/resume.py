@@ -1,0 +1,262 @@
+"""A run that survives: the state of fine-tuning, in a folder of its own until the result is published.
+
+    FOLDER/start/   what the run is made of (facts.json) and its recorded samples: written once
+    FOLDER/state/   one step: everything with a state_dict, as safetensors and JSON, never pickle
+    FOLDER/store/   what a method keeps beside its state because it is too large for memory; a folder for each rank
+
+The first two are published whole, so a process may die at any moment: the state is the old one or the new one. Random numbers
+are a function of seed, step and rank, so none are saved, and a continued run ends with the weights of one that never stopped.
+Continuing on another device, with another number of ranks or another version would end elsewhere: it is refused.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol, TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dmquant import __version__
+from dmquant.checkpoint import atomic_folder
+from dmquant.diffusion.trajectories import Samples
+from dmquant.errors import DamagedFile, DmquantError, InputError, Interrupted
+from dmquant.training import distributed
+
+PERIOD_S = 120.0  # between two saves
+SHARE = 0.01  # of the time at most goes into saving: a large state is saved less often
+START, STATE, STORE = "start", "state", "store"
+
+
+class Part(Protocol):
+    """What a run consists of, as torch's own modules and optimizers write it down."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
+
+
+class Numbered(Protocol):
+    number: int
+
+
+Step = TypeVar("Step", bound=Numbered)
+
+
+class Run:
+    """A run that leaves nothing behind."""
+
+    is_continued = False  # whether an earlier process did part of it
+
+    def open(self, facts: Mapping[str, Any], tensors: Mapping[str, Iterable[Tensor]]) -> None:
+        """What the run is made of: settings and such, and the tensors that it starts from."""
+
+    def recall(self, record: Callable[[], Samples]) -> Samples:
+        """The samples of this run, recorded if they were not."""
+        return record()
+
+    def restore(self, parts: Mapping[str, Part], device: torch.device) -> int:
+        """Brings the parts to where they were when saved; returns the number of the next step."""
+        return 0
+
+    def keep(self, steps: Iterable[Step], parts: Mapping[str, Part]) -> Iterator[Step]:
+        """The steps, one by one; between two of them the parts may be saved, or the run stopped."""
+        yield from steps
+
+    @contextmanager
+    def storeroom(self) -> Iterator[Path]:
+        """A folder for what is too large for memory. It is gone afterwards, unless the run is to be continued."""
+        with TemporaryDirectory(prefix="dmquant-") as folder:
+            yield Path(folder)
+
+
+class SavedRun(Run):
+    """The same, except that it saves itself now and then, and continues what it finds in its folder.
+
+    `should_stop` is asked before each step: once it is true on any rank, the state is saved and Interrupted raised. Only
+    rank 0 writes.
+    """
+
+    def __init__(self, folder: str | Path, *, should_stop: Callable[[], bool] = lambda: False, period_s: float = PERIOD_S):
+        self.folder = Path(os.path.abspath(folder))
+        self._start, self._state = self.folder / START, self.folder / STATE
+        self._should_stop, self._period_s = should_stop, period_s
+        self._samples: Samples | None = None
+        self._is_writer, self._is_removed, self._has_begun = distributed.is_first(), False, False
+
+    def is_there(self) -> bool:
+        """True if there is something to continue."""
+        if self._is_writer and self.folder.is_dir():
+            with atomic_folder.lock(self._state):
+                atomic_folder.repair(self._state)
+        return self._state.exists() and not self._is_removed
+
+    def remove(self) -> None:
+        """Removes the saved run, and nothing that dmquant did not write."""
+        # another rank may look before the writer has removed it
+        self._is_removed = not self._is_writer
+        if self._is_writer and self.folder.is_dir():
+            atomic_folder.discard(self._state)
+            atomic_folder.discard(self._start)
+            for folder in (self.folder / STORE).glob("*"):
+                _remove_store(folder)
+            if self.folder.is_dir() and not any(self.folder.iterdir()):
+                self.folder.rmdir()
+
+    def open(self, facts: Mapping[str, Any], tensors: Mapping[str, Iterable[Tensor]]) -> None:
+        """Raises InputError if the folder holds a run of other facts, DamagedFile if what it holds is not what was written."""
+        here = {"dmquant": __version__, "ranks": int(os.environ.get("WORLD_SIZE", "1"))}
+        hashes = {name: _hash(values) for name, values in tensors.items()}
+        # through JSON: a tuple comes back as a list
+        self._facts = json.loads(json.dumps({**facts, **hashes, **here}))
+        self._has_begun = self.is_continued = self.is_there()
+        if self._has_begun:
+            self._verify()
+            self._refuse_others()
+        else:
+            atomic_folder.check_target(self._state, force=True)
+
+    def recall(self, record: Callable[[], Samples]) -> Samples:
+        self._samples = Samples(**_read(self._start, "samples", torch.device("cpu"))) if self._has_begun else record()
+        return self._samples
+
+    def restore(self, parts: Mapping[str, Part], device: torch.device) -> int:
+        if not self._has_begun:
+            return 0
+        for name, part in parts.items():
+            part.load_state_dict(_read(self._state, name, device))
+        return json.loads((self._state / "step.json").read_text(encoding="utf-8"))
+
+    def keep(self, steps: Iterable[Step], parts: Mapping[str, Part]) -> Iterator[Step]:
+        due = time.monotonic() + self._period_s
+        for step in steps:
+            if any(gather_object([self._should_stop()])):
+                self._save(step.number, parts)
+                # a rank that exits takes the others with it: not before the state is on the disk
+                PartialState().wait_for_everyone()
+                raise Interrupted(f"stopped before step {step.number}; the run is saved in {self.folder}")
+            if time.monotonic() >= due:
+                begin = time.monotonic()
+                self._save(step.number, parts)
+                end = time.monotonic()
+                due = end + max(self._period_s, (end - begin) / SHARE)
+            yield step
+
+    @contextmanager
+    def storeroom(self) -> Iterator[Path]:
+        folder = self.folder / STORE / str(distributed.number())
+        if not self._has_begun:
+            _remove_store(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            yield folder
+        except BaseException:
+            if not self._has_begun:
+                _remove_store(folder)
+            raise
+        _remove_store(folder)
+
+    def _save(self, next_step: int, parts: Mapping[str, Part]) -> None:
+        if not self._is_writer:
+            self._has_begun = True
+            return
+        if not self._has_begun:
+            with atomic_folder.publish(self._start, force=True) as temporary:
+                _write_json(temporary / "facts.json", self._facts)
+                if self._samples is not None:
+                    _write(temporary, "samples", vars(self._samples))
+        with atomic_folder.publish(self._state, force=True) as temporary:
+            _write_json(temporary / "step.json", next_step)
+            for name, part in parts.items():
+                _write(temporary, name, part.state_dict())
+        self._has_begun = True
+
+    def _verify(self) -> None:
+        try:
+            atomic_folder.verify_manifest(self._start)
+            atomic_folder.verify_manifest(self._state)
+        except DamagedFile as error:
+            raise DamagedFile(f"{error}. This run cannot be continued: start over with --force") from error
+
+    def _refuse_others(self) -> None:
+        saved, facts = json.loads((self._start / "facts.json").read_text(encoding="utf-8")), self._facts
+        # a setting that came after the run was saved, and is off, changes nothing
+        names = [name for name in sorted(saved.keys() | facts.keys()) if (saved.get(name) or 0) != (facts.get(name) or 0)]
+        if names:
+            changes = "; ".join(f"{name} was {saved.get(name)}, now {facts.get(name)}" for name in names)
+            raise InputError(f"{self.folder} holds another run: {changes}. Ask for the same, or start over with --force")
+
+
+def _remove_store(folder: Path) -> None:
+    """Removes a rank's storeroom, and the folders around it if they are empty then."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):  # another rank's is there, or a state
+        folder.parent.rmdir()
+        folder.parent.parent.rmdir()
+
+
+def _hash(tensors: Iterable[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def _write(folder: Path, name: str, tree: dict[str, Any]) -> None:
+    """A state_dict as two files: its tensors, and its shape with everything that is no tensor."""
+    tensors: dict[str, Tensor] = {}
+    _write_json(folder / f"{name}.json", _split(tree, tensors))
+    try:
+        save_file(_apart(tensors), folder / f"{name}.safetensors")
+    except SafetensorError as error:
+        raise DmquantError(f"{folder} was not written: {error}") from error
+
+
+def _read(folder: Path, name: str, device: torch.device) -> dict[str, Any]:
+    tensors = load_file(folder / f"{name}.safetensors", device=str(device))
+    return _join(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")), tensors)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def _split(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """The value as JSON; its tensors go into the dict and leave their names behind. Keys of dicts may be numbers."""
+    if isinstance(value, Tensor):
+        name = str(len(tensors))
+        tensors[name] = value.detach().cpu().contiguous()
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {"dict": [[key, _split(item, tensors)] for key, item in value.items()]}
+    if isinstance(value, list | tuple):
+        return [_split(item, tensors) for item in value]
+    return value
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same without shared memory, as tied weights have it: safetensors refuses that. Only what is shared is copied."""
+    apart, places = {}, set()
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if place in places else tensor
+        places.add(place)
+    return apart
+
+
+def _join(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_join(item, tensors) for item in value]
+    if isinstance(value, dict):
+        return tensors[value["tensor"]] if "tensor" in value else {key: _join(item, tensors) for key, item in value["dict"]}
+    return value

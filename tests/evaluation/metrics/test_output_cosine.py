@@ -1,0 +1,57 @@
+import copy
+
+import pytest
+import torch
+
+from dmquant.diffusion import trajectories as samples_module
+from dmquant.diffusion.pipeline import open_pipeline
+from dmquant.evaluation.metrics.output_cosine import measure_agreement, measure_cosine
+
+HOW = {"steps": 3, "batch": 2}
+
+
+@pytest.fixture
+def pipeline(tiny_folder):
+    return open_pipeline(tiny_folder)
+
+
+def disturb(pipeline, scale: float):
+    other = copy.deepcopy(pipeline)
+    with torch.no_grad():
+        for parameter in other.unet.parameters():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    return other
+
+
+def test_a_model_agrees_with_itself_at_every_timestep(pipeline):
+    measured = measure_agreement(pipeline, copy.deepcopy(pipeline), range(3), **HOW)
+    assert list(measured) == sorted(measured, reverse=True) and len(measured) == 3
+    assert list(measured.values()) == pytest.approx([1.0] * 3)
+
+
+def test_it_is_the_cosine_of_the_answers_to_the_float_models_own_questions(pipeline, monkeypatch):
+    other = disturb(pipeline, 0.05)
+    measured = measure_agreement(other, pipeline, range(7, 10), **HOW)
+
+    monkeypatch.setattr(samples_module, "recording_seeds", lambda seed, count: range(7, 10))
+    samples = samples_module.record(pipeline, 3, seed=0, **HOW)
+    cosines = measure_cosine(samples.call(other.unet).detach(), samples.target)
+    for timestep, value in measured.items():
+        assert value == pytest.approx(cosines[samples.timestep == timestep].mean().item(), rel=1e-5)
+    assert all(-1 < value < 0.9999 for value in measured.values())
+
+
+def test_a_larger_disturbance_agrees_less(pipeline):
+    near, far = (measure_agreement(disturb(pipeline, scale), pipeline, range(2), **HOW) for scale in (0.01, 0.2))
+    assert sum(far.values()) < sum(near.values())
+
+
+def test_no_hook_stays_behind(pipeline):
+    measure_agreement(pipeline, pipeline, range(1), **HOW)
+    assert not pipeline.unet._forward_hooks
+
+
+def test_opposite_and_orthogonal_answers():
+    x = torch.tensor([[1.0, 0.0], [1.0, 0.0], [2.0, 2.0]])
+    y = torch.tensor([[-3.0, 0.0], [0.0, 5.0], [1.0, 1.0]])
+    assert measure_cosine(x, y).tolist() == pytest.approx([-1, 0, 1])

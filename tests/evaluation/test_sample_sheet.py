@@ -1,0 +1,68 @@
+"""Strips show the seeds of the reports, and differences where there are some."""
+
+import io
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dmquant.diffusion.pipeline import open_pipeline
+from dmquant.diffusion.sampling import generate
+from dmquant.evaluation import image_cache
+from dmquant.evaluation.evaluator import evaluate
+from dmquant.evaluation.image_grid import make_grid
+from dmquant.evaluation.sample_sheet import FULL, colour, draw_strips, measure_difference
+
+HOW = {"num_images": 6, "steps": 2, "batch": 4, "seed": 3}
+
+
+def picture(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+@pytest.fixture
+def reports(tiny_folder, tmp_path):
+    """A float pipeline and one that was disturbed."""
+    base, other = open_pipeline(tiny_folder), open_pipeline(tiny_folder)
+    with torch.no_grad():
+        other.unet.conv_out.weight.add_(0.2)
+    other.save_pretrained(tmp_path / "other")
+    other = open_pipeline(tmp_path / "other")
+    float_report = evaluate(base, metrics="psnr", float_pipeline=base, **HOW)
+    return [replace(evaluate(other, metrics="psnr", float_pipeline=base, **HOW), method="lsq"), float_report]
+
+
+def test_the_float_model_comes_first_and_others_show_their_differences(reports, tiny_folder):
+    first, second = draw_strips(reports, 3, device="cpu")
+    assert first.model == str(tiny_folder) and first.differences is None and not first.note
+    images = torch.cat(list(generate(open_pipeline(tiny_folder), range(3, 6), steps=2, batch=3)))
+    assert np.array_equal(picture(first.images), np.asarray(make_grid(images, 3)))
+    others = torch.cat(list(generate(open_pipeline(second.model), range(3, 6), steps=2, batch=3)))
+    assert np.array_equal(picture(second.differences), np.asarray(make_grid(colour(measure_difference(others, images)), 3)))
+
+
+def test_what_was_evaluated_is_not_drawn_again(reports, tmp_path, monkeypatch):
+    cache = tmp_path / "images"
+    for report in reports:
+        evaluate(open_pipeline(report.model), metrics="psnr", float_pipeline=open_pipeline(reports[1].model), cache=cache, **HOW)
+    monkeypatch.setattr(image_cache, "generate", lambda *_, **__: pytest.fail("an image was drawn"))
+    assert all(strip.images for strip in draw_strips(reports, 3, device="cpu", cache=cache))
+
+
+def test_a_pipeline_that_is_gone_says_so(reports, tmp_path):
+    (tmp_path / "other" / "model_index.json").unlink()
+    kept, gone = draw_strips(reports, 2, device="cpu")
+    assert kept.images and gone.images is None and "model_index.json" in gone.note
+
+
+def test_no_difference_is_black_and_a_large_one_white():
+    assert colour(torch.zeros(1, 2, 2)).sum() == 0 and (colour(torch.full((1, 2, 2), float(FULL))) == 255).all()
+    reds = colour(torch.tensor([[[0.0, FULL / 3, FULL]]]))[0]
+    assert reds[:, 0, 1].tolist() == [255, 0, 0]
+
+
+def test_the_difference_is_the_mean_over_the_colours():
+    x = torch.tensor([10, 20, 30], dtype=torch.uint8).view(1, 3, 1, 1)
+    assert measure_difference(x, torch.zeros_like(x)).item() == 20

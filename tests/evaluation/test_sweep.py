@@ -1,0 +1,204 @@
+"""A list is done once, cheapest first, goes on where it stopped, and survives one that fails."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dmquant.checkpoint import serialization
+from dmquant.errors import InputError, Interrupted
+from dmquant.evaluation import sweep
+from dmquant.evaluation.reports.report import Report
+from dmquant.evaluation.sweep import FLOAT, Experiment, Plan, estimate_minutes, parse_run, read_plan, run_plan
+from dmquant.methods import get
+
+SMALL = {"trajectories": 1, "sampling_steps": 2, "calibration_samples": 2, "batch": 2, "init": "minmax"}
+PROTOCOL = {"num_images": 4, "steps": 2, "batch": 2}
+
+
+def make(name: str, **settings) -> Experiment:
+    return Experiment(name, get("lsq").parse({**SMALL, "max_steps": 1, **settings}))
+
+
+PLAN = Plan((make("long", max_steps=3), make("short", weight_bits=2)), PROTOCOL, ("psnr",))
+
+
+@pytest.fixture
+def said():
+    return []
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_folder, tmp_path_factory):
+    """The plan, done. Copy it before changing it."""
+    folder = tmp_path_factory.mktemp("plan")
+    return folder, run(PLAN, folder, tiny_folder)
+
+
+@pytest.fixture
+def done(whole, tmp_path):
+    """A copy of the plan's folder, and what it came to."""
+    return shutil.copytree(whole[0], tmp_path / "done"), whole[1]
+
+
+def run(plan, folder, model, said=None, **how):
+    return run_plan(plan, folder, model=str(model), device="cpu", tell=(said if said is not None else []).append, **how)
+
+
+def count(monkeypatch, name: str) -> list:
+    """The calls of a function of the module; each notes its first argument."""
+    calls, real = [], getattr(sweep, name)
+    monkeypatch.setattr(sweep, name, lambda first, *a, **how: calls.append(first) or real(first, *a, **how))
+    return calls
+
+
+def test_the_cheapest_comes_first_and_reports_keep_the_order_of_the_list(tiny_folder, tmp_path, said, monkeypatch):
+    recordings = count(monkeypatch, "record")
+    results = run(PLAN, tmp_path, tiny_folder, said)
+    assert list(results.reports) == [FLOAT, "long", "short"] and results.failures == {}
+    assert said[0].startswith("2 of 2 experiments to do, about ")
+    assert [line.split(":")[0] for line in said[1:]] == ["short", "long"]
+    assert len(recordings) == 1  # shared
+    for name in ("long", "short"):
+        assert serialization.verify(tmp_path / name) and Report.load(tmp_path / name) == results.reports[name]
+        assert {"psnr"} == set(results.reports[name].metrics)
+    assert results.reports[FLOAT].is_float
+
+
+def test_recordings_of_another_eta_are_not_shared(tiny_folder, tmp_path, monkeypatch):
+    recordings = count(monkeypatch, "record")
+    plan = replace(PLAN, experiments=(make("still"), make("noisy", eta=1.0), make("still-too", weight_bits=2)))
+    results = run(plan, tmp_path, tiny_folder)
+    assert not results.failures and len(recordings) == 2
+    assert serialization.read_record(tmp_path / "noisy")["settings"]["eta"] == 1.0
+
+
+def test_what_is_there_is_not_done_again(tiny_folder, done, said, monkeypatch):
+    folder, first = done
+    quantized, evaluated = count(monkeypatch, "quantize"), count(monkeypatch, "evaluate")
+    assert run(PLAN, folder, tiny_folder, said) == first and quantized == evaluated == [] and said == []
+    (folder / "long" / "report.json").unlink()
+    assert run(PLAN, folder, tiny_folder).reports["long"].metrics == first.reports["long"].metrics
+    assert quantized == [] and len(evaluated) == 1
+
+
+def test_another_protocol_or_metric_measures_again_without_quantizing(tiny_folder, done, monkeypatch):
+    quantized, evaluated = count(monkeypatch, "quantize"), count(monkeypatch, "evaluate")
+    more = replace(PLAN, given={**PROTOCOL, "num_images": 6})
+    assert {report.protocol.num_images for report in run(more, done[0], tiny_folder).reports.values()} == {6}
+    other = replace(more, metrics=("psnr", "cosine"), experiments=PLAN.experiments[:1])
+    assert set(run(other, done[0], tiny_folder).reports["long"].metrics) == {"psnr", "cosine"}
+    assert quantized == [] and len(evaluated) == 5
+
+
+def test_layers_are_added_to_what_was_measured_before(tiny_folder, done, monkeypatch):
+    folder, first = done
+    quantized, evaluated, added = (count(monkeypatch, name) for name in ("quantize", "evaluate", "add_layers"))
+    reports = run(PLAN.with_layers(), folder, tiny_folder).reports
+    assert quantized == evaluated == [] and added == [first.reports["short"], first.reports["long"]]
+    assert all(replace(reports[name], layers=()) == first.reports[name] for name in first.reports)
+    assert reports["long"].layers and Report.load(folder / "long") == reports["long"] and not reports[FLOAT].layers
+    assert run(PLAN.with_layers(), folder, tiny_folder).reports == reports and len(added) == 2
+    (folder / "long" / "report.json").unlink()
+    assert run(PLAN.with_layers(), folder, tiny_folder).reports["long"].layers == reports["long"].layers and len(added) == 2
+
+
+def test_one_that_fails_does_not_stop_the_rest(tiny_folder, done, said, monkeypatch):
+    folder, real = done[0], sweep.quantize
+    for name in ("long", "short"):
+        shutil.rmtree(folder / name)
+
+    def fail(pipeline, method, **how):
+        if method.weight_bits == 2:
+            raise ZeroDivisionError("no good")
+        return real(pipeline, method, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "quantize", fail)
+        results = run(PLAN, folder, tiny_folder, said)
+    assert list(results.reports) == [FLOAT, "long"] and results.failures == {"short": "ZeroDivisionError: no good"}
+    assert "short failed: ZeroDivisionError: no good" in said
+    assert run(PLAN, folder, tiny_folder).failures == {}
+
+
+def test_an_interrupt_stops_the_list_and_it_goes_on_to_the_same_results(tiny_folder, tmp_path, whole, monkeypatch):
+    expected, real = whole[1], sweep.quantize
+
+    def stop(pipeline, method, **how):
+        if method.max_steps == 3:
+            raise Interrupted("stopped")
+        return real(pipeline, method, **how)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(sweep, "quantize", stop)
+        run(PLAN, tmp_path / "parts", tiny_folder)
+    results = run(PLAN, tmp_path / "parts", tiny_folder)
+    assert {n: r.metrics for n, r in results.reports.items()} == {n: r.metrics for n, r in expected.reports.items()}
+
+
+def test_a_folder_of_another_experiment_is_left_alone(tiny_folder, done):
+    other = replace(PLAN, experiments=(make("long", max_steps=2),))
+    assert "max_steps was 3, now 2" in run(other, done[0], tiny_folder).failures["long"]
+
+
+def test_the_estimate_counts_each_recording_once_and_grows_with_the_work(whole):
+    report = whole[1].reports[FLOAT]
+    one, two = (estimate_minutes([make(f"{n}", max_steps=100) for n in range(count)], report) for count in (1, 2))
+    longer = estimate_minutes([make("0", max_steps=200)], report)
+    assert 0 < one < two < 2 * one < 2 * longer
+
+
+def test_a_run_is_named_by_method_and_bits():
+    plain, tuned = parse_run("lsq:4/8"), parse_run("lsq:2/32,max_steps=5,keep=first")
+    assert (plain.name, plain.method.weight_bits, plain.method.act_bits) == ("lsq-w4a8", 4, 8)
+    assert tuned.name == "lsq-w2a32-max_steps-5-keep-first" and tuned.method.max_steps == 5
+    assert plain.cost > parse_run("lsq:4/8,max_steps=0").cost and plain.cost > parse_run("lsq:4/8,clip_images=0").cost
+
+
+@pytest.mark.parametrize("text", ["lsq", "lsq:4", "lsq:4/x", ":4/4", "lsq:4/4,", "lqs:4/4", "lsq:9/4", "lsq:4/4,nonsense=1"])
+def test_a_run_that_is_none_is_refused(text):
+    with pytest.raises(InputError):
+        parse_run(text)
+
+
+def test_a_file_holds_protocol_seeds_and_runs(tmp_path):
+    file = tmp_path / "list.json"
+    runs = [{"name": "a", "method": "lsq", "weight_bits": 4}, {"name": "b", "method": "lsq", "seed": 5}]
+    file.write_text(json.dumps({"protocol": PROTOCOL, "runs": runs}))
+    plan = read_plan(file)
+    assert [(e.name, e.seed) for e in plan.experiments] == [("a", 0), ("b", 5)] and plan.given == PROTOCOL
+    assert plan.metrics == ("fid", "psnr") and plan.float_metrics == ("fid",)
+    file.write_text(json.dumps({"seeds": [0, 1], "runs": runs, "metrics": ["psnr"]}))
+    again = read_plan(file)
+    assert [(e.name, e.seed) for e in again.experiments] == [("a-seed0", 0), ("b-seed0", 0), ("a-seed1", 1), ("b-seed1", 1)]
+    assert again.metrics == ("psnr",) and again.float_metrics == ("psnr",)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is no list of experiments"),
+        ("[]", "is no list of experiments"),
+        ('{"runs": [{"method": "lsq"}]}', "KeyError: 'name'"),
+        ('{"runs": [{"name": "a", "method": "lqs"}]}', "did you mean 'lsq'"),
+        ('{"runs": [{"name": "../a", "method": "lsq"}]}', "cannot be the name of a folder"),
+        ('{"runs": [{"name": "a", "method": "lsq"}, {"name": "a", "method": "lsq"}]}', "'a' names two experiments"),
+        ('{"runs": [{"name": "float", "method": "lsq"}]}', "'float' names two"),
+        ('{"runs": [], "protocol": {"images": 3}}', "the protocol has no 'images'"),
+        ('{"runs": [], "metrics": ["fdi"]}', "did you mean 'fid'"),
+    ],
+)
+def test_a_file_that_is_none_is_refused_by_name(tmp_path, text, message):
+    file = tmp_path / "list.json"
+    file.write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_plan(file)
+    with pytest.raises(InputError, match="does not exist"):
+        read_plan(tmp_path / "nowhere.json")
+
+
+def test_the_lists_of_the_benchmarks_are_plans():
+    for file in (Path(__file__).parents[2] / "benchmarks" / "experiments").glob("*.json"):
+        assert read_plan(file).experiments

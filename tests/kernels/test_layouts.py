@@ -1,0 +1,36 @@
+"""Blocked layouts hold the codes and nothing else."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dmquant.kernels import layouts
+from dmquant.kernels.registry import KERNELS
+from dmquant.kernels.weight_packing import arrange, levels, restore
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(KERNELS), st.integers(1, 8), st.integers(1, 70), st.integers(1, 130), st.integers(1, 9), st.booleans())
+def test_codes_come_back_from_every_layout(kernel, bits, outputs, channels, taps, is_uniform):
+    if is_uniform and bits > kernel.max_weight_bits:
+        return
+    codes = torch.randint(0, 1 << bits, (outputs, channels, taps), dtype=torch.uint8)
+    blocked = arrange(codes, bits, torch.zeros(outputs) if is_uniform else None, kernel.name)
+    assert torch.equal(restore(blocked, codes.shape), codes)
+    filled = layouts.fill_up(outputs, 32) * layouts.fill_up(channels, kernel.block_for(channels)) * taps
+    assert blocked.weight.nbytes * 8 == filled * bits
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_totals_are_sums_of_levels_and_levels_are_signed_bytes(bits):
+    codes = torch.randint(0, 1 << bits, (5, 33, 4), dtype=torch.uint8)
+    step, least = levels(bits)
+    assert -128 <= least and step * ((1 << bits) - 1) + least <= 127
+    blocked = arrange(codes, bits, torch.zeros(5), "scalar")
+    assert torch.equal(blocked.total[0].long(), (codes.long() * step + least).sum((1, 2)))
+
+
+def test_the_block_that_wastes_least_is_taken_and_the_larger_of_equals():
+    kernel = next(kernel for kernel in KERNELS if kernel.blocks == (64, 32))
+    assert [kernel.block_for(channels) for channels in (3, 32, 33, 64, 65, 96, 256)] == [32, 32, 64, 64, 32, 32, 64]
