@@ -1,7 +1,7 @@
 """Attention on codes: softmax(q k^T * scale) v, where queries, keys, probabilities and values are rounded to grids of their own.
 
 Products are exact in integers, the softmax is float32 and sees scores that were not rounded to float (below 2^24: up to 512
-channels of 8 bits); the rounding expression is that of the quantizers. All variants of csrc/attention.c give the same floats
+channels of 8 bits); the rounding expression is that of the quantizers. All variants of csrc/attention give the same floats
 bit for bit. What stays with torch: masks, gradients, other dtypes and devices than float32 on the CPU, and factors of
 different bits.
 """
@@ -31,20 +31,20 @@ from dmquant.kernels.registry import (
 )
 from dmquant.kernels.rounding import quantize
 
-NAME = "attention"
+NAME, SOURCE = "attention", "attention/attention"
 VARIANTS = (  # best first
-    Kernel(NAME, AVX512 | AMX, FLAGS_AMX, must_ask=True),
-    Kernel(NAME, AVX512 | VNNI, FLAGS_VNNI),
-    Kernel(NAME, AVX2 | AVX_VNNI, FLAGS_AVX_VNNI),
-    Kernel(NAME, AVX2, FLAGS_256),
-    Kernel(NAME, is_portable=True),
+    Kernel(NAME, AVX512 | AMX, FLAGS_AMX, must_ask=True, source=SOURCE),
+    Kernel(NAME, AVX512 | VNNI, FLAGS_VNNI, source=SOURCE),
+    Kernel(NAME, AVX2 | AVX_VNNI, FLAGS_AVX_VNNI, source=SOURCE),
+    Kernel(NAME, AVX2, FLAGS_256, source=SOURCE),
+    Kernel(NAME, is_portable=True, source=SOURCE),
 )
 TOLERANCE = 1e-5  # of the largest output
 LARGEST = 2**14  # channels of a head, and keys: three sums of their products fit 32 bits
 POINTERS = ("query", "key", "value", "out", "grid_scale", "grid_zero")
 STRIDES = tuple(f"{factor}_{step}" for factor in ("query", "key", "value") for step in ("image", "head", "token"))
 NUMBERS = ("images", "heads", "queries", "keys", "channels", *STRIDES, "max_code", "threads")
-ATTENTION = struct.Struct(f"{len(POINTERS)}P{len(NUMBERS)}qd")  # the structure of csrc/attention.c; the last is the scale
+ATTENTION = struct.Struct(f"{len(POINTERS)}P{len(NUMBERS)}qd")  # that of csrc/attention/attention.c; the last is the scale
 
 
 @torch.compiler.assume_constant_result

@@ -28,7 +28,7 @@ class CannotCompile(Exception):
 
 @cache
 def load(name: str, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
-    """The library of csrc/<name>.c, compiled if need be. Raises CannotCompile."""
+    """Returns the library of csrc/<name>.c (such as conv/amx), compiled if need be. Raises CannotCompile."""
     try:
         return ctypes.CDLL(str(compile_source(name, flags)))
     except OSError as error:
@@ -38,7 +38,7 @@ def load(name: str, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
 def compile_source(name: str, flags: tuple[str, ...]) -> Path:
     """The library's file. Processes that want the same one wait for the first; a file that is there is complete."""
     compiler = find_compiler()
-    library = cache_folder() / f"{name}-{_fingerprint(compiler, flags)}.so"
+    library = cache_folder() / f"{name.replace('/', '-')}-{_fingerprint(compiler, flags)}.so"
     if library.exists():
         return library
     library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -68,7 +68,7 @@ def _compile(compiler: str, name: str, flags: tuple[str, ...], library: Path) ->
     try:
         # a compiler without OpenMP still makes a library of one thread
         for parallel in (["-fopenmp"], []):
-            command = [compiler, *OPTIONS, *flags, *parallel, "-o", draft, str(SOURCES / f"{name}.c"), "-lm"]
+            command = [compiler, *OPTIONS, *flags, *parallel, "-I", str(SOURCES), "-o", draft, str(SOURCES / f"{name}.c"), "-lm"]
             done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
             if done.returncode == 0:
                 os.replace(draft, library)
@@ -82,8 +82,8 @@ def _compile(compiler: str, name: str, flags: tuple[str, ...], library: Path) ->
 
 def _fingerprint(compiler: str, flags: tuple[str, ...]) -> str:
     known = hashlib.sha256()
-    for file in sorted(SOURCES.iterdir()):
-        known.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    for file in sorted(file for file in SOURCES.rglob("*") if file.is_file()):
+        known.update(file.relative_to(SOURCES).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
     known.update("\0".join((*OPTIONS, *flags, _version(compiler), platform.machine(), platform.system())).encode())
     return known.hexdigest()[:20]
 

@@ -17,11 +17,12 @@ from dmquant.kernels.build import CannotCompile
 from dmquant.kernels.registry import AVX2, AVX512, FLAGS_256, FLAGS_512, Kernel
 from dmquant.kernels.triton.norm import moments as moments_on_gpu
 
-VARIANTS = (Kernel("normal", AVX512, FLAGS_512), Kernel("normal", AVX2, FLAGS_256), Kernel("normal"))  # best first
-ACTIVATIONS = NONE, SILU, GELU, TANH_GELU, GATED = range(5)  # as in csrc/normal.h
+NAME, SOURCE = "norm", "norm/norm"
+VARIANTS = (Kernel(NAME, AVX512, FLAGS_512), Kernel(NAME, AVX2, FLAGS_256), Kernel(NAME))  # best first
+ACTIVATIONS = NONE, SILU, GELU, TANH_GELU, GATED = range(5)  # as in csrc/norm/norm.h
 POINTERS = ("x", "beside", "weight", "bias", "gain", "offset", "sums", "factor", "out")
 NUMBERS = ("images", "pixels", "channels", "beside_channels", "groups", "activate", "threads")
-NORM = struct.Struct(f"{len(POINTERS)}P{len(NUMBERS)}qd")  # the structure of csrc/normal.c; the last is epsilon
+NORM = struct.Struct(f"{len(POINTERS)}P{len(NUMBERS)}qd")  # the structure of csrc/norm/norm.c; the last is epsilon
 
 
 def moments(
@@ -83,7 +84,7 @@ def library() -> ctypes.CDLL:
         try:
             if variant.needs & ~registry.instruction_sets():
                 continue
-            loaded = build.load(variant.name, variant.flags)
+            loaded = build.load(SOURCE, variant.flags)
         except CannotCompile as error:
             missing = str(error)
             continue

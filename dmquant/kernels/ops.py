@@ -24,7 +24,7 @@ NUMBERS = (
     "height", "width", "channels", "outputs", "beside_channels", "last_width", "kernel_h", "kernel_w", "stride_h", "stride_w",
     "pad_top", "pad_left", "out_height", "out_width", "threads",
 )  # fmt: skip
-JOB = struct.Struct(f"{len(POINTERS)}P{len(NUMBERS)}qd")  # the structure of csrc/job.h; the last is epsilon
+JOB = struct.Struct(f"{len(POINTERS)}P{len(NUMBERS)}qd")  # the structure of csrc/conv/params.h; the last is epsilon
 
 
 def multiply(

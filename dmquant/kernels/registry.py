@@ -1,6 +1,6 @@
 """The kernels: what each needs of a processor and what it can multiply, those of C best first.
 
-All of C give the same floats bit for bit (csrc/job.h says why), so which one runs is a matter of speed alone.
+All of C give the same floats bit for bit (csrc/conv/params.h says why), so which one runs is a matter of speed alone.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ from dmquant.kernels import build, layouts, triton_support
 from dmquant.kernels.build import CannotCompile
 from dmquant.kernels.triton import layout
 
-AVX2, AVX512, VNNI, VBMI, AMX, AVX_VNNI = (1 << bit for bit in range(6))  # as in csrc/isa.c
+AVX2, AVX512, VNNI, VBMI, AMX, AVX_VNNI = (1 << bit for bit in range(6))  # as in csrc/simd/isa.c
 NAMES = {AVX2: "AVX2", AVX512: "AVX-512", VNNI: "AVX-512 VNNI", VBMI: "AVX-512 VBMI", AMX: "AMX", AVX_VNNI: "AVX-VNNI"}
 FLAGS_256 = ("-mavx2", "-mfma")
 FLAGS_512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512")
@@ -40,7 +40,7 @@ class Kernel:
     outdoes: tuple[str, ...] = ()  # kernels that need not run where this one does
     must_ask: bool = False  # the operating system for permission
     is_portable: bool = False
-    source: str = ""  # of csrc/, if it has not the kernel's name
+    source: str = ""  # file in csrc/ without ".c"; empty: conv/ and the kernel's name
 
     def __hash__(self) -> int:
         return hash(self.name)  # that of all fields would be computed at each call of a layer
@@ -84,12 +84,13 @@ KERNELS = (
     Kernel("amx", AVX512 | AMX, FLAGS_AMX, blocks=(64,), outdoes=("winograd", "lut2", *OF_256, "scalar"), must_ask=True),
     Kernel(
         "lut", AVX512 | VNNI | VBMI, (*FLAGS_VNNI, "-mavx512vbmi"), **LUT, layout="nibbles", outdoes=("lut2", *OF_256, "scalar"),
+        source="conv/lut_avx512",
     ),
     Kernel("winograd", AVX512 | VNNI, FLAGS_VNNI, **WINOGRAD, outdoes=("winograd2",)),
-    Kernel("vnni", AVX512 | VNNI, FLAGS_VNNI, outdoes=(*OF_256, "scalar")),
-    Kernel("lut2", AVX2, FLAGS_256, **LUT, layout="nibbles by group", outdoes=("scalar",)),
-    Kernel("winograd2", AVX2 | AVX_VNNI, FLAGS_AVX_VNNI, **WINOGRAD, source="winograd"),
-    Kernel("avxvnni", AVX2 | AVX_VNNI, FLAGS_AVX_VNNI, outdoes=("avx2", "scalar"), source="avx2"),
+    Kernel("vnni", AVX512 | VNNI, FLAGS_VNNI, outdoes=(*OF_256, "scalar"), source="conv/avx512vnni"),
+    Kernel("lut2", AVX2, FLAGS_256, **LUT, layout="nibbles by group", outdoes=("scalar",), source="conv/lut_avx2"),
+    Kernel("winograd2", AVX2 | AVX_VNNI, FLAGS_AVX_VNNI, **WINOGRAD, source="conv/winograd"),
+    Kernel("avxvnni", AVX2 | AVX_VNNI, FLAGS_AVX_VNNI, outdoes=("avx2", "scalar"), source="conv/avx2"),
     Kernel("avx2", AVX2, FLAGS_256, outdoes=("scalar",)),
     Kernel("scalar", is_portable=True),
 )  # fmt: skip
@@ -125,7 +126,7 @@ def state(kernel: Kernel) -> str:
 @cache
 def library(kernel: Kernel) -> ctypes.CDLL:
     """Raises CannotCompile where there is none or it may not run."""
-    loaded = build.load(kernel.source or kernel.name, kernel.flags)
+    loaded = build.load(kernel.source or f"conv/{kernel.name}", kernel.flags)
     if kernel.must_ask and loaded.dmquant_ready() != 0:
         raise CannotCompile("the operating system does not allow it")
     loaded.dmquant_run.argtypes, loaded.dmquant_run.restype = [ctypes.c_void_p], ctypes.c_int
@@ -133,4 +134,4 @@ def library(kernel: Kernel) -> ctypes.CDLL:
 
 
 def instruction_sets() -> int:
-    return build.load("isa").dmquant_isa()
+    return build.load("simd/isa").dmquant_isa()

@@ -47,5 +47,5 @@ def restore(blocked: Blocked, shape: tuple[int, int, int]) -> Tensor:
 
 
 def levels(bits: int) -> tuple[int, int]:
-    """Level = step * code + least: a signed byte, odd for one and two bits (sums of signs). As in csrc/job.h."""
+    """Level = step * code + least: a signed byte, odd for one and two bits (sums of signs). As in csrc/conv/params.h."""
     return (2, 1 - (1 << bits)) if bits <= 2 else (1, -(1 << (bits - 1)))

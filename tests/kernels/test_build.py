@@ -1,8 +1,10 @@
 """Libraries are made once, by whoever comes first, and their absence is no error."""
 
 import os
+import shutil
 import subprocess
 import sys
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,10 +14,18 @@ from dmquant.kernels import build
 from dmquant.kernels.build import CannotCompile, compile_source, find_compiler
 from dmquant.kernels.registry import KERNELS
 
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.fixture(autouse=True)
 def home(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def copied_sources(monkeypatch, tmp_path) -> Path:
+    copied = shutil.copytree(build.SOURCES, tmp_path / "csrc")
+    monkeypatch.setattr(build, "SOURCES", copied)
+    return copied
 
 
 def files() -> list[str]:
@@ -24,27 +34,46 @@ def files() -> list[str]:
 
 @pytest.mark.needs_compiler
 def test_a_library_is_compiled_once_and_left_alone_after():
-    library = compile_source("isa", ())
+    library = compile_source("simd/isa", ())
     made = library.stat().st_mtime_ns
-    assert compile_source("isa", ()) == library and library.stat().st_mtime_ns == made
+    assert compile_source("simd/isa", ()) == library and library.stat().st_mtime_ns == made
     assert files() == [".lock", ".so"] and build.cache_folder().stat().st_mode & 0o077 == 0
 
 
 @pytest.mark.needs_compiler
 def test_many_at_once_get_one_library():
     with ThreadPoolExecutor(4) as pool:
-        assert len(set(pool.map(lambda _: compile_source("isa", ()), range(8)))) == 1
+        assert len(set(pool.map(lambda _: compile_source("simd/isa", ()), range(8)))) == 1
     assert files() == [".lock", ".so"]
 
 
 @pytest.mark.needs_compiler
 def test_flags_sources_and_the_compiler_are_in_the_name(monkeypatch, tmp_path):
-    names = {compile_source("isa", flags).name for flags in ((), ("-O1",))}
-    sources = tmp_path / "csrc"
-    sources.mkdir()
-    (sources / "isa.c").write_text((build.SOURCES / "isa.c").read_text() + "/* edited */\n")
-    monkeypatch.setattr(build, "SOURCES", sources)
-    assert len(names | {compile_source("isa", ()).name}) == 3
+    names = {compile_source("simd/isa", flags).name for flags in ((), ("-O1",))}
+    sources = copied_sources(monkeypatch, tmp_path)
+    isa = sources / "simd" / "isa.c"
+    isa.write_text(isa.read_text() + "/* edited */\n")
+    assert len(names | {compile_source("simd/isa", ()).name}) == 3
+
+
+@pytest.mark.needs_compiler
+def test_a_header_in_any_subfolder_and_its_place_are_in_the_name(monkeypatch, tmp_path):
+    names = [compile_source("simd/isa", ()).name]
+    sources = copied_sources(monkeypatch, tmp_path)
+    assert compile_source("simd/isa", ()).name == names[0]
+    for header in sorted(sources.rglob("*.h")):
+        header.write_text(header.read_text() + "/* edited */\n")
+        names.append(compile_source("simd/isa", ()).name)
+    (sources / "simd" / "scratch.h").rename(sources / "norm" / "scratch.h")
+    names.append(compile_source("simd/isa", ()).name)
+    assert len(names) > 10 and len(set(names)) == len(names)
+
+
+def test_the_distribution_has_every_file_of_the_sources():
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["dmquant"]
+    packed = {file for pattern in patterns for file in (ROOT / "dmquant").glob(pattern)}
+    sources = {file for file in (ROOT / "dmquant" / "kernels" / "csrc").rglob("*") if file.is_file()}
+    assert sources <= packed and {file.parent.name for file in sources} == {"attention", "conv", "norm", "simd"}
 
 
 def test_no_flag_asks_for_this_machine():
@@ -60,7 +89,7 @@ def test_a_compiler_that_is_not_there_or_fails_says_why(monkeypatch, tmp_path):
     broken.chmod(0o700)
     monkeypatch.setenv("CC", str(broken))
     with pytest.raises(CannotCompile, match="it is broken"):
-        compile_source("isa", ())
+        compile_source("simd/isa", ())
     assert files() == [".lock"]
 
 
@@ -69,7 +98,7 @@ def test_a_cache_that_cannot_be_written_is_no_crash(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(CannotCompile):
-        build.load("isa", ("-DUNUSED",))
+        build.load("simd/isa", ("-DUNUSED",))
 
 
 SCRIPT = """
@@ -89,6 +118,5 @@ for choice in ("auto", "c", "onednn", "torch"):
 
 def test_without_a_compiler_packed_layers_still_run_and_importing_touches_no_cache(tmp_path):
     environment = {**os.environ, "PATH": str(tmp_path), "CC": ""}
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, cwd=root, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,6 +1,6 @@
 """An image as a product reads it: normalized, activated, quantized to bytes, its padding around it. One pass, channels last.
 
-The floats are those of csrc/normal.h and of the quantizer, operation for operation.
+The floats are those of csrc/norm/norm.h and of the quantizer, operation for operation.
 """
 
 from collections.abc import Sequence

@@ -1,15 +1,15 @@
 /* ROWS rows of u8 codes against s8 levels, [block of OUTPUTS][group of four][output][4], into whole sums that begin with `start`
  * and fill the last block: by AMX, AVX-512 VNNI, AVX2 or plain C, as the compiler is told. Codes lie as [SPAN of the depth][row]
  * [SPAN], `stride` bytes from one to the next; rows of sums are `width` apart; the depth comes in STEPs. */
-#ifndef DMQUANT_PRODUCTS_H
-#define DMQUANT_PRODUCTS_H
-#include "memory.h"
+#ifndef DMQUANT_ATTENTION_GEMM_U8S8_H
+#define DMQUANT_ATTENTION_GEMM_U8S8_H
+#include "simd/scratch.h"
 
 #define OUTPUTS 32
 #define SPAN 64                     /* of the depth: codes of a row that lie side by side */
 
 #if defined(__AMX_INT8__)
-#include "tiles.h"
+#include "simd/amx_tiles.h"
 #define STEP 64
 #define ROWS 32
 
@@ -97,7 +97,7 @@ static void begin_products(void) {}
 static void end_products(void) {}
 
 #if defined(__AVX512VNNI__)
-#include "fours.h"
+#include "simd/dot_avx512vnni.h"
 
 static void multiply_block(const uint8_t *codes, int64_t stride, const uint8_t *levels, int64_t depth, int64_t max_code,
                            const int32_t *start, int32_t *sums, int64_t width) {
@@ -118,7 +118,7 @@ static void multiply_block(const uint8_t *codes, int64_t stride, const uint8_t *
     }
 }
 #elif defined(__AVX2__)
-#include "pairs.h"
+#include "simd/dot_avx2.h"
 
 INLINE void multiply_by(const int mode, const uint8_t *codes, int64_t stride, const uint8_t *levels, int64_t depth,
                         const int32_t *start, int32_t *sums, int64_t width) {

@@ -2,10 +2,10 @@
  *
  * For the latter a pair must fit 16 bits: all do but 8-bit codes times 8-bit levels, which are widened before they are
  * multiplied. */
-#ifndef DMQUANT_PAIRS_H
-#define DMQUANT_PAIRS_H
+#ifndef DMQUANT_SIMD_DOT_AVX2_H
+#define DMQUANT_SIMD_DOT_AVX2_H
 #include <immintrin.h>
-#include "memory.h"
+#include "simd/scratch.h"
 
 enum { NARROW, PAIRS, SINGLES, FOURS };     /* what fits 16 bits: a block, a pair, a code; or vpdpbusd, which asks nothing */
 

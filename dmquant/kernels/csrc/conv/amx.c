@@ -6,9 +6,9 @@
  * Needs AMX-TILE and AMX-INT8, AVX-512 F, BW, VL, DQ for what stands around them, and Linux, which is asked for the tiles. */
 /* Of expanded weights: as many as the second-level cache holds beside the outputs; at 3x3, each pass reads the cells anew. */
 #define WEIGHTS_BYTES (job->kernel_h * job->kernel_w > 1 ? 1 << 20 : 256 << 10)
-#include "levels512.h"
-#include "epilogue.h"
-#include "tiles.h"
+#include "conv/unpack_avx512.h"
+#include "conv/epilogue_avx512.h"
+#include "simd/amx_tiles.h"
 
 #define FETCHED 8                   /* cells whose outputs are fetched beside one step: with 16 the tiles wait for their own */
 

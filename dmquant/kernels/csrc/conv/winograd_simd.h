@@ -1,15 +1,15 @@
 /* The widest registers that winograd.c is compiled for, and its products in them: squares of V, UNIT of which lie side by side in
  * each block of channels, times the levels of 32 outputs. Products are [16 outputs: first, last][square][output], and `start`
  * what the sums of each output begin with. */
-#ifndef DMQUANT_SQUARES_H
-#define DMQUANT_SQUARES_H
+#ifndef DMQUANT_CONV_WINOGRAD_SIMD_H
+#define DMQUANT_CONV_WINOGRAD_SIMD_H
 #define LEVELS_BYTES 2048           /* of 32 outputs and 64 channels */
 #define UNIT (2 * TILE)             /* squares that are multiplied at a time */
 
 #ifdef __AVX512F__
-#include "codes512.h"
-#include "epilogue.h"
-#include "fours.h"
+#include "conv/quantize_avx512.h"
+#include "conv/epilogue_avx512.h"
+#include "simd/dot_avx512vnni.h"
 typedef __m512i Vector;
 #define OF(operation) _mm512_##operation
 #define TILE 8                      /* squares x 32 outputs in registers */
@@ -29,8 +29,8 @@ INLINE void multiply_tile(const uint8_t *v, const uint8_t *u, int64_t blocks, co
     for (int p = 0; p < TILE; p++) keep_at(products + 16 * p, acc[p][0]), keep_at(products + 16 * (UNIT + p), acc[p][1]);
 }
 #else
-#include "codes256.h"
-#include "pairs.h"
+#include "conv/quantize_avx2.h"
+#include "simd/dot_avx2.h"
 typedef __m256i Vector;
 #define OF(operation) _mm256_##operation
 #define TILE 5                      /* squares x 16 outputs in registers */

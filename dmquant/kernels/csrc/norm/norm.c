@@ -1,5 +1,5 @@
 /* Group norm: its moments as a gain and an offset for each channel of each image, and the normalized image itself. */
-#include "token.h"
+#include "norm/layer_norm.h"
 #define SLICE 64                    /* channels summed up at a time */
 #define RUN 64                      /* pixels summed up in float before they are added in double */
 #define AHEAD 16                    /* pixels: how far slices are fetched before they are read */

@@ -3,8 +3,8 @@
  * A weight is a sum over planes of (level - shift) * scale with whole levels and shifts; an activation is a = code - zero. The
  * sum of level * a is a whole number and exact in every kernel, and all kernels end with the same float expression, so they
  * agree bit for bit. The fields are those that ops.py packs. A linear layer is a 1x1 convolution. */
-#ifndef DMQUANT_JOB_H
-#define DMQUANT_JOB_H
+#ifndef DMQUANT_CONV_PARAMS_H
+#define DMQUANT_CONV_PARAMS_H
 #include <stdint.h>
 
 typedef struct {
@@ -21,7 +21,7 @@ typedef struct {
     const float *factor;        /* (channels), of what they make of x, or NULL */
     const float *residual;      /* added to the output, of its shape; or NULL */
     const float *beside;        /* (images, height, width, beside_channels): the last channels, those before are in x; or NULL */
-    int64_t activate;           /* what is done to x * gain + offset: see normal.h; GATED reads 2 * channels of x */
+    int64_t activate;           /* what is done to x * gain + offset: see norm/norm.h; GATED reads 2 * channels of x */
     int64_t zoom;               /* each pixel of x is read so often in each direction: height and width are zoomed */
     int64_t bias_stride;        /* `outputs` where each image has its own bias, else 0 */
     int64_t act_stride;
@@ -35,7 +35,7 @@ typedef struct {
     int64_t last_width;         /* pixels of the last row: a linear layer's rows need not come out even */
     int64_t kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, out_height, out_width;
     int64_t threads;
-    double epsilon;             /* of a layer norm over the channels, before the gain: see token.h; 0: none */
+    double epsilon;             /* of a layer norm over the channels, before the gain: see norm/layer_norm.h; 0: none */
 } Job;
 
 /* 0; or 1 where memory ran out, and `out` is unfinished; or 2 where the kernel is not made for such a window. */

@@ -1,8 +1,8 @@
 /* Sums of u8 codes times s8 levels by vpdpbusd, four at a time. */
-#ifndef DMQUANT_FOURS_H
-#define DMQUANT_FOURS_H
+#ifndef DMQUANT_SIMD_DOT_AVX512VNNI_H
+#define DMQUANT_SIMD_DOT_AVX512VNNI_H
 #include <immintrin.h>
-#include "memory.h"
+#include "simd/scratch.h"
 
 /* inline assembly: as an intrinsic, gcc copies every accumulator before it adds to it */
 #define DOT(acc, codes, levels) __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(codes), "v"(levels))

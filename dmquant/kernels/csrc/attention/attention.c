@@ -6,8 +6,8 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-#include "products.h"
-#include "softmax.h"
+#include "attention/gemm_u8s8.h"
+#include "attention/softmax.h"
 
 #define AHEAD 16                    /* tokens: how far keys and values are fetched before they are read */
 #define NEVER (-(1 << 30))          /* score of a key that is none */

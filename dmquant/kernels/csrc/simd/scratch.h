@@ -1,6 +1,6 @@
 /* Scratch memory of kernels. */
-#ifndef DMQUANT_MEMORY_H
-#define DMQUANT_MEMORY_H
+#ifndef DMQUANT_SIMD_SCRATCH_H
+#define DMQUANT_SIMD_SCRATCH_H
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>

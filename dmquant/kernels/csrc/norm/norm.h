@@ -1,14 +1,15 @@
 /* What a denoiser does to an image before it is multiplied: a gain and an offset for each channel (a group norm, once its
- * moments are known), an activation, a factor for each channel. Layer norms are in token.h.
+ * moments are known), an activation, a factor for each channel. Layer norms are in layer_norm.h.
  *
  * Plain C that compilers make vectors of, with one rounding for each operation written (fmaf is exact everywhere), so that
  * every kernel gives the same bits. SiLU is within 2e-7 of the exact one, relative, and GELU by tanh within 7e-6; GELU within
  * 4e-7, relative, and 8e-8 |x|: what is left of it below -2 loses digits. */
-#ifndef DMQUANT_NORMAL_H
-#define DMQUANT_NORMAL_H
+#ifndef DMQUANT_NORM_H
+#define DMQUANT_NORM_H
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#include "simd/float_bits.h"
 
 enum { NONE, SILU, GELU, TANH_GELU, GATED };    /* activations, as in normal.py; GATED: x times GELU of what lies behind all x */
 
@@ -17,20 +18,8 @@ typedef struct {
     const float *factor;            /* of each channel, or NULL */
     int64_t activate;
     int64_t stride;                 /* from one pixel that is written to the next */
-    double epsilon;                 /* of a layer norm before the gain (token.h), without an activation; 0: none */
+    double epsilon;                 /* of a layer norm before the gain (layer_norm.h), without an activation; 0: none */
 } Normal;
-
-#define MAGIC 12582912.0f           /* 1.5 * 2^23: added to, it rounds to whole numbers, ties to even */
-
-/* x times 2^n, by its exponent; n is what MAGIC was added to. */
-static inline __attribute__((always_inline)) float scale_by_power(float x, float n) {
-    uint32_t exponent, bits;
-    memcpy(&exponent, &n, 4);
-    memcpy(&bits, &x, 4);
-    bits += exponent << 23;
-    memcpy(&x, &bits, 4);
-    return x;
-}
 
 /* e^x for |x| < 88: 2^n e^r with |r| < 0.35, by the series of e^r. */
 static inline __attribute__((always_inline)) float exponential(float x) {

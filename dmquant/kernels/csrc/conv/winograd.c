@@ -15,7 +15,7 @@
 #define TAKES(job) ((job)->kernel_h == 3 && (job)->kernel_w == 3 && (job)->stride_h == 1 && (job)->stride_w == 1)
 #define GROWTH 5                    /* V is four times the cells */
 
-#include "squares.h"
+#include "conv/winograd_simd.h"
 
 #define BYTES (int64_t)sizeof(Vector)
 #define INTS (BYTES / 4)

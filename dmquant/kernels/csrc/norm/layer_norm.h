@@ -2,9 +2,10 @@
  *
  * Sums run over lanes and in an order of their own, the same in every variant, so that all give the same bits. The mean is found
  * twice, the second time of what lies around the first: values far from zero lose nothing. */
-#ifndef DMQUANT_TOKEN_H
-#define DMQUANT_TOKEN_H
-#include "lanes.h"
+#ifndef DMQUANT_NORM_LAYER_NORM_H
+#define DMQUANT_NORM_LAYER_NORM_H
+#include "norm/norm.h"
+#include "simd/simd.h"
 #define CHAINS 4                    /* of sums, so that none waits for its last addition */
 
 typedef struct {
@@ -46,7 +47,7 @@ static Token measure_token(const float *x, int64_t channels, double epsilon) {
     return (Token){pivot, inverse, -mean * inverse};
 }
 
-/* Pixels of one image, channels last, into `out`: by a layer norm, if there is one, or else as normal.h does it. */
+/* Pixels of one image, channels last, into `out`: by a layer norm, if there is one, or else as norm.h does it. */
 static inline void normalize_pixels(const Normal *normal, const float *restrict x, int64_t pixels, int64_t channels,
                                     float *restrict out) {
     const float *restrict gain = normal->gain, *restrict offset = normal->offset, *restrict factor = normal->factor;

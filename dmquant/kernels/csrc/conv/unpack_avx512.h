@@ -1,7 +1,7 @@
 /* Blocks of s8 levels, as the products of AVX-512 and AMX read them. */
-#ifndef DMQUANT_LEVELS512_H
-#define DMQUANT_LEVELS512_H
-#include "codes512.h"
+#ifndef DMQUANT_CONV_UNPACK_AVX512_H
+#define DMQUANT_CONV_UNPACK_AVX512_H
+#include "conv/quantize_avx512.h"
 
 INLINE void expand_lines(const uint8_t *masks, int64_t count, const int64_t bits, uint8_t *weights) {
     for (int64_t i = 0; i < count; i++) _mm512_store_si512(weights + 64 * i, levels_of(masks + 8 * bits * i, bits));

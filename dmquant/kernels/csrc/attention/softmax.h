@@ -2,9 +2,9 @@
  *
  * Scores become shares of a pivot, which is a score of the same query and near the best one, or else the best one itself: nobody
  * waits for the best of all. What the pivot is does not show in the probabilities. */
-#ifndef DMQUANT_SOFTMAX_H
-#define DMQUANT_SOFTMAX_H
-#include "lanes.h"
+#ifndef DMQUANT_ATTENTION_SOFTMAX_H
+#define DMQUANT_ATTENTION_SOFTMAX_H
+#include "simd/simd.h"
 
 #define CHUNK 64                    /* keys */
 #define TOO_MUCH 0x1p100f           /* a sum of shares: the best score is far above the pivot */

@@ -11,13 +11,13 @@
  *   multiply(band)                                the products
  * and ALWAYS_SUMS(job), whether it needs the sums of a even where the weights have no shift.
  */
-#ifndef DMQUANT_BAND_H
-#define DMQUANT_BAND_H
+#ifndef DMQUANT_CONV_DRIVER_H
+#define DMQUANT_CONV_DRIVER_H
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-#include "shape.h"
-#include "token.h"
+#include "conv/blocking.h"
+#include "norm/layer_norm.h"
 
 /* Output rows row..row+count of a band against blocks from..to of a plane of weights. */
 typedef struct {

@@ -1,8 +1,8 @@
 /* How a job is cut into bands and blocks, and the memory that takes. A kernel may define what is asked for by #ifndef here. */
-#ifndef DMQUANT_SHAPE_H
-#define DMQUANT_SHAPE_H
-#include "job.h"
-#include "memory.h"
+#ifndef DMQUANT_CONV_BLOCKING_H
+#define DMQUANT_CONV_BLOCKING_H
+#include "conv/params.h"
+#include "simd/scratch.h"
 
 #ifndef EXPANDED_BYTES              /* of an output block as the tiles read it */
 #define EXPANDED_BYTES(s) ((s).channel_blocks * (s).taps * job->block * OUTPUTS)

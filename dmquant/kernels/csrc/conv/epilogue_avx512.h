@@ -1,8 +1,8 @@
 /* The last step of the AVX-512 kernels, for 16 outputs of one image: acc is the sum of level * code. */
-#ifndef DMQUANT_EPILOGUE_H
-#define DMQUANT_EPILOGUE_H
+#ifndef DMQUANT_CONV_EPILOGUE_AVX512_H
+#define DMQUANT_CONV_EPILOGUE_AVX512_H
 #include <immintrin.h>
-#include "band.h"
+#include "conv/driver.h"
 
 typedef struct {
     __mmask16 mask;

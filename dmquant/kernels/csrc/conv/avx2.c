@@ -3,9 +3,9 @@
  *
  * Where the products are small (4 bits times 4 to 7), the pairs of a whole block are added up in 16 bits before they are widened.
  * Needs AVX2 and FMA. */
-#include "codes256.h"
-#include "pairs.h"
-#include "rows.h"
+#include "conv/quantize_avx2.h"
+#include "simd/dot_avx2.h"
+#include "conv/row_driver.h"
 
 /* Pixels x 16 outputs in registers, and of what is left. A vpdpbusd takes five cycles, and two begin in each: eight sums would
  * wait for each other. Without it more kinds of tiles cost more, by what gcc makes of registers, than they win. */

@@ -8,9 +8,9 @@
 #define CELL 4
 #define ALWAYS_SUMS(job) is_unsigned(job)
 #define is_unsigned(job) ((job)->act_max > 31)
-#include "rows.h"
-#include "epilogue.h"
-#include "fours.h"
+#include "conv/row_driver.h"
+#include "conv/epilogue_avx512.h"
+#include "simd/dot_avx512vnni.h"
 
 enum { SIGNED, PAIRED, UNSIGNED };   /* of tables: read below */
 

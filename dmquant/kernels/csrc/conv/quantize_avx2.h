@@ -1,8 +1,8 @@
 /* Cells of u8 codes and weights as s8 levels, for the AVX2 kernels. */
-#ifndef DMQUANT_CODES256_H
-#define DMQUANT_CODES256_H
-#include "codes.h"
-#include "half.h"
+#ifndef DMQUANT_CONV_QUANTIZE_AVX2_H
+#define DMQUANT_CONV_QUANTIZE_AVX2_H
+#include "conv/quantize.h"
+#include "conv/epilogue_avx2.h"
 
 static void build(const Job *job, int64_t n, int64_t k, const float *x, int64_t count, uint8_t *cells, int32_t *sums) {
     Grid grid = grid_of(job, n);

@@ -1,9 +1,9 @@
 /* Cells of u8 codes, of whatever instruction set. */
-#ifndef DMQUANT_CODES_H
-#define DMQUANT_CODES_H
+#ifndef DMQUANT_CONV_QUANTIZE_H
+#define DMQUANT_CONV_QUANTIZE_H
 #define CELL 1
 #define ALWAYS_SUMS(job) 0
-#include "band.h"
+#include "conv/driver.h"
 
 static void fill(const Job *job, float zero, int64_t k, int64_t count, uint8_t *cells) {
     int64_t real = least(job->block, job->channels - k * job->block);

@@ -1,7 +1,7 @@
 /* Plain C for any machine: u8 codes times s8 levels, one output block at a time. */
 #include <math.h>
-#include "codes.h"
-#include "rows.h"
+#include "conv/quantize.h"
+#include "conv/row_driver.h"
 
 static void build(const Job *job, int64_t n, int64_t k, const float *x, int64_t count, uint8_t *cells, int32_t *sums) {
     float inverse = 1.0f / job->act_scale[n * job->act_stride], zero = job->act_zero[n * job->act_stride];

@@ -2,12 +2,12 @@
  *
  * x = floor(x) + fraction(x), and raise(a, x) is a times 2^floor(x) for 1 <= a < 2: nobody relies on what it is for x below -126,
  * but for its being small, or for x above 126, but for its being large. */
-#ifndef DMQUANT_LANES_H
-#define DMQUANT_LANES_H
+#ifndef DMQUANT_SIMD_H
+#define DMQUANT_SIMD_H
 #include <math.h>
 #include <stdint.h>
-#include "memory.h"
-#include "normal.h"
+#include "simd/float_bits.h"
+#include "simd/scratch.h"
 
 #define LANES 16
 

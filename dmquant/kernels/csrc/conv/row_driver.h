@@ -1,7 +1,7 @@
 /* For kernels that walk one output row at a time: they define row_of_tiles(row). */
-#ifndef DMQUANT_ROWS_H
-#define DMQUANT_ROWS_H
-#include "band.h"
+#ifndef DMQUANT_CONV_ROW_DRIVER_H
+#define DMQUANT_CONV_ROW_DRIVER_H
+#include "conv/driver.h"
 
 /* One output row against blocks from..to of outputs. */
 typedef struct {

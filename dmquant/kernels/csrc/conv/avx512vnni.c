@@ -1,9 +1,9 @@
 /* Products by vpdpbusd: u8 codes times s8 levels, four channels at a time, 8 pixels x 32 outputs in registers.
  * Needs AVX-512 F, BW, VL, DQ and VNNI. */
-#include "levels512.h"
-#include "rows.h"
-#include "epilogue.h"
-#include "fours.h"
+#include "conv/unpack_avx512.h"
+#include "conv/row_driver.h"
+#include "conv/epilogue_avx512.h"
+#include "simd/dot_avx512vnni.h"
 
 INLINE void tile(const Row *row, int64_t block, const uint8_t *levels, int64_t pixel, const int P, const int groups,
                  const int64_t step) {

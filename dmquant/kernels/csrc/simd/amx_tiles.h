@@ -1,6 +1,6 @@
 /* The tiles of AMX: all eight of 16 rows of 64 bytes. */
-#ifndef DMQUANT_TILES_H
-#define DMQUANT_TILES_H
+#ifndef DMQUANT_SIMD_AMX_TILES_H
+#define DMQUANT_SIMD_AMX_TILES_H
 #include <immintrin.h>
 #include <stdint.h>
 #include <sys/syscall.h>

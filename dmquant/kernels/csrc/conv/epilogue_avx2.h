@@ -1,8 +1,8 @@
-/* What the AVX2 kernels share: quantizing eight channels, and the last step for eight outputs, as in epilogue.h. */
-#ifndef DMQUANT_HALF_H
-#define DMQUANT_HALF_H
+/* What the AVX2 kernels share: quantizing eight channels, and the last step for eight outputs, as in epilogue_avx512.h. */
+#ifndef DMQUANT_CONV_EPILOGUE_AVX2_H
+#define DMQUANT_CONV_EPILOGUE_AVX2_H
 #include <immintrin.h>
-#include "band.h"
+#include "conv/driver.h"
 
 /* All ones in the first `count` of eight lanes. */
 INLINE __m256i lanes(int64_t count) {

@@ -1,11 +1,11 @@
-/* Products by lookup, as in lut.c, in 256 bits: vpshufb looks up 32 outputs in the table of four channels.
+/* Products by lookup, as in lut_avx512.c, in 256 bits: vpshufb looks up 32 outputs in the table of four channels.
  *
  * The tables are unsigned sums of the codes whose bit is set. So many of them are added as fit a byte (four up to 4-bit
  * codes, two of 5 bits, one of 6), then widened; sums of 16 bits are added up in 32 before they overflow. Needs AVX2 and FMA. */
 #define CELL 4
 #define ALWAYS_SUMS(job) 1
-#include "half.h"
-#include "rows.h"
+#include "conv/epilogue_avx2.h"
+#include "conv/row_driver.h"
 
 /* Entry e of a table sums the channels over the bits of e; a shuffle by a negative byte gives zero. Two groups of four. */
 INLINE __m256i tabulate(__m256i all) {

@@ -1,8 +1,8 @@
 /* Cells of u8 codes and weights as s8 levels, for the AVX-512 kernels. */
-#ifndef DMQUANT_CODES512_H
-#define DMQUANT_CODES512_H
+#ifndef DMQUANT_CONV_QUANTIZE_AVX512_H
+#define DMQUANT_CONV_QUANTIZE_AVX512_H
 #include <immintrin.h>
-#include "codes.h"
+#include "conv/quantize.h"
 
 /* 16 channels, clamped before they are rounded: the limits are whole, so the order does not matter, and no integer overflows. */
 INLINE __m512i round_part(const float *x, __mmask16 mask, __m512 inverse, __m512 low, __m512 high) {
