@@ -127,11 +127,11 @@ def state(kernel: Kernel) -> str:
 def library(kernel: Kernel) -> ctypes.CDLL:
     """Raises CannotCompile where there is none or it may not run."""
     loaded = build.load(kernel.source or f"conv/{kernel.name}", kernel.flags)
-    if kernel.must_ask and loaded.dmquant_ready() != 0:
+    if kernel.must_ask and loaded.dmquant_request_amx() != 0:
         raise CannotCompile("the operating system does not allow it")
     loaded.dmquant_run.argtypes, loaded.dmquant_run.restype = [ctypes.c_void_p], ctypes.c_int
     return loaded
 
 
 def instruction_sets() -> int:
-    return build.load("simd/isa").dmquant_isa()
+    return build.load("simd/isa").dmquant_instruction_sets()

@@ -55,16 +55,16 @@ static Grid grid_of(const Attention *a, int factor, int64_t at) {
     int64_t place = factor * a->images * a->heads + at, zero = (int64_t)a->grid_zero[place];
     Grid grid = {.scale = a->grid_scale[place], .zero = (float)zero, .low = (float)-zero, .high = (float)(a->max_code - zero)};
     grid.inverse = 1.0f / grid.scale;
-    grid.middle = (int32_t)most(a->max_code - 127, least(zero, 128));
+    grid.middle = (int32_t)max(a->max_code - 127, min(zero, 128));
     return grid;
 }
 
 /* The quantizer's expression for LANES channels, clamped before it is rounded: the limits are whole, so the order does not
  * matter. The lowest byte of MAGIC is zero: what is added to it shows in that byte. */
 INLINE void encode_part(const Grid grid, const float *x, int32_t middle, uint8_t *codes) {
-    Floats value = larger(times(load(x), all(grid.inverse)), all(grid.low));
-    value = add(smaller(value, all(grid.high)), all(MAGIC));
-    store_bytes(codes, add_ints(bits_of(value), all_ints((int32_t)grid.zero - middle)));
+    F32x16 value = max_f32(mul_f32(load_f32(x), set1_f32(grid.inverse)), set1_f32(grid.low));
+    value = add_f32(min_f32(value, set1_f32(grid.high)), set1_f32(MAGIC));
+    store_u8(codes, add_i32(f32_as_i32(value), set1_i32((int32_t)grid.zero - middle)));
 }
 
 /* Codes of `count` channels, less `middle`. */
@@ -83,7 +83,7 @@ static void encode(const Grid grid, const float *x, int64_t count, int32_t middl
 
 /* A token, some time before it is read or written: tokens of a head lie far apart. */
 INLINE void fetch(const float *x, int64_t channels) {
-    for (int64_t c = 0; c < channels; c += LINE / 4) __builtin_prefetch(x + c);
+    for (int64_t c = 0; c < channels; c += CACHE_LINE / 4) __builtin_prefetch(x + c);
 }
 
 /* Keys are outputs, their channels the depth. */
@@ -108,7 +108,7 @@ static void lay_keys(const Attention *a, const float *key, Head *head) {
 /* Channels are outputs, the keys the depth: four at a time. */
 static void lay_values(const Attention *a, const float *value, Head *head) {
     const Grid *grid = &head->grid[VALUE];
-    int64_t outputs = up(a->channels, OUTPUTS);
+    int64_t outputs = round_up(a->channels, OUTPUTS);
     uint8_t *rows = head->row;
     memset(head->value_start, 0, 4 * outputs);
     memset(rows, 0, 4 * head->depth);
@@ -137,22 +137,22 @@ static void lay_values(const Attention *a, const float *value, Head *head) {
 /* Scores of ROWS queries in chunk i of keys. */
 static void score(const Attention *a, const Head *head, int64_t i) {
     int64_t first = i * CHUNK;
-    multiply(head->queries, ROWS * SPAN, head->key_levels + first * head->depth, head->depth, a->max_code,
-             head->key_start + first, least(CHUNK, a->keys - first), head->sums, head->sum_step);
+    gemm_u8s8(head->queries, ROWS * SPAN, head->key_levels + first * head->depth, head->depth, a->max_code,
+             head->key_start + first, min(CHUNK, a->keys - first), head->sums, head->sum_step);
 }
 
 /* The best score of a query in chunk i of keys becomes its pivot, unless it has a better one. */
 static void find_pivot(const Attention *a, const Head *head, float factor, int64_t q, int64_t i) {
-    float shift = best_of(head->sums + q * head->sum_step, least(CHUNK, a->keys - i * CHUNK)) * factor;
+    float shift = best_of(head->sums + q * head->sum_step, min(CHUNK, a->keys - i * CHUNK)) * factor;
     head->shifts[q] = i && head->shifts[q] > shift ? head->shifts[q] : shift;
 }
 
 /* Whether a query's shares are not too large for its pivot. */
-INLINE int is_right(const Head *head, int64_t q) { return sum_lanes(load(head->totals + q * LANES)) < TOO_MUCH; }
+INLINE int is_right(const Head *head, int64_t q) { return reduce_add(load_f32(head->totals + q * LANES)) < TOO_MUCH; }
 
 /* Shares of `count` queries in all keys, by known pivots or by those of the first chunk. Whether none is too large. */
 static int share(const Attention *a, const Head *head, float factor, int64_t count, int has_pivots) {
-    Floats steep = all(factor);
+    F32x16 steep = set1_f32(factor);
     int are_right = 1;
     memset(head->totals, 0, 4 * ROWS * LANES);
     for (int64_t i = 0; i < head->chunks; i++) {
@@ -172,16 +172,16 @@ static int share(const Attention *a, const Head *head, float factor, int64_t cou
 /* Shares of `count` queries -> codes of their probabilities, in place; the sums of their a. */
 static void soften(const Attention *a, const Head *head, int64_t count, int32_t *sums) {
     const Grid grid = head->grid[PROBABILITY];
-    Bytes zero = all_bytes((int64_t)grid.zero), limit = all_bytes(a->max_code);
+    U8Vec zero = set1_u8((int64_t)grid.zero), limit = set1_u8(a->max_code);
     int32_t lanes[ROWS][LANES] = {{0}};
     float factors[ROWS];
-    for (int64_t q = 0; q < count; q++) factors[q] = 1.0f / sum_lanes(load(head->totals + q * LANES)) * grid.inverse;
+    for (int64_t q = 0; q < count; q++) factors[q] = 1.0f / reduce_add(load_f32(head->totals + q * LANES)) * grid.inverse;
     for (int64_t i = 0; i < head->chunks; i++) {
         const float *shares = head->shares + i * SHARES;
         uint8_t *codes = (uint8_t *)shares;
         for (int64_t q = 0; q < count; q++) {   /* a row of codes ends before the next row of shares begins */
-            Ints found = round_shares(shares + q * CHUNK, factors[q], zero, limit, codes + q * SPAN);
-            store_ints(lanes[q], add_ints(load_ints(lanes[q]), found));
+            I32x16 found = round_shares(shares + q * CHUNK, factors[q], zero, limit, codes + q * SPAN);
+            store_i32(lanes[q], add_i32(load_i32(lanes[q]), found));
         }
     }
     for (int64_t q = 0; q < count; q++) {
@@ -193,7 +193,7 @@ static void soften(const Attention *a, const Head *head, int64_t count, int32_t 
 /* Up to ROWS queries of a head. */
 static void attend(const Attention *a, Head *head, int64_t first) {
     const Grid *query = &head->grid[QUERY], *value = &head->grid[VALUE];
-    int64_t count = least(ROWS, a->queries - first);
+    int64_t count = min(ROWS, a->queries - first);
     const float *x = a->query + head->image * a->query_image + head->head * a->query_head + first * a->query_token;
     int32_t shifts[ROWS];
     float *out = a->out + ((head->image * a->queries + first) * a->heads + head->head) * a->channels;
@@ -209,7 +209,7 @@ static void attend(const Attention *a, Head *head, int64_t first) {
     }
     float factor = query->scale * head->grid[KEY].scale * (float)a->scale * 1.44269504f;     /* powers of two, not of e */
     factor = factor < 64.0f ? factor : 64.0f;
-    unsigned mode = drop_tiny();
+    unsigned mode = flush_denormals();
     if (!share(a, head, factor, count, 0)) {
         for (int64_t i = 0; i < head->chunks; i++) {
             score(a, head, i);
@@ -219,8 +219,8 @@ static void attend(const Attention *a, Head *head, int64_t first) {
         share(a, head, factor, count, 1);
     }
     soften(a, head, count, shifts);
-    restore(mode);
-    multiply((uint8_t *)head->shares, 4 * SHARES, head->value_levels, head->keys, a->max_code, head->value_start, a->channels,
+    restore_denormals(mode);
+    gemm_u8s8((uint8_t *)head->shares, 4 * SHARES, head->value_levels, head->keys, a->max_code, head->value_start, a->channels,
              head->sums, head->sum_step);
     float scale = head->grid[PROBABILITY].scale * value->scale;
     for (int64_t i = 0; i < count; i++, out += a->heads * a->channels) {
@@ -230,33 +230,33 @@ static void attend(const Attention *a, Head *head, int64_t first) {
     }
 }
 
-static int reserve(const Attention *a, Head *head) {
-    int64_t depth = up(a->channels, STEP), keys = up(a->keys, STEP), wide = up(depth, SPAN);
-    head->depth = depth, head->keys = keys, head->chunks = up(keys, CHUNK) / CHUNK;
-    head->sum_step = most(CHUNK, up(depth, OUTPUTS));
+static int alloc_scratch(const Attention *a, Head *head) {
+    int64_t depth = round_up(a->channels, STEP), keys = round_up(a->keys, STEP), wide = round_up(depth, SPAN);
+    head->depth = depth, head->keys = keys, head->chunks = round_up(keys, CHUNK) / CHUNK;
+    head->sum_step = max(CHUNK, round_up(depth, OUTPUTS));
     int64_t sums = 4 * ROWS * head->sum_step, shares = 4 * head->chunks * SHARES;
     int64_t rows = 4 * wide + ROWS * (wide + 4 * LANES + 4) + sums + shares;
-    uint8_t *next = keep(2 * keys * depth + 4 * (keys + depth) + rows + 10 * LINE);
+    uint8_t *next = alloc(2 * keys * depth + 4 * (keys + depth) + rows + 10 * CACHE_LINE);
     if (!next) return 1;
-    head->key_levels = take(&next, keys * depth);
-    head->value_levels = take(&next, keys * depth);
-    head->key_start = take(&next, 4 * keys);
-    head->value_start = take(&next, 4 * depth);
-    head->row = take(&next, 4 * wide);
-    head->queries = take(&next, ROWS * wide);
-    head->sums = take(&next, sums);
-    head->shares = take(&next, shares);
-    head->totals = take(&next, 4 * ROWS * LANES);
-    head->shifts = take(&next, 4 * ROWS);
+    head->key_levels = carve(&next, keys * depth);
+    head->value_levels = carve(&next, keys * depth);
+    head->key_start = carve(&next, 4 * keys);
+    head->value_start = carve(&next, 4 * depth);
+    head->row = carve(&next, 4 * wide);
+    head->queries = carve(&next, ROWS * wide);
+    head->sums = carve(&next, sums);
+    head->shares = carve(&next, shares);
+    head->totals = carve(&next, 4 * ROWS * LANES);
+    head->shifts = carve(&next, 4 * ROWS);
     return 0;
 }
 
 /* Blocks first..last of ROWS queries, counted through all heads. A head's keys and values are laid by each thread it meets. */
 static int work(const Attention *a, int64_t first, int64_t last) {
     Head head = {0};
-    int64_t blocks = up(a->queries, ROWS) / ROWS, held = -1;
+    int64_t blocks = round_up(a->queries, ROWS) / ROWS, held = -1;
     if (first >= last) return 0;
-    if (reserve(a, &head)) return 1;
+    if (alloc_scratch(a, &head)) return 1;
     begin_products();
     for (int64_t i = first; i < last; i++) {
         int64_t at = i / blocks;
@@ -265,7 +265,7 @@ static int work(const Attention *a, int64_t first, int64_t last) {
             for (int factor = 0; factor < 4; factor++) head.grid[factor] = grid_of(a, factor, at);
             lay_keys(a, a->key + head.image * a->key_image + head.head * a->key_head, &head);
             lay_values(a, a->value + head.image * a->value_image + head.head * a->value_head, &head);
-            memset(head.queries, 0, ROWS * up(head.depth, SPAN));
+            memset(head.queries, 0, ROWS * round_up(head.depth, SPAN));
         }
         attend(a, &head, i % blocks * ROWS);
     }
@@ -274,10 +274,10 @@ static int work(const Attention *a, int64_t first, int64_t last) {
 }
 
 int dmquant_run(const Attention *a) {
-    int64_t blocks = a->images * a->heads * (up(a->queries, ROWS) / ROWS);
+    int64_t blocks = a->images * a->heads * (round_up(a->queries, ROWS) / ROWS);
     int failed = 0;
 #ifdef _OPENMP
-#pragma omp parallel num_threads((int)least(a->threads, blocks)) if (a->threads > 1) reduction(| : failed)
+#pragma omp parallel num_threads((int)min(a->threads, blocks)) if (a->threads > 1) reduction(| : failed)
     {
         int64_t t = omp_get_thread_num(), all = omp_get_num_threads();
         failed = work(a, blocks * t / all, blocks * (t + 1) / all);

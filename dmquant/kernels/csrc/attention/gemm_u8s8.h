@@ -14,8 +14,8 @@
 #define ROWS 32
 
 static void begin_products(void) {
-    configure();
-    SETTLE;
+    load_tile_config();
+    COMPILER_BARRIER;
 }
 
 static void end_products(void) { _tile_release(); }
@@ -44,8 +44,8 @@ static void multiply_flat(const uint8_t *codes, const uint8_t *levels, const int
         _tile_stored(0, sums + o, 4 * width);
         _tile_stored(1, low + o, 4 * width);
     }
-    _tile_stored(2, sums + up(outputs, OUTPUTS) - 16, 4 * width);
-    _tile_stored(3, low + up(outputs, OUTPUTS) - 16, 4 * width);
+    _tile_stored(2, sums + round_up(outputs, OUTPUTS) - 16, 4 * width);
+    _tile_stored(3, low + round_up(outputs, OUTPUTS) - 16, 4 * width);
 }
 
 /* Of a block, or of its first half. */
@@ -68,7 +68,7 @@ INLINE void multiply_deep(const uint8_t *codes, int64_t stride, const uint8_t *l
             _tile_dpbusd(2, 4, 7);
             _tile_dpbusd(3, 5, 7);
         }
-        if (d / SPAN % STRETCH == STRETCH - 1) _tile_stored(0, sums, 4 * width);
+        if (d / SPAN % STORE_INTERVAL == STORE_INTERVAL - 1) _tile_stored(0, sums, 4 * width);
     }
     _tile_stored(0, sums, 4 * width);
     _tile_stored(1, sums + 16 * width, 4 * width);
@@ -78,7 +78,7 @@ INLINE void multiply_deep(const uint8_t *codes, int64_t stride, const uint8_t *l
     }
 }
 
-static void multiply(const uint8_t *codes, int64_t stride, const uint8_t *levels, int64_t depth, int64_t max_code,
+static void gemm_u8s8(const uint8_t *codes, int64_t stride, const uint8_t *levels, int64_t depth, int64_t max_code,
                      const int32_t *start, int64_t outputs, int32_t *sums, int64_t width) {
     (void)max_code;
     if (depth == SPAN) multiply_flat(codes, levels, start, outputs, sums, width);
@@ -87,7 +87,7 @@ static void multiply(const uint8_t *codes, int64_t stride, const uint8_t *levels
             if (outputs - o > 16) multiply_deep(codes, stride, levels, depth, start + o, sums + o, width, 0);
             else multiply_deep(codes, stride, levels, depth, start + o, sums + o, width, 1);
         }
-    SETTLE;
+    COMPILER_BARRIER;
 }
 #else
 #define STEP 32
@@ -108,7 +108,7 @@ static void multiply_block(const uint8_t *codes, int64_t stride, const uint8_t *
         for (int p = 0; p < 8; p++) acc[p][0] = _mm512_loadu_si512(start), acc[p][1] = _mm512_loadu_si512(start + 16);
         for (int64_t d = 0; d < depth; d += SPAN) {
             const uint8_t *first = codes + d / SPAN * stride + row * SPAN;
-            multiply_groups(acc, first, SPAN, levels + OUTPUTS * d, least(SPAN, depth - d) / 4, 8);
+            dot_groups(acc, first, SPAN, levels + OUTPUTS * d, min(SPAN, depth - d) / 4, 8);
         }
 #pragma GCC unroll 8
         for (int p = 0; p < 8; p++) {
@@ -130,7 +130,7 @@ INLINE void multiply_by(const int mode, const uint8_t *codes, int64_t stride, co
                 for (int v = 0; v < 2; v++) acc[p][v] = _mm256_loadu_si256((const __m256i *)(start + 16 * half + 8 * v));
             for (int64_t d = 0; d < depth; d += SPAN) {
                 const uint8_t *first = codes + d / SPAN * stride + row * SPAN;
-                multiply_groups(acc, first, SPAN, levels + OUTPUTS * d + 64 * half, least(SPAN, depth - d) / 4, 4, mode);
+                dot_groups(acc, first, SPAN, levels + OUTPUTS * d + 64 * half, min(SPAN, depth - d) / 4, 4, mode);
             }
 #pragma GCC unroll 4
             for (int p = 0; p < 4; p++) {
@@ -145,10 +145,10 @@ static void multiply_block(const uint8_t *codes, int64_t stride, const uint8_t *
                            const int32_t *start, int32_t *sums, int64_t width) {
 #ifdef __AVXVNNI__
     (void)max_code;
-    multiply_by(FOURS, codes, stride, levels, depth, start, sums, width);
+    multiply_by(DOT_VPDPBUSD, codes, stride, levels, depth, start, sums, width);
 #else
-    if (2 * max_code * 127 <= 32767) multiply_by(PAIRS, codes, stride, levels, depth, start, sums, width);
-    else multiply_by(SINGLES, codes, stride, levels, depth, start, sums, width);
+    if (2 * max_code * 127 <= 32767) multiply_by(DOT_16BIT_PAIRS, codes, stride, levels, depth, start, sums, width);
+    else multiply_by(DOT_WIDENED, codes, stride, levels, depth, start, sums, width);
 #endif
 }
 #else
@@ -167,7 +167,7 @@ static void multiply_block(const uint8_t *codes, int64_t stride, const uint8_t *
 }
 #endif
 
-static void multiply(const uint8_t *codes, int64_t stride, const uint8_t *levels, int64_t depth, int64_t max_code,
+static void gemm_u8s8(const uint8_t *codes, int64_t stride, const uint8_t *levels, int64_t depth, int64_t max_code,
                      const int32_t *start, int64_t outputs, int32_t *sums, int64_t width) {
     for (int64_t o = 0; o < outputs; o += OUTPUTS, levels += OUTPUTS * depth)
         multiply_block(codes, stride, levels, depth, max_code, start + o, sums + o, width);

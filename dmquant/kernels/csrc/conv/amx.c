@@ -5,7 +5,7 @@
  * While tiles are multiplied, the sums of those before become floats: the unit for tiles and the others work side by side.
  * Needs AMX-TILE and AMX-INT8, AVX-512 F, BW, VL, DQ for what stands around them, and Linux, which is asked for the tiles. */
 /* Of expanded weights: as many as the second-level cache holds beside the outputs; at 3x3, each pass reads the cells anew. */
-#define WEIGHTS_BYTES (job->kernel_h * job->kernel_w > 1 ? 1 << 20 : 256 << 10)
+#define WEIGHTS_BYTES (conv->kernel_h * conv->kernel_w > 1 ? 1 << 20 : 256 << 10)
 #include "conv/unpack_avx512.h"
 #include "conv/epilogue_avx512.h"
 #include "simd/amx_tiles.h"
@@ -17,17 +17,17 @@ typedef struct {
     int32_t pixel[16];              /* of the band, -1 where a cell is no output */
 } Tile;
 
-static int64_t arranged_bytes(const Job *job, const Shape *s) { return s->band_rows * job->out_width * (int64_t)sizeof(Tile); }
+static int64_t tile_buffer_bytes(const ConvParams *conv, const Plan *s) { return s->band_rows * conv->out_width * (int64_t)sizeof(Tile); }
 
 /* Which cells go into which tile; also the sums of a under each pixel. */
-static int64_t arrange(const Band *band) {
-    Tile *tiles = (Tile *)band->scratch->arranged;
-    const Job *job = band->job;
-    int64_t count = 0, stride = job->stride_w, pixel = 0;
+static int64_t prepare_band(const Band *band) {
+    Tile *tiles = (Tile *)band->scratch->tile_buffer;
+    const ConvParams *conv = band->conv;
+    int64_t count = 0, stride = conv->stride_w, pixel = 0;
     for (int64_t r = 0; r < band->count; r++) {
-        int64_t top = band->scratch->tops[r] * band->shape->cells_wide, pixels = output_pixels(job, band->row + r);
-        int32_t image = job->act_stride || job->bias_stride ? (int32_t)((band->row + r) / job->out_height) : 0;
-        if (job->zero) sum_box(job, band->shape, band->scratch->sums + top, pixels, band->scratch->box + pixel);
+        int64_t top = band->scratch->tops[r] * band->plan->row_cells, pixels = count_output_pixels(conv, band->row + r);
+        int32_t image = conv->act_stride || conv->bias_stride ? (int32_t)((band->row + r) / conv->out_height) : 0;
+        if (conv->zero) sum_windows(conv, band->plan, band->scratch->sums + top, pixels, band->scratch->window_sums + pixel);
         for (int64_t x = 0; x < pixels; x++) {
             int64_t position = top + x * stride, step = count ? position - tiles[count - 1].position : -1;
             if (step < 0 || step >= 16 * stride || step % stride || tiles[count - 1].image != image) {
@@ -50,33 +50,33 @@ typedef struct {
 
 /* Sums of a tile -> floats, both halves of a pixel one after the other: they share a pair of cache lines. */
 static void put_tile(const Band *band, const Sums *s, int64_t t) {
-    const Job *job = band->job;
+    const ConvParams *conv = band->conv;
     const Tile *tile = &s->tiles[t];
-    const int32_t *box = band->scratch->box, *low_sums = s->sums[2 * t], *high_sums = s->sums[2 * t + 1];
-    int64_t n = tile->image * job->act_stride, outputs = job->outputs;
-    const float *bias = bias_of(job, tile->image);
-    Outputs low = outputs_of(job, band->plane, s->output, job->act_scale[n], job->act_zero[n], bias);
-    Outputs high = outputs_of(job, band->plane, s->output + 16, job->act_scale[n], job->act_zero[n], bias);
-    float *first = job->out + output_pixel(job, band->row) * outputs + s->output;
+    const int32_t *window_sums = band->scratch->window_sums, *low_sums = s->sums[2 * t], *high_sums = s->sums[2 * t + 1];
+    int64_t n = tile->image * conv->act_stride, outputs = conv->outputs;
+    const float *bias = bias_of(conv, tile->image);
+    Epilogue low = load_epilogue(conv, band->plane, s->output, conv->act_scale[n], conv->act_zero[n], bias);
+    Epilogue high = load_epilogue(conv, band->plane, s->output + 16, conv->act_scale[n], conv->act_zero[n], bias);
+    float *first = conv->out + first_output_pixel(conv, band->row) * outputs + s->output;
     for (int i = 0; i < 16; i++) {
         int64_t pixel = tile->pixel[i];
         if (pixel < 0) continue;
         float *out = first + pixel * outputs;
-        put(&low, _mm512_sub_epi32(_mm512_load_si512(low_sums + 16 * i), low.excess), box + pixel, out);
-        if (high.mask) put(&high, _mm512_sub_epi32(_mm512_load_si512(high_sums + 16 * i), high.excess), box + pixel, out + 16);
+        store_outputs(&low, _mm512_sub_epi32(_mm512_load_si512(low_sums + 16 * i), low.excess), window_sums + pixel, out);
+        if (high.mask) store_outputs(&high, _mm512_sub_epi32(_mm512_load_si512(high_sums + 16 * i), high.excess), window_sums + pixel, out + 16);
     }
 }
 
 /* What put_tile will read and write of some cells, into the second-level cache: in the first one they drive each other out.
  * Inlined, for gcc leaves out calls that do no more than this. */
 INLINE void fetch_cells(const Band *band, const Sums *s, int64_t from) {
-    const Job *job = band->job;
-    int64_t outputs = job->outputs, first = output_pixel(job, band->row) * outputs + s->output;
+    const ConvParams *conv = band->conv;
+    int64_t outputs = conv->outputs, first = first_output_pixel(conv, band->row) * outputs + s->output;
     for (int64_t i = from; i < from + FETCHED; i++) {
-        int64_t at = first + most(0, s->tiles[i / 16].pixel[i % 16]) * outputs;
+        int64_t at = first + max(0, s->tiles[i / 16].pixel[i % 16]) * outputs;
         for (int64_t half = at; half < at + OUTPUTS; half += 16) {
-            __builtin_prefetch(job->out + half, 0, 2);
-            if (job->residual) __builtin_prefetch(job->residual + half, 0, 2);
+            __builtin_prefetch(conv->out + half, 0, 2);
+            if (conv->residual) __builtin_prefetch(conv->residual + half, 0, 2);
         }
     }
 }
@@ -95,7 +95,7 @@ static void finish(const Band *band, Sums *s) {
 INLINE void multiply_tiles(const Band *band, const uint8_t *levels, Sums *before, Sums *s, const int is_pair) {
     const uint8_t *cells = band->scratch->cells, *first = cells + s->tiles[0].position * 64;
     const uint8_t *second = is_pair ? cells + s->tiles[1].position * 64 : first;
-    int64_t count = band->shape->channel_blocks * band->shape->taps, step = 64 * band->job->stride_w;
+    int64_t count = band->plan->channel_blocks * band->plan->taps, step = 64 * band->conv->stride_w;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -111,25 +111,25 @@ INLINE void multiply_tiles(const Band *band, const uint8_t *levels, Sums *before
         if (is_pair) _tile_dpbusd(2, 5, 6);
         if (is_pair) _tile_dpbusd(3, 5, 7);
         if (i < 32 / FETCHED) accompany(band, before, s, i);
-        if (i % STRETCH == STRETCH - 1) _tile_stored(0, s->sums[0], 64);
+        if (i % STORE_INTERVAL == STORE_INTERVAL - 1) _tile_stored(0, s->sums[0], 64);
     }
     finish(band, before);
     _tile_stored(0, s->sums[0], 64);
     _tile_stored(1, s->sums[1], 64);
     if (is_pair) _tile_stored(2, s->sums[2], 64);
     if (is_pair) _tile_stored(3, s->sums[3], 64);
-    SETTLE;
+    COMPILER_BARRIER;
 }
 
-static void multiply(const Band *band) {
-    const Tile *tiles = (const Tile *)band->scratch->arranged;
+static void multiply_band(const Band *band) {
+    const Tile *tiles = (const Tile *)band->scratch->tile_buffer;
     Sums sums[2] = {{.count = 0}}, *before = &sums[0], *s = &sums[1];
-    configure();
-    SETTLE;
+    load_tile_config();
+    COMPILER_BARRIER;
     for (int64_t i = 0; i < band->tiles; i += 2)
         for (int64_t block = band->from; block < band->to; block++) {
-            const uint8_t *levels = band->weights + (block - band->from) * band->shape->weight_bytes;
-            s->tiles = tiles + i, s->count = least(2, band->tiles - i), s->done = 0, s->output = block * OUTPUTS;
+            const uint8_t *levels = band->weights + (block - band->from) * band->plan->weight_bytes;
+            s->tiles = tiles + i, s->count = min(2, band->tiles - i), s->done = 0, s->output = block * OUTPUTS;
             if (s->count == 2) multiply_tiles(band, levels, before, s, 1);
             else multiply_tiles(band, levels, before, s, 0);
             Sums *next = before;

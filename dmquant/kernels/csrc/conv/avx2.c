@@ -17,30 +17,30 @@
 #define REST 1
 #endif
 
-static const uint8_t *expand(const Job *job, const Shape *s, const uint8_t *plane, int64_t from, int64_t to, uint8_t *weights) {
-    int64_t bits = job->bits, count = (to - from) * s->weight_bytes / 32;
-    if (bits == 8) return plane + from * s->weight_bytes;
-    const uint8_t *masks = plane + from * s->weight_bytes / 8 * bits;
+static const uint8_t *unpack_weights(const ConvParams *conv, const Plan *plan, const uint8_t *plane, int64_t from, int64_t to, uint8_t *weights) {
+    int64_t bits = conv->bits, count = (to - from) * plan->weight_bytes / 32;
+    if (bits == 8) return plane + from * plan->weight_bytes;
+    const uint8_t *masks = plane + from * plan->weight_bytes / 8 * bits;
     for (int64_t i = 0; i < count; i++)
-        _mm256_storeu_si256((__m256i *)(weights + 32 * i), levels_of(masks + i / 2 * 8 * bits + i % 2 * 4, bits));
+        _mm256_storeu_si256((__m256i *)(weights + 32 * i), unpack_levels(masks + i / 2 * 8 * bits + i % 2 * 4, bits));
     return weights;
 }
 
 INLINE void tile(const Row *row, int64_t block, int half, int64_t pixel, const int P, const int64_t step, const int mode) {
-    const uint8_t *levels = row->weights + (block - row->from) * row->shape->weight_bytes + 64 * half;
-    int64_t groups = row->job->block / 4;
+    const uint8_t *levels = row->weights + (block - row->from) * row->plan->weight_bytes + 64 * half;
+    int64_t groups = row->conv->block / 4;
     const uint8_t *first = row->cells + pixel * step;
     __m256i acc[PIXELS][2], narrow[PIXELS][2];
 #pragma GCC unroll 6
     for (int p = 0; p < P; p++) acc[p][0] = acc[p][1] = _mm256_setzero_si256();
     for (int64_t i = 0; i < row->count; i++, levels += 128 * groups) {
-        if (mode != NARROW) {
-            multiply_groups(acc, first + row->offsets[i], step, levels, groups, P, mode);
+        if (mode != DOT_16BIT_SUMS) {
+            dot_groups(acc, first + row->offsets[i], step, levels, groups, P, mode);
             continue;
         }
 #pragma GCC unroll 6
         for (int p = 0; p < P; p++) narrow[p][0] = narrow[p][1] = _mm256_setzero_si256();
-        multiply_groups(narrow, first + row->offsets[i], step, levels, groups, P, mode);
+        dot_groups(narrow, first + row->offsets[i], step, levels, groups, P, mode);
 #pragma GCC unroll 6
         for (int p = 0; p < P; p++)
             for (int v = 0; v < 2; v++)
@@ -48,11 +48,11 @@ INLINE void tile(const Row *row, int64_t block, int half, int64_t pixel, const i
     }
     int64_t output = block * OUTPUTS + 16 * half;
     for (int v = 0; v < 2; v++, output += 8) {
-        Outputs o = outputs_of(row->job, row->plane, output, row->act_scale, row->act_zero, row->bias);
-        float *out = row->out + pixel * row->job->outputs + output;
+        Epilogue o = load_epilogue(row->conv, row->plane, output, row->act_scale, row->act_zero, row->bias);
+        float *out = row->out + pixel * row->conv->outputs + output;
 #pragma GCC unroll 6
         for (int p = 0; p < P; p++)
-            put(&o, _mm256_sub_epi32(acc[p][v], o.excess), row->box + pixel + p, out + p * row->job->outputs);
+            store_outputs(&o, _mm256_sub_epi32(acc[p][v], o.excess), row->window_sums + pixel + p, out + p * row->conv->outputs);
     }
 }
 
@@ -70,20 +70,20 @@ INLINE void walk_by(const Row *row, const int64_t step, const int mode) {
 }
 
 INLINE void walk(const Row *row, const int mode) {
-    int64_t step = row->job->stride_w * row->shape->cell_bytes;
+    int64_t step = row->conv->stride_w * row->plan->cell_bytes;
     if (step == 64) walk_by(row, 64, mode);
     else if (step == 32) walk_by(row, 32, mode);
     else walk_by(row, step, mode);
 }
 
 #ifdef __AVXVNNI__
-static void row_of_tiles(const Row *row) { walk(row, FOURS); }
+static void multiply_row(const Row *row) { walk(row, DOT_VPDPBUSD); }
 #else
-static void row_of_tiles(const Row *row) {
-    const Job *job = row->job;
-    int64_t largest = job->act_max * -level_least(job->bits);
-    if (largest * job->block / 2 <= 32767) walk(row, NARROW);
-    else if (2 * largest <= 32767) walk(row, PAIRS);
-    else walk(row, SINGLES);
+static void multiply_row(const Row *row) {
+    const ConvParams *conv = row->conv;
+    int64_t largest = conv->act_max * -level_min(conv->bits);
+    if (largest * conv->block / 2 <= 32767) walk(row, DOT_16BIT_SUMS);
+    else if (2 * largest <= 32767) walk(row, DOT_16BIT_PAIRS);
+    else walk(row, DOT_WIDENED);
 }
 #endif

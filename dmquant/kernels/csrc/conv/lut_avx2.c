@@ -2,8 +2,8 @@
  *
  * The tables are unsigned sums of the codes whose bit is set. So many of them are added as fit a byte (four up to 4-bit
  * codes, two of 5 bits, one of 6), then widened; sums of 16 bits are added up in 32 before they overflow. Needs AVX2 and FMA. */
-#define CELL 4
-#define ALWAYS_SUMS(job) 1
+#define CHANNEL_BYTES 4
+#define ALWAYS_SUMS(conv) 1
 #include "conv/epilogue_avx2.h"
 #include "conv/row_driver.h"
 
@@ -27,32 +27,32 @@ INLINE void put_tables(__m128i codes, uint8_t *cells) {
     _mm256_storeu_si256((__m256i *)cells, tabulate(_mm256_broadcastsi128_si256(codes)));
 }
 
-static void fill(const Job *job, float zero, int64_t k, int64_t count, uint8_t *cells) {
-    int64_t real = least(job->block, job->channels - k * job->block), bytes = job->block * CELL;
+static void fill_padding(const ConvParams *conv, float zero, int64_t k, int64_t count, uint8_t *cells) {
+    int64_t real = min(conv->block, conv->channels - k * conv->block), bytes = conv->block * CHANNEL_BYTES;
     uint8_t codes[64] __attribute__((aligned(16))) = {0};
     if (!count) return;
     memset(codes, (int)zero, real);
-    for (int64_t c = 0; c < job->block; c += 8) put_tables(_mm_loadl_epi64((const __m128i *)(codes + c)), cells + 4 * c);
+    for (int64_t c = 0; c < conv->block; c += 8) put_tables(_mm_loadl_epi64((const __m128i *)(codes + c)), cells + 4 * c);
     for (int64_t p = 1; p < count; p++) memcpy(cells + p * bytes, cells, bytes);
 }
 
-static void build(const Job *job, int64_t n, int64_t k, const float *x, int64_t count, uint8_t *cells, int32_t *sums) {
-    Grid grid = grid_of(job, n);
-    int64_t real = least(job->block, job->channels - k * job->block);
-    for (int64_t p = 0; p < count; p++, x += job->channels) {
+static void quantize_pixels(const ConvParams *conv, int64_t n, int64_t k, const float *x, int64_t count, uint8_t *cells, int32_t *sums) {
+    Grid grid = grid_of(conv, n);
+    int64_t real = min(conv->block, conv->channels - k * conv->block);
+    for (int64_t p = 0; p < count; p++, x += conv->channels) {
         __m256i sum = _mm256_setzero_si256(), a;
-        for (int64_t c = 0; c < job->block; c += 8, cells += 32) {
-            put_tables(quantize(&grid, x + c, most(0, real - c), &a), cells);
+        for (int64_t c = 0; c < conv->block; c += 8, cells += 32) {
+            put_tables(quantize_8(&grid, x + c, max(0, real - c), &a), cells);
             sum = _mm256_add_epi32(sum, a);
         }
-        sums[p] += sum_eight(sum);
+        sums[p] += reduce_add_8(sum);
     }
 }
 
 /* Read as they lie: one bit of each weight is one bit of an index. */
-static const uint8_t *expand(const Job *job, const Shape *s, const uint8_t *plane, int64_t from, int64_t to, uint8_t *weights) {
-    (void)job, (void)to, (void)weights;
-    return plane + from * s->weight_bytes / 8;
+static const uint8_t *unpack_weights(const ConvParams *conv, const Plan *plan, const uint8_t *plane, int64_t from, int64_t to, uint8_t *weights) {
+    (void)conv, (void)to, (void)weights;
+    return plane + from * plan->weight_bytes / 8;
 }
 
 /* Sums of 16 bits, of even and of odd outputs (the latter still among the former) -> added to 32 outputs. */
@@ -79,8 +79,8 @@ INLINE void widen(__m256i sum, __m256i *both, __m256i *odd) {
 /* Adds up one bit of the weights of 32 outputs for P pixels. `together`: tables whose sum fits a byte. */
 INLINE void accumulate(const Row *row, const uint8_t *nibbles, const uint8_t *first, int bit, const int P, const int together,
                        int32_t sums[][OUTPUTS]) {
-    int64_t stride = row->job->stride_w * row->shape->cell_bytes, steps = row->job->block / 16;
-    int64_t room = 65535 / (16 * row->job->act_max), used = 0;
+    int64_t stride = row->conv->stride_w * row->plan->cell_bytes, steps = row->conv->block / 16;
+    int64_t room = 65535 / (16 * row->conv->act_max), used = 0;
     const __m256i low = _mm256_set1_epi8(15);
     __m256i both[4], odd[4];
 #pragma GCC unroll 4
@@ -113,23 +113,23 @@ INLINE void accumulate(const Row *row, const uint8_t *nibbles, const uint8_t *fi
 
 /* From sums of codes whose bit is set: level = 2 * sum of 2^bit - top, and a = code - zero. */
 INLINE void finish(const Row *row, int64_t block, int64_t pixel, const int32_t sums[OUTPUTS]) {
-    int32_t top = (1 << row->job->bits) - 1, inputs = (int32_t)(row->job->channels * row->shape->taps);
-    const int32_t *box = row->box + pixel;
-    __m256i rest = _mm256_set1_epi32(top * (inputs * (int32_t)row->act_zero + *box));
+    int32_t top = (1 << row->conv->bits) - 1, inputs = (int32_t)(row->conv->channels * row->plan->taps);
+    const int32_t *window_sums = row->window_sums + pixel;
+    __m256i rest = _mm256_set1_epi32(top * (inputs * (int32_t)row->act_zero + *window_sums));
     for (int64_t v = 0, output = block * OUTPUTS; v < OUTPUTS; v += 8, output += 8) {
-        Outputs o = outputs_of(row->job, row->plane, output, row->act_scale, row->act_zero, row->bias);
+        Epilogue o = load_epilogue(row->conv, row->plane, output, row->act_scale, row->act_zero, row->bias);
         __m256i twice = _mm256_slli_epi32(_mm256_loadu_si256((const __m256i *)(sums + v)), 1);
         twice = _mm256_sub_epi32(twice, _mm256_add_epi32(o.excess, rest));
-        put(&o, twice, box, row->out + pixel * row->job->outputs + output);
+        store_outputs(&o, twice, window_sums, row->out + pixel * row->conv->outputs + output);
     }
 }
 
 INLINE void tile(const Row *row, int64_t block, int64_t pixel, const int P, const int together) {
-    const Shape *s = row->shape;
+    const Plan *plan = row->plan;
     int32_t sums[4][OUTPUTS] = {{0}};
-    for (int bit = 0; bit < row->job->bits; bit++) {
-        const uint8_t *nibbles = row->weights + (bit * s->output_blocks + block - row->from) * (s->weight_bytes / 8);
-        accumulate(row, nibbles, row->cells + pixel * row->job->stride_w * s->cell_bytes, bit, P, together, sums);
+    for (int bit = 0; bit < row->conv->bits; bit++) {
+        const uint8_t *nibbles = row->weights + (bit * plan->output_blocks + block - row->from) * (plan->weight_bytes / 8);
+        accumulate(row, nibbles, row->cells + pixel * row->conv->stride_w * plan->cell_bytes, bit, P, together, sums);
     }
     for (int p = 0; p < P; p++) finish(row, block, pixel + p, sums[p]);
 }
@@ -144,8 +144,8 @@ INLINE void walk(const Row *row, const int together) {
     }
 }
 
-static void row_of_tiles(const Row *row) {
-    if (row->job->act_max <= 15) walk(row, 4);
-    else if (row->job->act_max <= 31) walk(row, 2);
+static void multiply_row(const Row *row) {
+    if (row->conv->act_max <= 15) walk(row, 4);
+    else if (row->conv->act_max <= 31) walk(row, 2);
     else walk(row, 1);
 }

@@ -5,9 +5,9 @@
  * 5-bit activations. Where 8 * max|a| fits as well (4 bits), two lookups are added before they are widened. Six bits need
  * unsigned tables: sums of the codes whose bit is set. A weight of two bits is twice the lookups: level = sign 0 + 2 * sign 1.
  * Needs AVX-512 F, BW, VL, DQ, VNNI and VBMI. */
-#define CELL 4
-#define ALWAYS_SUMS(job) is_unsigned(job)
-#define is_unsigned(job) ((job)->act_max > 31)
+#define CHANNEL_BYTES 4
+#define ALWAYS_SUMS(conv) is_unsigned(conv)
+#define is_unsigned(conv) ((conv)->act_max > 31)
 #include "conv/row_driver.h"
 #include "conv/epilogue_avx512.h"
 #include "simd/dot_avx512vnni.h"
@@ -45,11 +45,11 @@ INLINE __m512i center(__m512i set) {
 }
 
 /* Padding is a = 0: a table of zeros, or of the zero point where tables are unsigned. */
-static void fill(const Job *job, float zero, int64_t k, int64_t count, uint8_t *cells) {
-    int64_t real = least(job->block, job->channels - k * job->block), bytes = job->block * CELL;
+static void fill_padding(const ConvParams *conv, float zero, int64_t k, int64_t count, uint8_t *cells) {
+    int64_t real = min(conv->block, conv->channels - k * conv->block), bytes = conv->block * CHANNEL_BYTES;
     if (!count) return;
     memset(cells, 0, count * bytes);
-    if (!is_unsigned(job)) return;
+    if (!is_unsigned(conv)) return;
     Entries table = entries();
     for (int64_t c = 0; c < real; c += 16) {
         __mmask16 mask = c + 16 <= real ? 0xffff : (__mmask16)((1u << (real - c)) - 1);
@@ -58,20 +58,20 @@ static void fill(const Job *job, float zero, int64_t k, int64_t count, uint8_t *
     for (int64_t p = 1; p < count; p++) memcpy(cells + p * bytes, cells, bytes);
 }
 
-static void build(const Job *job, int64_t n, int64_t k, const float *x, int64_t count, uint8_t *cells, int32_t *sums) {
+static void quantize_pixels(const ConvParams *conv, int64_t n, int64_t k, const float *x, int64_t count, uint8_t *cells, int32_t *sums) {
     Entries table = entries();
-    float act_zero = job->act_zero[n * job->act_stride];
-    __m512 inverse = _mm512_set1_ps(1.0f / job->act_scale[n * job->act_stride]);
-    __m512 low = _mm512_set1_ps(-act_zero), high = _mm512_set1_ps((float)job->act_max - act_zero);
+    float act_zero = conv->act_zero[n * conv->act_stride];
+    __m512 inverse = _mm512_set1_ps(1.0f / conv->act_scale[n * conv->act_stride]);
+    __m512 low = _mm512_set1_ps(-act_zero), high = _mm512_set1_ps((float)conv->act_max - act_zero);
     __m512i zero = _mm512_set1_epi32((int)act_zero);
-    int64_t real = least(job->block, job->channels - k * job->block);
-    for (int64_t p = 0; p < count; p++, x += job->channels) {
+    int64_t real = min(conv->block, conv->channels - k * conv->block);
+    for (int64_t p = 0; p < count; p++, x += conv->channels) {
         __m512i sum = _mm512_setzero_si512();
-        for (int64_t c = 0; c < job->block; c += 16, cells += 64) {
+        for (int64_t c = 0; c < conv->block; c += 16, cells += 64) {
             __mmask16 mask = c + 16 <= real ? 0xffff : c >= real ? 0 : (__mmask16)((1u << (real - c)) - 1);
             __m512 value = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + c), inverse);
             __m512i a = _mm512_maskz_cvtps_epi32(mask, _mm512_min_ps(_mm512_max_ps(value, low), high));
-            if (is_unsigned(job))
+            if (is_unsigned(conv))
                 _mm512_storeu_si512(cells, tabulate(&table, _mm512_cvtepi32_epi8(_mm512_maskz_add_epi32(mask, a, zero))));
             else
                 _mm512_storeu_si512(cells, center(tabulate(&table, _mm512_cvtepi32_epi8(a))));
@@ -82,9 +82,9 @@ static void build(const Job *job, int64_t n, int64_t k, const float *x, int64_t 
 }
 
 /* Read as they lie: one bit of each weight is one bit of an index. */
-static const uint8_t *expand(const Job *job, const Shape *s, const uint8_t *plane, int64_t from, int64_t to, uint8_t *weights) {
-    (void)job, (void)to, (void)weights;
-    return plane + from * s->weight_bytes / 8;
+static const uint8_t *unpack_weights(const ConvParams *conv, const Plan *plan, const uint8_t *plane, int64_t from, int64_t to, uint8_t *weights) {
+    (void)conv, (void)to, (void)weights;
+    return plane + from * plan->weight_bytes / 8;
 }
 
 /* 64 bytes of nibbles: those of outputs 0-15 are low, those of outputs 16-31 high. */
@@ -114,11 +114,11 @@ INLINE void accumulate(const Row *row, __m512i acc[8][2], const uint8_t *nibbles
                     s1 = _mm512_add_epi8(s1, _mm512_permutexvar_epi8(b1, t1));
                 }
                 if (mode == UNSIGNED) {
-                    DOT(acc[p][0], s0, ones);
-                    DOT(acc[p][1], s1, ones);
+                    VPDPBUSD(acc[p][0], s0, ones);
+                    VPDPBUSD(acc[p][1], s1, ones);
                 } else {
-                    DOT(acc[p][0], ones, s0);
-                    DOT(acc[p][1], ones, s1);
+                    VPDPBUSD(acc[p][0], ones, s0);
+                    VPDPBUSD(acc[p][1], ones, s1);
                 }
             }
         }
@@ -126,20 +126,20 @@ INLINE void accumulate(const Row *row, __m512i acc[8][2], const uint8_t *nibbles
 }
 
 /* The sum of level * a, from the sum over bits of 2^bit times the codes whose bit is set: level = 2 * sum of 2^bit - most. */
-INLINE __m512i from_set(const Row *row, __m512i set, const Outputs *o, int32_t box) {
-    int32_t top = (1 << row->job->bits) - 1, inputs = (int32_t)(row->job->channels * row->shape->taps);
-    __m512i rest = _mm512_set1_epi32(top * (inputs * (int32_t)row->act_zero + box));
+INLINE __m512i from_set(const Row *row, __m512i set, const Epilogue *o, int32_t window_sums) {
+    int32_t top = (1 << row->conv->bits) - 1, inputs = (int32_t)(row->conv->channels * row->plan->taps);
+    __m512i rest = _mm512_set1_epi32(top * (inputs * (int32_t)row->act_zero + window_sums));
     return _mm512_sub_epi32(_mm512_slli_epi32(set, 1), _mm512_add_epi32(o->excess, rest));
 }
 
 INLINE void tile(const Row *row, int64_t block, int64_t pixel, const int P, const int steps, const int64_t stride,
                  const int mode) {
-    const Shape *s = row->shape;
+    const Plan *plan = row->plan;
     __m512i acc[8][2];
 #pragma GCC unroll 8
     for (int p = 0; p < P; p++) acc[p][0] = acc[p][1] = _mm512_setzero_si512();
-    for (int64_t bit = row->job->bits - 1; bit >= 0; bit--) {
-        const uint8_t *nibbles = row->weights + (bit * s->output_blocks + block - row->from) * (s->weight_bytes / 8);
+    for (int64_t bit = row->conv->bits - 1; bit >= 0; bit--) {
+        const uint8_t *nibbles = row->weights + (bit * plan->output_blocks + block - row->from) * (plan->weight_bytes / 8);
         accumulate(row, acc, nibbles, row->cells + pixel * stride, P, steps, stride, mode);
         if (bit == 0) break;
 #pragma GCC unroll 8
@@ -149,18 +149,18 @@ INLINE void tile(const Row *row, int64_t block, int64_t pixel, const int P, cons
         }
     }
     int64_t output = block * OUTPUTS;
-    Outputs o0 = outputs_of(row->job, row->plane, output, row->act_scale, row->act_zero, row->bias);
-    Outputs o1 = outputs_of(row->job, row->plane, output + 16, row->act_scale, row->act_zero, row->bias);
+    Epilogue o0 = load_epilogue(row->conv, row->plane, output, row->act_scale, row->act_zero, row->bias);
+    Epilogue o1 = load_epilogue(row->conv, row->plane, output + 16, row->act_scale, row->act_zero, row->bias);
 #pragma GCC unroll 8
     for (int p = 0; p < P; p++) {
-        const int32_t *box = row->box + pixel + p;
-        float *out = row->out + (pixel + p) * row->job->outputs + output;
+        const int32_t *window_sums = row->window_sums + pixel + p;
+        float *out = row->out + (pixel + p) * row->conv->outputs + output;
         if (mode == UNSIGNED) {
-            acc[p][0] = from_set(row, acc[p][0], &o0, *box);
-            acc[p][1] = from_set(row, acc[p][1], &o1, *box);
+            acc[p][0] = from_set(row, acc[p][0], &o0, *window_sums);
+            acc[p][1] = from_set(row, acc[p][1], &o1, *window_sums);
         }
-        put(&o0, acc[p][0], box, out);
-        put(&o1, acc[p][1], box, out + 16);
+        store_outputs(&o0, acc[p][0], window_sums, out);
+        store_outputs(&o1, acc[p][1], window_sums, out + 16);
     }
 }
 
@@ -177,14 +177,14 @@ INLINE void walk(const Row *row, const int steps, const int64_t stride, const in
     }
 }
 
-static void row_of_tiles(const Row *row) {
-    const Job *job = row->job;
-    float largest = row->act_zero > (float)job->act_max - row->act_zero ? row->act_zero : (float)job->act_max - row->act_zero;
-    int64_t stride = job->stride_w * row->shape->cell_bytes;
-    if (is_unsigned(job) && job->block == 32) walk(row, 2, stride, UNSIGNED);
-    else if (is_unsigned(job)) walk(row, 4, stride, UNSIGNED);
-    else if (job->block == 32) walk(row, 2, stride, 8 * largest > 127 ? SIGNED : PAIRED);
+static void multiply_row(const Row *row) {
+    const ConvParams *conv = row->conv;
+    float largest = row->act_zero > (float)conv->act_max - row->act_zero ? row->act_zero : (float)conv->act_max - row->act_zero;
+    int64_t stride = conv->stride_w * row->plan->cell_bytes;
+    if (is_unsigned(conv) && conv->block == 32) walk(row, 2, stride, UNSIGNED);
+    else if (is_unsigned(conv)) walk(row, 4, stride, UNSIGNED);
+    else if (conv->block == 32) walk(row, 2, stride, 8 * largest > 127 ? SIGNED : PAIRED);
     else if (8 * largest > 127) walk(row, 4, stride, SIGNED);
-    else if (job->stride_w == 1) walk(row, 4, 256, PAIRED);
+    else if (conv->stride_w == 1) walk(row, 4, 256, PAIRED);
     else walk(row, 4, stride, PAIRED);
 }

@@ -10,15 +10,15 @@ INLINE __m512i round_part(const float *x, __mmask16 mask, __m512 inverse, __m512
     return _mm512_cvtps_epi32(_mm512_min_ps(_mm512_max_ps(value, low), high));
 }
 
-static void build(const Job *job, int64_t n, int64_t k, const float *x, int64_t count, uint8_t *cells, int32_t *sums) {
+static void quantize_pixels(const ConvParams *conv, int64_t n, int64_t k, const float *x, int64_t count, uint8_t *cells, int32_t *sums) {
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    float act_zero = job->act_zero[n * job->act_stride];
-    __m512 inverse = _mm512_set1_ps(1.0f / job->act_scale[n * job->act_stride]);
-    __m512 low = _mm512_set1_ps(-act_zero), high = _mm512_set1_ps((float)job->act_max - act_zero);
+    float act_zero = conv->act_zero[n * conv->act_stride];
+    __m512 inverse = _mm512_set1_ps(1.0f / conv->act_scale[n * conv->act_stride]);
+    __m512 low = _mm512_set1_ps(-act_zero), high = _mm512_set1_ps((float)conv->act_max - act_zero);
     __m512i zero = _mm512_set1_epi16((short)act_zero);
-    int64_t real = least(job->block, job->channels - k * job->block);
-    __mmask64 mask = ~0ULL >> (64 - real), block = ~0ULL >> (64 - job->block);
-    for (int64_t p = 0; p < count; p++, x += job->channels, cells += job->block) {
+    int64_t real = min(conv->block, conv->channels - k * conv->block);
+    __mmask64 mask = ~0ULL >> (64 - real), block = ~0ULL >> (64 - conv->block);
+    for (int64_t p = 0; p < count; p++, x += conv->channels, cells += conv->block) {
         __m512i a = round_part(x, (__mmask16)mask, inverse, low, high);
         __m512i b = round_part(x + 16, (__mmask16)(mask >> 16), inverse, low, high);
         __m512i c = round_part(x + 32, (__mmask16)(mask >> 32), inverse, low, high);
@@ -33,8 +33,8 @@ static void build(const Job *job, int64_t n, int64_t k, const float *x, int64_t 
 }
 
 /* Bit planes -> levels: 64 weights are `bits` masks of 64 bits. */
-INLINE __m512i levels_of(const uint8_t *masks, const int64_t bits) {
-    __m512i level = _mm512_set1_epi8((char)level_least(bits));
+INLINE __m512i unpack_levels(const uint8_t *masks, const int64_t bits) {
+    __m512i level = _mm512_set1_epi8((char)level_min(bits));
     for (int64_t bit = 0; bit < bits; bit++) {
         uint64_t mask;
         memcpy(&mask, masks + 8 * bit, 8);

@@ -3,12 +3,12 @@
 #include "conv/quantize.h"
 #include "conv/row_driver.h"
 
-static void build(const Job *job, int64_t n, int64_t k, const float *x, int64_t count, uint8_t *cells, int32_t *sums) {
-    float inverse = 1.0f / job->act_scale[n * job->act_stride], zero = job->act_zero[n * job->act_stride];
-    float low = -zero, high = (float)job->act_max - zero;
-    int64_t real = least(job->block, job->channels - k * job->block);
-    for (int64_t p = 0; p < count; p++, x += job->channels, cells += job->block)
-        for (int64_t c = 0; c < job->block; c++) {
+static void quantize_pixels(const ConvParams *conv, int64_t n, int64_t k, const float *x, int64_t count, uint8_t *cells, int32_t *sums) {
+    float inverse = 1.0f / conv->act_scale[n * conv->act_stride], zero = conv->act_zero[n * conv->act_stride];
+    float low = -zero, high = (float)conv->act_max - zero;
+    int64_t real = min(conv->block, conv->channels - k * conv->block);
+    for (int64_t p = 0; p < count; p++, x += conv->channels, cells += conv->block)
+        for (int64_t c = 0; c < conv->block; c++) {
             float value = c < real ? x[c] * inverse : low;
             value = value > low ? value : low;
             int a = (int)rintf(value < high ? value : high);
@@ -17,11 +17,11 @@ static void build(const Job *job, int64_t n, int64_t k, const float *x, int64_t 
         }
 }
 
-static const uint8_t *expand(const Job *job, const Shape *s, const uint8_t *plane, int64_t from, int64_t to, uint8_t *weights) {
-    int64_t bits = job->bits, count = (to - from) * s->weight_bytes;
-    if (bits == 8) return plane + from * s->weight_bytes;
-    const uint8_t *masks = plane + from * s->weight_bytes / 8 * bits;
-    int step = level_step(bits), lowest = level_least(bits);
+static const uint8_t *unpack_weights(const ConvParams *conv, const Plan *plan, const uint8_t *plane, int64_t from, int64_t to, uint8_t *weights) {
+    int64_t bits = conv->bits, count = (to - from) * plan->weight_bytes;
+    if (bits == 8) return plane + from * plan->weight_bytes;
+    const uint8_t *masks = plane + from * plan->weight_bytes / 8 * bits;
+    int step = level_step(bits), lowest = level_min(bits);
     for (int64_t i = 0; i < count; i++) {
         int code = 0;
         for (int64_t bit = 0; bit < bits; bit++) code |= (masks[(i / 64 * bits + bit) * 8 + i % 64 / 8] >> i % 8 & 1) << bit;
@@ -30,32 +30,32 @@ static const uint8_t *expand(const Job *job, const Shape *s, const uint8_t *plan
     return weights;
 }
 
-static void put(const Row *row, int64_t block, int64_t pixel, const int32_t acc[OUTPUTS]) {
-    const Job *job = row->job;
-    int64_t at = row->plane * job->outputs;
-    for (int64_t o = block * OUTPUTS; o < least(job->outputs, (block + 1) * OUTPUTS); o++) {
-        int32_t sum = acc[o % OUTPUTS] - job->total[at + o] * (int32_t)row->act_zero;
-        if (job->zero) sum -= (int32_t)(level_step(job->bits) * job->zero[o] + level_least(job->bits)) * row->box[pixel];
-        float *out = row->out + pixel * job->outputs + o;
-        float scale = job->scale[at + o] * (job->halves ? row->act_scale * 0.5f : row->act_scale);
-        const float *residual = residual_at(job, row->plane, out);
+static void store_outputs(const Row *row, int64_t block, int64_t pixel, const int32_t acc[OUTPUTS]) {
+    const ConvParams *conv = row->conv;
+    int64_t at = row->plane * conv->outputs;
+    for (int64_t o = block * OUTPUTS; o < min(conv->outputs, (block + 1) * OUTPUTS); o++) {
+        int32_t sum = acc[o % OUTPUTS] - conv->weight_sums[at + o] * (int32_t)row->act_zero;
+        if (conv->zero) sum -= (int32_t)(level_step(conv->bits) * conv->zero[o] + level_min(conv->bits)) * row->window_sums[pixel];
+        float *out = row->out + pixel * conv->outputs + o;
+        float scale = conv->scale[at + o] * (conv->half_scale ? row->act_scale * 0.5f : row->act_scale);
+        const float *residual = residual_at(conv, row->plane, out);
         *out = fmaf((float)sum, scale, row->plane ? *out : row->bias ? row->bias[o] : 0.0f);
         if (residual) *out += *residual;
     }
 }
 
-static void row_of_tiles(const Row *row) {
-    int64_t step = row->job->stride_w * row->shape->cell_bytes;
+static void multiply_row(const Row *row) {
+    int64_t step = row->conv->stride_w * row->plan->cell_bytes;
     for (int64_t pixel = 0; pixel < row->pixels; pixel++)
         for (int64_t block = row->from; block < row->to; block++) {
-            const int8_t *levels = (const int8_t *)row->weights + (block - row->from) * row->shape->weight_bytes;
+            const int8_t *levels = (const int8_t *)row->weights + (block - row->from) * row->plan->weight_bytes;
             int32_t acc[OUTPUTS] = {0};
             for (int64_t i = 0; i < row->count; i++) {
                 const uint8_t *codes = row->cells + pixel * step + row->offsets[i];
-                for (int64_t c = 0; c < row->job->block; c += 4, levels += 4 * OUTPUTS)
+                for (int64_t c = 0; c < row->conv->block; c += 4, levels += 4 * OUTPUTS)
                     for (int o = 0; o < OUTPUTS; o++)
                         for (int j = 0; j < 4; j++) acc[o] += codes[c + j] * levels[4 * o + j];
             }
-            put(row, block, pixel, acc);
+            store_outputs(row, block, pixel, acc);
         }
 }

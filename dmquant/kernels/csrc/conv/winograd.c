@@ -8,11 +8,11 @@
 #define POSITIONS 16                /* of U and V: four lines of four */
 #define OFFSET 128                  /* is added to V, which vpdpbusd takes unsigned, and taken off the sums again */
 #define TOTALS_BYTES (POSITIONS * 32 * 4)
-#define EXPANDED_BYTES(s) (POSITIONS * (s).channel_blocks * LEVELS_BYTES + TOTALS_BYTES)
+#define EXPANDED_BYTES(plan) (POSITIONS * (plan).channel_blocks * LEVELS_BYTES + TOTALS_BYTES)
 #define WEIGHTS_BYTES (512 << 10)
 #define CELLS_BYTES (5 << 19)       /* U is made anew for each band: few are better than small ones */
 #define BAND_STEP 2
-#define TAKES(job) ((job)->kernel_h == 3 && (job)->kernel_w == 3 && (job)->stride_h == 1 && (job)->stride_w == 1)
+#define SUPPORTS(conv) ((conv)->kernel_h == 3 && (conv)->kernel_w == 3 && (conv)->stride_h == 1 && (conv)->stride_w == 1)
 #define GROWTH 5                    /* V is four times the cells */
 
 #include "conv/winograd_simd.h"
@@ -30,22 +30,22 @@ typedef struct {
 
 /* V of a unit lies as [position][channel block][square][64 channels]; a line is added to each position, or all would fall into
  * one set of the cache. */
-INLINE int64_t position_bytes(const Shape *s) { return s->channel_blocks * UNIT * 64 + LINE; }
-static int64_t unit_bytes(const Shape *s) { return POSITIONS * position_bytes(s); }
+INLINE int64_t position_bytes(const Plan *plan) { return plan->channel_blocks * UNIT * 64 + CACHE_LINE; }
+static int64_t unit_bytes(const Plan *plan) { return POSITIONS * position_bytes(plan); }
 
 /* At most, of a band: each image that it touches may begin and end with half a square. */
-static int64_t units_of(const Job *job, const Shape *s) {
-    int64_t lines = (s->band_rows + s->band_rows / job->out_height + 3) / 2;
-    return up(lines * ((job->out_width + 1) / 2), UNIT) / UNIT;
+static int64_t units_of(const ConvParams *conv, const Plan *plan) {
+    int64_t lines = (plan->band_rows + plan->band_rows / conv->out_height + 3) / 2;
+    return round_up(lines * ((conv->out_width + 1) / 2), UNIT) / UNIT;
 }
 
 /* V, then the squares. */
-static int64_t arranged_bytes(const Job *job, const Shape *s) {
-    return units_of(job, s) * (unit_bytes(s) + UNIT * (int64_t)sizeof(Square));
+static int64_t tile_buffer_bytes(const ConvParams *conv, const Plan *plan) {
+    return units_of(conv, plan) * (unit_bytes(plan) + UNIT * (int64_t)sizeof(Square));
 }
 
 INLINE Square *squares_of(const Band *band) {
-    return (Square *)(band->scratch->arranged + units_of(band->job, band->shape) * unit_bytes(band->shape));
+    return (Square *)(band->scratch->tile_buffer + units_of(band->conv, band->plan) * unit_bytes(band->plan));
 }
 
 /* Squares squares[0..count] against block `block` of outputs. */
@@ -81,32 +81,32 @@ INLINE void transform_square(const uint8_t *cells, int64_t row, uint8_t *v, int6
 }
 
 static void transform_cells(const Band *band, const Square *squares, int64_t count) {
-    const Shape *s = band->shape;
-    int64_t row = s->cells_wide * 64, step = position_bytes(s);
+    const Plan *plan = band->plan;
+    int64_t row = plan->row_cells * 64, step = position_bytes(plan);
     for (int64_t i = 0; i < count; i++) {
-        uint8_t *v = band->scratch->arranged + i / UNIT * unit_bytes(s) + i % UNIT * 64;
+        uint8_t *v = band->scratch->tile_buffer + i / UNIT * unit_bytes(plan) + i % UNIT * 64;
         const uint8_t *cells = band->scratch->cells + (int64_t)squares[i].position * 64;
-        for (int64_t k = 0; k < s->channel_blocks; k++, cells += s->plane_bytes, v += UNIT * 64)
+        for (int64_t k = 0; k < plan->channel_blocks; k++, cells += plan->plane_bytes, v += UNIT * 64)
             for (int64_t c = 0; c < 64; c += BYTES) transform_square(cells + c, row, v + c, step);
     }
 }
 
 /* The squares of a band, and their V. */
-static int64_t arrange(const Band *band) {
-    const Job *job = band->job;
+static int64_t prepare_band(const Band *band) {
+    const ConvParams *conv = band->conv;
     Square *squares = squares_of(band);
-    int64_t count = 0, width = job->out_width;
+    int64_t count = 0, width = conv->out_width;
     for (int64_t r = 0, tall; r < band->count; r += tall) {
-        int64_t image = (band->row + r) / job->out_height, top = band->scratch->tops[r] * band->shape->cells_wide;
-        tall = least(2, least(band->count, (image + 1) * job->out_height - band->row) - r);
+        int64_t image = (band->row + r) / conv->out_height, top = band->scratch->tops[r] * band->plan->row_cells;
+        tall = min(2, min(band->count, (image + 1) * conv->out_height - band->row) - r);
         for (int64_t x = 0; x < width; x += 2)
             squares[count++] = (Square){
-                .position = (int32_t)(top + x), .image = job->act_stride || job->bias_stride ? (int32_t)image : 0,
-                .pixel = (int32_t)(r * width + x), .tall = (int32_t)tall, .wide = (int32_t)least(2, width - x),
+                .position = (int32_t)(top + x), .image = conv->act_stride || conv->bias_stride ? (int32_t)image : 0,
+                .pixel = (int32_t)(r * width + x), .tall = (int32_t)tall, .wide = (int32_t)min(2, width - x),
             };
-        for (int64_t y = r; job->zero && y < r + tall; y++)
-            sum_box(job, band->shape, band->scratch->sums + band->scratch->tops[y] * band->shape->cells_wide, width,
-                    band->scratch->box + y * width);
+        for (int64_t y = r; conv->zero && y < r + tall; y++)
+            sum_windows(conv, band->plan, band->scratch->sums + band->scratch->tops[y] * band->plan->row_cells, width,
+                    band->scratch->window_sums + y * width);
     }
     transform_cells(band, squares, count);
     return count;
@@ -133,7 +133,7 @@ INLINE void transform_levels(const Vector g[9], Vector u[POSITIONS]) {
 INLINE void expand_part(const uint8_t *masks, int64_t tap, const int64_t bits, uint8_t *out, int64_t step, Vector *total) {
     Vector g[9], u[POSITIONS];
 #pragma GCC unroll 9
-    for (int i = 0; i < 9; i++) g[i] = levels_of(masks + i * tap, bits);
+    for (int i = 0; i < 9; i++) g[i] = unpack_levels(masks + i * tap, bits);
     transform_levels(g, u);
 #pragma GCC unroll 16
     for (int i = 0; i < POSITIONS; i++) {
@@ -143,11 +143,11 @@ INLINE void expand_part(const uint8_t *masks, int64_t tap, const int64_t bits, u
 }
 
 /* U of 32 outputs, of each 64 of which lie `bits` masks of 64 bits for each tap; then -OFFSET times its sums. */
-INLINE void expand_block(const Shape *s, const uint8_t *masks, const int64_t bits, uint8_t *out) {
-    const int64_t tap = LEVELS_BYTES / 8 * bits, step = s->channel_blocks * LEVELS_BYTES;
+INLINE void expand_block(const Plan *plan, const uint8_t *masks, const int64_t bits, uint8_t *out) {
+    const int64_t tap = LEVELS_BYTES / 8 * bits, step = plan->channel_blocks * LEVELS_BYTES;
     Vector total[PARTS][POSITIONS];
     memset(total, 0, sizeof total);
-    for (int64_t k = 0; k < s->channel_blocks; k++, masks += 8 * tap)
+    for (int64_t k = 0; k < plan->channel_blocks; k++, masks += 8 * tap)
         for (int64_t at = 0; at < LEVELS_BYTES; at += 128, masks += 16 * bits, out += 128)
 #pragma GCC unroll 4
             for (int i = 0; i < PARTS; i++) {
@@ -159,25 +159,25 @@ INLINE void expand_block(const Shape *s, const uint8_t *masks, const int64_t bit
         keep_at(out + i * BYTES, OF(mullo_epi32)(total[i % PARTS][i / PARTS], OF(set1_epi32)(-OFFSET)));
 }
 
-static const uint8_t *expand(const Job *job, const Shape *s, const uint8_t *plane, int64_t from, int64_t to, uint8_t *weights) {
-    int64_t packed_bytes = s->channel_blocks * s->taps * LEVELS_BYTES / 8 * job->bits;
+static const uint8_t *unpack_weights(const ConvParams *conv, const Plan *plan, const uint8_t *plane, int64_t from, int64_t to, uint8_t *weights) {
+    int64_t packed_bytes = plan->channel_blocks * plan->taps * LEVELS_BYTES / 8 * conv->bits;
     for (int64_t block = from; block < to; block++) {
-        uint8_t *out = weights + (block - from) * s->weight_bytes;
-        if (job->bits == 1) expand_block(s, plane + block * packed_bytes, 1, out);
-        else if (job->bits == 4) expand_block(s, plane + block * packed_bytes, 4, out);
-        else expand_block(s, plane + block * packed_bytes, job->bits, out);
+        uint8_t *out = weights + (block - from) * plan->weight_bytes;
+        if (conv->bits == 1) expand_block(plan, plane + block * packed_bytes, 1, out);
+        else if (conv->bits == 4) expand_block(plan, plane + block * packed_bytes, 4, out);
+        else expand_block(plan, plane + block * packed_bytes, conv->bits, out);
     }
     return weights;
 }
 
 /* The sums of U * V at the four positions of a line. */
 static void multiply_line(const Unit *unit, int64_t line, int32_t *products) {
-    const Shape *s = unit->band->shape;
-    int64_t blocks = s->channel_blocks, step = blocks * LEVELS_BYTES;
+    const Plan *plan = unit->band->plan;
+    int64_t blocks = plan->channel_blocks, step = blocks * LEVELS_BYTES;
     const int32_t *start = (const int32_t *)(unit->u + POSITIONS * step);
     for (int64_t i = 4 * line; i < 4 * line + 4; i++, products += PRODUCTS)
         for (int64_t first = 0; first < unit->count; first += TILE)
-            multiply_tile(unit->v + i * position_bytes(s) + first * 64, unit->u + i * step, blocks, start + 32 * i,
+            multiply_tile(unit->v + i * position_bytes(plan) + first * 64, unit->u + i * step, blocks, start + 32 * i,
                           products + 16 * first);
 }
 
@@ -203,24 +203,24 @@ static void keep_line(const int32_t *products, int32_t *kept, int line) {
 /* The outputs of row y of each square, INTS from `output` on: 0 from line 0 and lines 1 + 2, 1 from line 3 and lines 1 - 2. */
 static void put_row(const Unit *unit, const int32_t *products, const int32_t *kept, int y, int64_t output) {
     const Band *band = unit->band;
-    const Job *job = band->job;
-    float *out = job->out + output_pixel(job, band->row) * job->outputs + output;
+    const ConvParams *conv = band->conv;
+    float *out = conv->out + first_output_pixel(conv, band->row) * conv->outputs + output;
     int64_t image = -1;
-    Outputs o;
+    Epilogue o;
     for (int64_t i = 0; i < unit->count; i++, products += 16, kept += 16) {
         const Square *square = &unit->squares[i];
         if (y >= square->tall) continue;
         if (square->image != image) {
-            int64_t n = square->image * job->act_stride;
+            int64_t n = square->image * conv->act_stride;
             image = square->image;
-            o = outputs_of(job, band->plane, output, job->act_scale[n], job->act_zero[n], bias_of(job, image));
+            o = load_epilogue(conv, band->plane, output, conv->act_scale[n], conv->act_zero[n], bias_of(conv, image));
         }
-        int64_t pixel = square->pixel + y * job->out_width;
+        int64_t pixel = square->pixel + y * conv->out_width;
         Vector z[2];
         fold(products, z);
         for (int x = 0; x < square->wide; x++, pixel++) {
             Vector others = get(kept + (2 * y + x) * PRODUCTS), sum = y ? difference(others, z[x]) : sum_of(others, z[x]);
-            put(&o, difference(OF(srai_epi32)(sum, 2), o.excess), band->scratch->box + pixel, out + pixel * job->outputs);
+            store_outputs(&o, difference(OF(srai_epi32)(sum, 2), o.excess), band->scratch->window_sums + pixel, out + pixel * conv->outputs);
         }
     }
 }
@@ -244,14 +244,14 @@ static void multiply_unit(const Unit *unit) {
     put_rows(unit, products, kept, 1);
 }
 
-static void multiply(const Band *band) {
+static void multiply_band(const Band *band) {
     const Square *squares = squares_of(band);
     for (int64_t i = 0; i < band->tiles; i += UNIT)
         for (int64_t block = band->from; block < band->to; block++) {
             Unit unit = {
-                .band = band, .squares = squares + i, .count = least(UNIT, band->tiles - i), .block = block,
-                .v = band->scratch->arranged + i / UNIT * unit_bytes(band->shape),
-                .u = band->weights + (block - band->from) * band->shape->weight_bytes,
+                .band = band, .squares = squares + i, .count = min(UNIT, band->tiles - i), .block = block,
+                .v = band->scratch->tile_buffer + i / UNIT * unit_bytes(band->plan),
+                .u = band->weights + (block - band->from) * band->plan->weight_bytes,
             };
             multiply_unit(&unit);
         }

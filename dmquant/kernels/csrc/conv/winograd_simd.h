@@ -16,7 +16,7 @@ typedef __m512i Vector;
 INLINE Vector get(const void *at) { return _mm512_load_si512(at); }
 INLINE void keep_at(void *at, Vector a) { _mm512_store_si512(at, a); }
 INLINE Vector add_bytes(Vector sum, Vector a) {
-    DOT(sum, _mm512_set1_epi8(1), a);
+    VPDPBUSD(sum, _mm512_set1_epi8(1), a);
     return sum;
 }
 
@@ -24,7 +24,7 @@ INLINE void multiply_tile(const uint8_t *v, const uint8_t *u, int64_t blocks, co
     Vector acc[TILE][2];
 #pragma GCC unroll 8
     for (int p = 0; p < TILE; p++) acc[p][0] = get(start), acc[p][1] = get(start + 16);
-    for (int64_t k = 0; k < blocks; k++, v += UNIT * 64, u += LEVELS_BYTES) multiply_groups(acc, v, 64, u, 16, TILE);
+    for (int64_t k = 0; k < blocks; k++, v += UNIT * 64, u += LEVELS_BYTES) dot_groups(acc, v, 64, u, 16, TILE);
 #pragma GCC unroll 8
     for (int p = 0; p < TILE; p++) keep_at(products + 16 * p, acc[p][0]), keep_at(products + 16 * (UNIT + p), acc[p][1]);
 }
@@ -36,13 +36,13 @@ typedef __m256i Vector;
 #define TILE 5                      /* squares x 16 outputs in registers */
 INLINE Vector get(const void *at) { return _mm256_load_si256((const __m256i *)at); }
 INLINE void keep_at(void *at, Vector a) { _mm256_store_si256((__m256i *)at, a); }
-INLINE Vector add_bytes(Vector sum, Vector a) { return dot(sum, _mm256_set1_epi8(1), a, FOURS); }
+INLINE Vector add_bytes(Vector sum, Vector a) { return dot_u8s8(sum, _mm256_set1_epi8(1), a, DOT_VPDPBUSD); }
 
 INLINE void multiply_half(const uint8_t *v, const uint8_t *u, int64_t blocks, const int32_t *start, int32_t *products) {
     Vector acc[TILE][2];
 #pragma GCC unroll 6
     for (int p = 0; p < TILE; p++) acc[p][0] = get(start), acc[p][1] = get(start + 8);
-    for (int64_t k = 0; k < blocks; k++, v += UNIT * 64, u += LEVELS_BYTES) multiply_groups(acc, v, 64, u, 16, TILE, FOURS);
+    for (int64_t k = 0; k < blocks; k++, v += UNIT * 64, u += LEVELS_BYTES) dot_groups(acc, v, 64, u, 16, TILE, DOT_VPDPBUSD);
 #pragma GCC unroll 6
     for (int p = 0; p < TILE; p++) keep_at(products + 16 * p, acc[p][0]), keep_at(products + 16 * p + 8, acc[p][1]);
 }

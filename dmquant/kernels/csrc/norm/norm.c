@@ -6,13 +6,13 @@
 
 /* (images, pixels, channels) float, channels last; mirrors the structure of normal.py. */
 typedef struct {
-    const float *x, *beside;        /* the last beside_channels of all channels are in `beside`; or NULL and 0 */
+    const float *x, *skip;        /* the last beside_channels of all channels are in `beside`; or NULL and 0 */
     const float *weight, *bias;     /* (channels), or NULL */
     float *gain, *offset;           /* (images, channels) */
     double *sums;                   /* (images, 2, channels): of x, of x^2, both less the first pixel */
     const float *factor;
     float *out;                     /* normalized, or NULL */
-    int64_t images, pixels, channels, beside_channels, groups, activate, threads;
+    int64_t images, pixels, channels, skip_channels, groups, activation, threads;
     double epsilon;                 /* of a layer norm, where there are no groups */
 } Norm;
 
@@ -26,11 +26,11 @@ typedef struct {
 INLINE int64_t slices_of(int64_t channels) { return (channels + SLICE - 1) / SLICE; }
 
 INLINE Slice slice_of(const Norm *norm, int64_t n, int64_t number) {
-    int64_t before = norm->channels - norm->beside_channels, whole = slices_of(before);
+    int64_t before = norm->channels - norm->skip_channels, whole = slices_of(before);
     int is_beside = number >= whole;
-    int64_t stride = is_beside ? norm->beside_channels : before, first = (is_beside ? number - whole : number) * SLICE;
-    const float *x = (is_beside ? norm->beside : norm->x) + n * norm->pixels * stride + first;
-    return (Slice){x, stride, first + (is_beside ? before : 0), least(SLICE, stride - first)};
+    int64_t stride = is_beside ? norm->skip_channels : before, first = (is_beside ? number - whole : number) * SLICE;
+    const float *x = (is_beside ? norm->skip : norm->x) + n * norm->pixels * stride + first;
+    return (Slice){x, stride, first + (is_beside ? before : 0), min(SLICE, stride - first)};
 }
 
 /* Adds pixels from..to of a slice to its sums. */
@@ -56,7 +56,7 @@ static void sum_slices(const Norm *norm, int64_t n, int64_t from, int64_t to) {
             Slice slice = slice_of(norm, n, number);
             int64_t first = slice.first;
             for (int64_t c = first; p == 0 && c < first + slice.count; c++) total[c] = square[c] = 0;
-            int64_t end = least(p + RUN, norm->pixels);
+            int64_t end = min(p + RUN, norm->pixels);
             if (slice.count == SLICE) sum_run(&slice, p, end, total + first, square + first, SLICE);
             else sum_run(&slice, p, end, total + first, square + first, slice.count);
         }
@@ -64,9 +64,9 @@ static void sum_slices(const Norm *norm, int64_t n, int64_t from, int64_t to) {
 
 /* A channel of the first pixel of an image. */
 INLINE float first_pixel(const Norm *norm, int64_t n, int64_t c) {
-    int64_t before = norm->channels - norm->beside_channels;
+    int64_t before = norm->channels - norm->skip_channels;
     return c < before ? norm->x[n * norm->pixels * before + c]
-                      : norm->beside[n * norm->pixels * norm->beside_channels + c - before];
+                      : norm->skip[n * norm->pixels * norm->skip_channels + c - before];
 }
 
 static void close_image(const Norm *norm, int64_t n) {
@@ -92,8 +92,8 @@ static void close_image(const Norm *norm, int64_t n) {
 
 /* Gains and offsets. Each channel is summed up in the order of its pixels: the number of threads changes no bit. */
 int dmquant_moments(const Norm *norm) {
-    int64_t slices = slices_of(norm->channels - norm->beside_channels) + slices_of(norm->beside_channels);
-    int64_t shares = most(1, least(slices, norm->threads)), count = norm->images * shares;
+    int64_t slices = slices_of(norm->channels - norm->skip_channels) + slices_of(norm->skip_channels);
+    int64_t shares = max(1, min(slices, norm->threads)), count = norm->images * shares;
 #pragma omp parallel num_threads((int)norm->threads) if (norm->threads > 1)
     {
 #pragma omp for
@@ -107,12 +107,12 @@ int dmquant_moments(const Norm *norm) {
 
 /* The image by given gains and offsets, as the kernels normalize it row by row. */
 int dmquant_normalize(const Norm *norm) {
-    int64_t step = norm->pixels * norm->channels, read = norm->pixels * channels_read(norm->activate, norm->channels);
+    int64_t step = norm->pixels * norm->channels, read = norm->pixels * input_channels(norm->activation, norm->channels);
 #pragma omp parallel for num_threads((int)norm->threads) if (norm->threads > 1)
     for (int64_t n = 0; n < norm->images; n++) {
-        Normal normal = {.factor = norm->factor, .activate = norm->activate, .stride = norm->channels, .epsilon = norm->epsilon};
-        if (norm->gain) normal.gain = norm->gain + n * norm->channels, normal.offset = norm->offset + n * norm->channels;
-        normalize_pixels(&normal, norm->x + n * read, norm->pixels, norm->channels, norm->out + n * step);
+        Prologue prologue = {.factor = norm->factor, .activation = norm->activation, .stride = norm->channels, .epsilon = norm->epsilon};
+        if (norm->gain) prologue.gain = norm->gain + n * norm->channels, prologue.offset = norm->offset + n * norm->channels;
+        apply_prologue(&prologue, norm->x + n * read, norm->pixels, norm->channels, norm->out + n * step);
     }
     return 0;
 }

@@ -8,19 +8,19 @@
 long syscall(long number, ...);     /* what unistd.h keeps to itself in plain C */
 
 /* gcc's tile instructions do not say that they read and write memory */
-#define SETTLE __asm__ volatile("" ::: "memory")
+#define COMPILER_BARRIER __asm__ volatile("" ::: "memory")
 
 /* May this process use the tiles? 0 if so. */
-int dmquant_ready(void) {
+int dmquant_request_amx(void) {
     enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
     return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) != 0;
 }
 
 /* Steps of up to four products each, after which one tile is stored that nobody needs yet. Where more than some 130 products
  * went before without any store, the next one was seen to take 800 cycles longer; such a store in between takes none. */
-#define STRETCH 16
+#define STORE_INTERVAL 16
 
-static void configure(void) {
+static void load_tile_config(void) {
     struct {
         uint8_t palette, start, reserved[14];
         uint16_t row_bytes[16];

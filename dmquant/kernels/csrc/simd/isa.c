@@ -14,7 +14,7 @@ static uint64_t enabled_states(void) {
 
 static int has(uint32_t word, int bit) { return word >> bit & 1; }
 
-int dmquant_isa(void) {
+int dmquant_instruction_sets(void) {
     uint32_t a, b, c, d, ignored, features;
     if (!__get_cpuid(1, &ignored, &ignored, &features, &ignored) || !has(features, 27)) return 0;
     int has_fma = has(features, 12);
@@ -33,5 +33,5 @@ int dmquant_isa(void) {
     return found;
 }
 #else
-int dmquant_isa(void) { return 0; }
+int dmquant_instruction_sets(void) { return 0; }
 #endif
