@@ -20,8 +20,8 @@ from dmquant.kernels.triton.norm import moments as moments_on_gpu
 NAME, SOURCE = "norm", "norm/norm"
 VARIANTS = (Kernel(NAME, AVX512, FLAGS_512), Kernel(NAME, AVX2, FLAGS_256), Kernel(NAME))  # best first
 ACTIVATIONS = NONE, SILU, GELU, TANH_GELU, GATED = range(5)  # as in csrc/norm/norm.h
-POINTERS = ("x", "beside", "weight", "bias", "gain", "offset", "sums", "factor", "out")
-NUMBERS = ("images", "pixels", "channels", "beside_channels", "groups", "activate", "threads")
+POINTERS = ("x", "skip", "weight", "bias", "gain", "offset", "sums", "factor", "out")
+NUMBERS = ("images", "pixels", "channels", "skip_channels", "groups", "activation", "threads")
 NORM = struct.Struct(f"{len(POINTERS)}P{len(NUMBERS)}qd")  # the structure of csrc/norm/norm.c; the last is epsilon
 
 
@@ -52,7 +52,7 @@ def measure(
             x.data_ptr(), place(beside), place(weight), place(bias), gain.data_ptr(), offset.data_ptr(), sums.data_ptr(), 0, 0,
             images, pixels, channels + others, others, groups, NONE, torch.get_num_threads(), epsilon,
         )  # fmt: skip
-        library().dmquant_moments(job)
+        library().dmquant_group_norm(job)
     return gain, offset
 
 
@@ -88,7 +88,7 @@ def library() -> ctypes.CDLL:
         except CannotCompile as error:
             missing = str(error)
             continue
-        for function in (loaded.dmquant_moments, loaded.dmquant_normalize):
+        for function in (loaded.dmquant_group_norm, loaded.dmquant_normalize):
             function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_int
         return loaded
     raise CannotCompile(missing)

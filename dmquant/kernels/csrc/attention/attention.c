@@ -8,6 +8,7 @@
 #endif
 #include "attention/gemm_u8s8.h"
 #include "attention/softmax.h"
+#include "simd/float_bits.h"
 
 #define AHEAD 16                    /* tokens: how far keys and values are fetched before they are read */
 #define NEVER (-(1 << 30))          /* score of a key that is none */

@@ -1,85 +1,91 @@
-/* Group norm: its moments as a gain and an offset for each channel of each image, and the normalized image itself. */
+/* Group norm as a gain and an offset for each channel of each image, and prologues written out as images.
+ *
+ * Kernels of layers read gain and offset and normalize what they quantize, so no normalized image is stored. Images are channels
+ * last: (images, pixels, channels) float32. */
 #include "norm/layer_norm.h"
-#define SLICE 64                    /* channels summed up at a time */
-#define RUN 64                      /* pixels summed up in float before they are added in double */
-#define AHEAD 16                    /* pixels: how far slices are fetched before they are read */
+#define SLICE 64                    /* channels whose sums are in registers at a time */
+#define RUN 64                      /* pixels summed up in float32 before the sums are added to those in float64 */
+#define AHEAD 16                    /* pixels: distance of prefetches */
 
-/* (images, pixels, channels) float, channels last; mirrors the structure of normal.py. */
+/* Arguments of both functions; Python packs the fields in this order. */
 typedef struct {
-    const float *x, *skip;        /* the last beside_channels of all channels are in `beside`; or NULL and 0 */
-    const float *weight, *bias;     /* (channels), or NULL */
-    float *gain, *offset;           /* (images, channels) */
-    double *sums;                   /* (images, 2, channels): of x, of x^2, both less the first pixel */
-    const float *factor;
-    float *out;                     /* normalized, or NULL */
+    const float *x;                 /* (images, pixels, channels - skip_channels), or (images, pixels, 2 channels) for GATED */
+    const float *skip;              /* (images, pixels, skip_channels): the last channels of a concatenation; or NULL */
+    const float *weight, *bias;     /* (channels) of the group norm, or NULL */
+    float *gain, *offset;           /* (images, channels): written by dmquant_group_norm, read by dmquant_normalize */
+    double *sums;                   /* (images, 2, channels), scratch: sums of d and of d^2, d = x less its value at pixel 0 */
+    const float *factor;            /* (channels), of the prologue, or NULL */
+    float *out;                     /* (images, pixels, channels), written by dmquant_normalize */
     int64_t images, pixels, channels, skip_channels, groups, activation, threads;
-    double epsilon;                 /* of a layer norm, where there are no groups */
-} Norm;
+    double epsilon;                 /* of the group norm, or of the prologue's layer norm (0: none) */
+} NormParams;
 
-/* Channels of one image which lie in one piece. */
+/* Up to SLICE channels of one image that lie in one of the two tensors. */
 typedef struct {
-    const float *x;                 /* of the first pixel */
-    int64_t stride;                 /* from one pixel to the next */
-    int64_t first, count;           /* channels */
+    const float *x;                 /* of pixel 0 */
+    int64_t stride;                 /* floats from one pixel to the next */
+    int64_t first, count;           /* channels, counted through both tensors */
 } Slice;
 
-INLINE int64_t slices_of(int64_t channels) { return (channels + SLICE - 1) / SLICE; }
+INLINE int64_t count_slices(int64_t channels) { return (channels + SLICE - 1) / SLICE; }
 
-INLINE Slice slice_of(const Norm *norm, int64_t n, int64_t number) {
-    int64_t before = norm->channels - norm->skip_channels, whole = slices_of(before);
-    int is_beside = number >= whole;
-    int64_t stride = is_beside ? norm->skip_channels : before, first = (is_beside ? number - whole : number) * SLICE;
-    const float *x = (is_beside ? norm->skip : norm->x) + n * norm->pixels * stride + first;
-    return (Slice){x, stride, first + (is_beside ? before : 0), min(SLICE, stride - first)};
+INLINE Slice slice_of(const NormParams *norm, int64_t n, int64_t number) {
+    int64_t in_x = norm->channels - norm->skip_channels, slices_in_x = count_slices(in_x);
+    int is_skip = number >= slices_in_x;
+    int64_t stride = is_skip ? norm->skip_channels : in_x, first = (is_skip ? number - slices_in_x : number) * SLICE;
+    const float *x = (is_skip ? norm->skip : norm->x) + n * norm->pixels * stride + first;
+    return (Slice){x, stride, first + (is_skip ? in_x : 0), min(SLICE, stride - first)};
 }
 
-/* Adds pixels from..to of a slice to its sums. */
-INLINE void sum_run(const Slice *slice, int64_t from, int64_t to, double *total, double *square, const int64_t count) {
-    float sum[SLICE] = {0}, power[SLICE] = {0};
+/* Adds d and d^2 of pixels from..to of a slice to the sums of its channels. `count` is slice->count, as a constant where it is
+ * SLICE. */
+INLINE void sum_run(const Slice *slice, int64_t from, int64_t to, double *sums, double *squares, const int64_t count) {
+    float sum[SLICE] = {0}, square[SLICE] = {0};
     const float *pivot = slice->x, *x = pivot + from * slice->stride;
     for (int64_t i = from; i < to; i++, x += slice->stride) {
         for (int64_t c = 0; c < count; c += 16) __builtin_prefetch(x + AHEAD * slice->stride + c);
         for (int64_t c = 0; c < count; c++) {
             float d = x[c] - pivot[c];
             sum[c] += d;
-            power[c] = fmaf(d, d, power[c]);
+            square[c] = fmaf(d, d, square[c]);
         }
     }
-    for (int64_t c = 0; c < count; c++) total[c] += sum[c], square[c] += power[c];
+    for (int64_t c = 0; c < count; c++) sums[c] += sum[c], squares[c] += square[c];
 }
 
-/* Slices from..to of an image. A run of all of them before the next one: pixels are read in the order in which they lie. */
-static void sum_slices(const Norm *norm, int64_t n, int64_t from, int64_t to) {
-    double *total = norm->sums + 2 * n * norm->channels, *square = total + norm->channels;
+/* Sums of slices from..to of image n. All slices of a run come before the next run: memory is read in its order. */
+static void sum_slices(const NormParams *norm, int64_t n, int64_t from, int64_t to) {
+    double *sums = norm->sums + 2 * n * norm->channels, *squares = sums + norm->channels;
     for (int64_t p = 0; p < norm->pixels; p += RUN)
         for (int64_t number = from; number < to; number++) {
             Slice slice = slice_of(norm, n, number);
             int64_t first = slice.first;
-            for (int64_t c = first; p == 0 && c < first + slice.count; c++) total[c] = square[c] = 0;
+            for (int64_t c = first; p == 0 && c < first + slice.count; c++) sums[c] = squares[c] = 0;
             int64_t end = min(p + RUN, norm->pixels);
-            if (slice.count == SLICE) sum_run(&slice, p, end, total + first, square + first, SLICE);
-            else sum_run(&slice, p, end, total + first, square + first, slice.count);
+            if (slice.count == SLICE) sum_run(&slice, p, end, sums + first, squares + first, SLICE);
+            else sum_run(&slice, p, end, sums + first, squares + first, slice.count);
         }
 }
 
-/* A channel of the first pixel of an image. */
-INLINE float first_pixel(const Norm *norm, int64_t n, int64_t c) {
-    int64_t before = norm->channels - norm->skip_channels;
-    return c < before ? norm->x[n * norm->pixels * before + c]
-                      : norm->skip[n * norm->pixels * norm->skip_channels + c - before];
+/* Channel c of pixel 0 of image n. */
+INLINE float pivot_of(const NormParams *norm, int64_t n, int64_t c) {
+    int64_t in_x = norm->channels - norm->skip_channels;
+    return c < in_x ? norm->x[n * norm->pixels * in_x + c] : norm->skip[n * norm->pixels * norm->skip_channels + c - in_x];
 }
 
-static void close_image(const Norm *norm, int64_t n) {
-    const double *total = norm->sums + 2 * n * norm->channels, *square = total + norm->channels;
+/* Sums of image n -> gain = weight / sqrt(variance + epsilon) and offset = bias - mean * gain of its channels, in float64. The
+ * variance of a group is the mean over its channels of (their variance + their mean's squared distance to the group's mean). */
+static void write_gains(const NormParams *norm, int64_t n) {
+    const double *sums = norm->sums + 2 * n * norm->channels, *squares = sums + norm->channels;
     int64_t size = norm->channels / norm->groups;
     double pixels = (double)norm->pixels;
     for (int64_t g = 0; g < norm->groups; g++) {
         double mean = 0, variance = 0;
-        for (int64_t c = g * size; c < (g + 1) * size; c++) mean += first_pixel(norm, n, c) + total[c] / pixels;
+        for (int64_t c = g * size; c < (g + 1) * size; c++) mean += pivot_of(norm, n, c) + sums[c] / pixels;
         mean /= (double)size;
         for (int64_t c = g * size; c < (g + 1) * size; c++) {
-            double own = total[c] / pixels, away = first_pixel(norm, n, c) + own - mean;
-            variance += square[c] / pixels - own * own + away * away;
+            double shift = sums[c] / pixels, distance = pivot_of(norm, n, c) + shift - mean;
+            variance += squares[c] / pixels - shift * shift + distance * distance;
         }
         double inverse = 1 / sqrt((variance > 0 ? variance : 0) / (double)size + norm->epsilon);
         for (int64_t c = g * size; c < (g + 1) * size; c++) {
@@ -90,9 +96,10 @@ static void close_image(const Norm *norm, int64_t n) {
     }
 }
 
-/* Gains and offsets. Each channel is summed up in the order of its pixels: the number of threads changes no bit. */
-int dmquant_moments(const Norm *norm) {
-    int64_t slices = slices_of(norm->channels - norm->skip_channels) + slices_of(norm->skip_channels);
+/* Writes gain and offset of a group norm over x and skip. Threads share images and slices of channels, and each channel is summed
+ * up in the order of its pixels: the number of threads changes no bit. Returns 0. */
+int dmquant_group_norm(const NormParams *norm) {
+    int64_t slices = count_slices(norm->channels - norm->skip_channels) + count_slices(norm->skip_channels);
     int64_t shares = max(1, min(slices, norm->threads)), count = norm->images * shares;
 #pragma omp parallel num_threads((int)norm->threads) if (norm->threads > 1)
     {
@@ -100,18 +107,21 @@ int dmquant_moments(const Norm *norm) {
         for (int64_t i = 0; i < count; i++)
             sum_slices(norm, i / shares, i % shares * slices / shares, (i % shares + 1) * slices / shares);
 #pragma omp for
-        for (int64_t n = 0; n < norm->images; n++) close_image(norm, n);
+        for (int64_t n = 0; n < norm->images; n++) write_gains(norm, n);
     }
     return 0;
 }
 
-/* The image by given gains and offsets, as the kernels normalize it row by row. */
-int dmquant_normalize(const Norm *norm) {
+/* Writes out = a prologue of x, as kernels apply it to what they read. Returns 0. */
+int dmquant_normalize(const NormParams *norm) {
     int64_t step = norm->pixels * norm->channels, read = norm->pixels * input_channels(norm->activation, norm->channels);
 #pragma omp parallel for num_threads((int)norm->threads) if (norm->threads > 1)
     for (int64_t n = 0; n < norm->images; n++) {
-        Prologue prologue = {.factor = norm->factor, .activation = norm->activation, .stride = norm->channels, .epsilon = norm->epsilon};
-        if (norm->gain) prologue.gain = norm->gain + n * norm->channels, prologue.offset = norm->offset + n * norm->channels;
+        Prologue prologue = {
+            .factor = norm->factor, .activation = norm->activation, .stride = norm->channels, .epsilon = norm->epsilon,
+        };
+        int64_t first = n * norm->channels;
+        if (norm->gain) prologue.gain = norm->gain + first, prologue.offset = norm->offset + first;
         apply_prologue(&prologue, norm->x + n * read, norm->pixels, norm->channels, norm->out + n * step);
     }
     return 0;

@@ -1,4 +1,5 @@
-/* What this processor can do, and lets a program do: a mask of the bits below. */
+/* The instruction sets that the processor has and the operating system enables, as a mask. AVX2 includes FMA; AVX512 is F, BW,
+ * VL and DQ; VNNI and VBMI are the extensions of AVX-512. Bits as in the registry of kernels. */
 #include <stdint.h>
 
 enum { AVX2 = 1, AVX512 = 2, VNNI = 4, VBMI = 8, AMX = 16, AVX_VNNI = 32 };
@@ -6,6 +7,7 @@ enum { AVX2 = 1, AVX512 = 2, VNNI = 4, VBMI = 8, AMX = 16, AVX_VNNI = 32 };
 #if defined(__x86_64__)
 #include <cpuid.h>
 
+/* Register states that the operating system saves (XCR0): 0x06 is XMM and YMM, 0xe0 AVX-512, 0x60000 AMX tiles. */
 static uint64_t enabled_states(void) {
     uint32_t low, high;
     __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
@@ -16,7 +18,7 @@ static int has(uint32_t word, int bit) { return word >> bit & 1; }
 
 int dmquant_instruction_sets(void) {
     uint32_t a, b, c, d, ignored, features;
-    if (!__get_cpuid(1, &ignored, &ignored, &features, &ignored) || !has(features, 27)) return 0;
+    if (!__get_cpuid(1, &ignored, &ignored, &features, &ignored) || !has(features, 27)) return 0;     /* no xgetbv */
     int has_fma = has(features, 12);
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
     uint64_t states = enabled_states();
