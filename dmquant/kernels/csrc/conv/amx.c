@@ -1,35 +1,58 @@
-/* Products by AMX: a tile of 16 cells of 64 u8 codes times a tile of 64 s8 levels of 16 outputs, 2 x 2 tiles at a time.
+/* Convolution by AMX: a tile of 16 cells of 64 u8 codes times a tile of 64 s8 levels of 16 outputs, 2 x 2 tiles at a time.
  *
- * Cells lie one behind the other over the whole band, so a tile may run over the end of a row: what it computes of the padding
- * is thrown away, and images of 4 or 8 pixels still fill it. Blocks of 64 channels only.
- * While tiles are multiplied, the sums of those before become floats: the unit for tiles and the others work side by side.
- * Needs AMX-TILE and AMX-INT8, AVX-512 F, BW, VL, DQ for what stands around them, and Linux, which is asked for the tiles. */
-/* Of expanded weights: as many as the second-level cache holds beside the outputs; at 3x3, each pass reads the cells anew. */
-#define WEIGHTS_BYTES (conv->kernel_h * conv->kernel_w > 1 ? 1 << 20 : 256 << 10)
+ * Channel blocks have 64 channels. Cells of a band lie one behind the other, so the 16 cells of a tile may run over the end of a
+ * row: sums under padding are dropped, and tiles are full even where rows have 4 or 8 pixels. The epilogue of earlier tiles runs
+ * between the products of the next ones: the tile unit and the vector units work at the same time.
+ * Needs AMX-TILE, AMX-INT8, AVX-512 F, BW, VL and DQ, and Linux. */
+
+/* Of unpacked weights: what the L2 cache holds besides the outputs. At 3x3 more, for each group reads the cells again. */
+#define GROUP_BYTES (conv->kernel_h * conv->kernel_w > 1 ? 1 << 20 : 256 << 10)
+#include "conv/quantize_avx512.h"
 #include "conv/unpack_avx512.h"
 #include "conv/epilogue_avx512.h"
 #include "simd/amx_tiles.h"
 
-#define FETCHED 8                   /* cells whose outputs are fetched beside one step: with 16 the tiles wait for their own */
+#define PREFETCHED 8                /* cells whose outputs are prefetched at each step; with 16 the loads of tiles have to wait */
 
+/* 16 cells, stride_w apart. */
 typedef struct {
-    int32_t position, image;        /* of its first cell, in cells */
-    int32_t pixel[16];              /* of the band, -1 where a cell is no output */
+    int32_t position;               /* first cell, counted from the first cell of the band */
+    int32_t image;                  /* 0 if all images have the same grid and bias */
+    int32_t pixel[16];              /* output pixel of each cell, counted from the first of the band; -1: the cell has none */
 } Tile;
 
-static int64_t tile_buffer_bytes(const ConvParams *conv, const Plan *s) { return s->band_rows * conv->out_width * (int64_t)sizeof(Tile); }
+/* Two neighbouring tiles (or one) and one output block: int32 sums between their products and their epilogue. */
+typedef struct {
+    const Tile *tiles;
+    int64_t count;                  /* of tiles, 1 or 2 */
+    int64_t done;                   /* tiles whose outputs are written */
+    int64_t output;                 /* first output of the block */
+    int32_t sums[4][256] __attribute__((aligned(64)));      /* [2 * tile + half of the outputs][16 cells][16 outputs] */
+} TilePair;
 
-/* Which cells go into which tile; also the sums of a under each pixel. */
+static int64_t tile_buffer_bytes(const ConvParams *conv, const Plan *plan) {
+    return plan->band_rows * conv->out_width * (int64_t)sizeof(Tile);
+}
+
+static const uint8_t *unpack_weights(const ConvParams *conv, const Plan *plan, const uint8_t *plane, int64_t from, int64_t to,
+                                     uint8_t *weights) {
+    return unpack_blocks(conv, plan, plane, from, to, weights);
+}
+
+/* Assigns the output pixels of a band to tiles, in order: a pixel joins the last tile if its first cell is one of the tile's 16.
+ * Also sums a over the window of each pixel. */
 static int64_t prepare_band(const Band *band) {
     Tile *tiles = (Tile *)band->scratch->tile_buffer;
     const ConvParams *conv = band->conv;
     int64_t count = 0, stride = conv->stride_w, pixel = 0;
-    for (int64_t r = 0; r < band->count; r++) {
-        int64_t top = band->scratch->tops[r] * band->plan->row_cells, pixels = count_output_pixels(conv, band->row + r);
-        int32_t image = conv->act_stride || conv->bias_stride ? (int32_t)((band->row + r) / conv->out_height) : 0;
-        if (conv->zero) sum_windows(conv, band->plan, band->scratch->sums + top, pixels, band->scratch->window_sums + pixel);
+    for (int64_t r = 0; r < band->num_rows; r++) {
+        int64_t first = band->scratch->input_rows[r] * band->plan->row_cells;
+        int64_t pixels = count_output_pixels(conv, band->first_row + r);
+        int32_t image = conv->act_stride || conv->bias_stride ? (int32_t)((band->first_row + r) / conv->out_height) : 0;
+        if (conv->zero)
+            sum_windows(conv, band->plan, band->scratch->pixel_sums + first, pixels, band->scratch->window_sums + pixel);
         for (int64_t x = 0; x < pixels; x++) {
-            int64_t position = top + x * stride, step = count ? position - tiles[count - 1].position : -1;
+            int64_t position = first + x * stride, step = count ? position - tiles[count - 1].position : -1;
             if (step < 0 || step >= 16 * stride || step % stride || tiles[count - 1].image != image) {
                 Tile *tile = &tiles[count++];
                 tile->position = (int32_t)position, tile->image = image, step = 0;
@@ -41,39 +64,33 @@ static int64_t prepare_band(const Band *band) {
     return count;
 }
 
-/* One or two tiles of cells against 32 outputs, between their products and their floats. */
-typedef struct {
-    const Tile *tiles;
-    int64_t count, done, output;    /* tiles, those that are floats, the first output */
-    int32_t sums[4][256] __attribute__((aligned(64)));      /* [tile][half of the outputs] */
-} Sums;
-
-/* Sums of a tile -> floats, both halves of a pixel one after the other: they share a pair of cache lines. */
-static void put_tile(const Band *band, const Sums *s, int64_t t) {
+/* Writes the outputs of tile t of a pair: both halves of a pixel in turn, for they share a pair of cache lines. */
+static void store_tile(const Band *band, const TilePair *pair, int64_t t) {
     const ConvParams *conv = band->conv;
-    const Tile *tile = &s->tiles[t];
-    const int32_t *window_sums = band->scratch->window_sums, *low_sums = s->sums[2 * t], *high_sums = s->sums[2 * t + 1];
+    const Tile *tile = &pair->tiles[t];
+    const int32_t *window_sums = band->scratch->window_sums, *sums_0 = pair->sums[2 * t], *sums_1 = pair->sums[2 * t + 1];
     int64_t n = tile->image * conv->act_stride, outputs = conv->outputs;
     const float *bias = bias_of(conv, tile->image);
-    Epilogue low = load_epilogue(conv, band->plane, s->output, conv->act_scale[n], conv->act_zero[n], bias);
-    Epilogue high = load_epilogue(conv, band->plane, s->output + 16, conv->act_scale[n], conv->act_zero[n], bias);
-    float *first = conv->out + first_output_pixel(conv, band->row) * outputs + s->output;
+    Epilogue e0 = load_epilogue(conv, band->plane, pair->output, conv->act_scale[n], conv->act_zero[n], bias);
+    Epilogue e1 = load_epilogue(conv, band->plane, pair->output + 16, conv->act_scale[n], conv->act_zero[n], bias);
+    float *first = conv->out + first_output_pixel(conv, band->first_row) * outputs + pair->output;
     for (int i = 0; i < 16; i++) {
         int64_t pixel = tile->pixel[i];
         if (pixel < 0) continue;
         float *out = first + pixel * outputs;
-        store_outputs(&low, _mm512_sub_epi32(_mm512_load_si512(low_sums + 16 * i), low.excess), window_sums + pixel, out);
-        if (high.mask) store_outputs(&high, _mm512_sub_epi32(_mm512_load_si512(high_sums + 16 * i), high.excess), window_sums + pixel, out + 16);
+        store_outputs(&e0, _mm512_sub_epi32(_mm512_load_si512(sums_0 + 16 * i), e0.zero_sums), window_sums + pixel, out);
+        if (e1.mask)
+            store_outputs(&e1, _mm512_sub_epi32(_mm512_load_si512(sums_1 + 16 * i), e1.zero_sums), window_sums + pixel, out + 16);
     }
 }
 
-/* What put_tile will read and write of some cells, into the second-level cache: in the first one they drive each other out.
- * Inlined, for gcc leaves out calls that do no more than this. */
-INLINE void fetch_cells(const Band *band, const Sums *s, int64_t from) {
+/* Prefetches outputs and residuals of PREFETCHED cells of a pair, from cell `from` on, into the L2 cache: in L1 they would evict
+ * each other. Always inlined: gcc drops calls of functions that only prefetch. */
+INLINE void prefetch_outputs(const Band *band, const TilePair *pair, int64_t from) {
     const ConvParams *conv = band->conv;
-    int64_t outputs = conv->outputs, first = first_output_pixel(conv, band->row) * outputs + s->output;
-    for (int64_t i = from; i < from + FETCHED; i++) {
-        int64_t at = first + max(0, s->tiles[i / 16].pixel[i % 16]) * outputs;
+    int64_t outputs = conv->outputs, first = first_output_pixel(conv, band->first_row) * outputs + pair->output;
+    for (int64_t i = from; i < from + PREFETCHED; i++) {
+        int64_t at = first + max(0, pair->tiles[i / 16].pixel[i % 16]) * outputs;
         for (int64_t half = at; half < at + OUTPUTS; half += 16) {
             __builtin_prefetch(conv->out + half, 0, 2);
             if (conv->residual) __builtin_prefetch(conv->residual + half, 0, 2);
@@ -81,60 +98,62 @@ INLINE void fetch_cells(const Band *band, const Sums *s, int64_t from) {
     }
 }
 
-/* What is done beside step i of the products of `s`; the sums before are there after the first one. */
-static void accompany(const Band *band, Sums *before, const Sums *s, int64_t i) {
-    if (i * FETCHED < s->count * 16) fetch_cells(band, s, i * FETCHED);
-    if (i && before->done < before->count) put_tile(band, before, before->done++);
+/* Vector work that goes with step i of the products of a pair: prefetches for this pair, one tile of the pair before. The sums of
+ * the latter are in memory only after the first step. */
+static void overlap_epilogue(const Band *band, TilePair *before, const TilePair *pair, int64_t i) {
+    if (i * PREFETCHED < pair->count * 16) prefetch_outputs(band, pair, i * PREFETCHED);
+    if (i && before->done < before->count) store_tile(band, before, before->done++);
 }
 
-static void finish(const Band *band, Sums *s) {
-    while (s->done < s->count) put_tile(band, s, s->done++);
+static void finish_epilogue(const Band *band, TilePair *pair) {
+    while (pair->done < pair->count) store_tile(band, pair, pair->done++);
 }
 
-/* The products of `s`, and what is left to do with the sums before. */
-INLINE void multiply_tiles(const Band *band, const uint8_t *levels, Sums *before, Sums *s, const int is_pair) {
-    const uint8_t *cells = band->scratch->cells, *first = cells + s->tiles[0].position * 64;
-    const uint8_t *second = is_pair ? cells + s->tiles[1].position * 64 : first;
-    int64_t count = band->plan->channel_blocks * band->plan->taps, step = 64 * band->conv->stride_w;
+/* Computes the sums of a pair, and finishes the pair before. levels: [channel block][tap][16 groups][32 outputs][4 channels].
+ * Tile registers 0 to 3 hold sums, 4 and 5 codes, 6 and 7 levels. */
+INLINE void multiply_pair(const Band *band, const uint8_t *levels, TilePair *before, TilePair *pair, const int has_two) {
+    const uint8_t *cells = band->scratch->cells, *first = cells + pair->tiles[0].position * 64;
+    const uint8_t *second = has_two ? cells + pair->tiles[1].position * 64 : first;
+    int64_t count = band->plan->channel_blocks * band->plan->taps, stride = 64 * band->conv->stride_w;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t i = 0; i < count; i++, levels += 2048) {
-        int64_t offset = band->scratch->offsets[i];
+        int64_t offset = band->scratch->tap_offsets[i];
         _tile_stream_loadd(6, levels, 128);
-        _tile_loadd(4, first + offset, step);
+        _tile_loadd(4, first + offset, stride);
         _tile_stream_loadd(7, levels + 64, 128);
-        if (is_pair) _tile_loadd(5, second + offset, step);
+        if (has_two) _tile_loadd(5, second + offset, stride);
         _tile_dpbusd(0, 4, 6);
         _tile_dpbusd(1, 4, 7);
-        if (is_pair) _tile_dpbusd(2, 5, 6);
-        if (is_pair) _tile_dpbusd(3, 5, 7);
-        if (i < 32 / FETCHED) accompany(band, before, s, i);
-        if (i % STORE_INTERVAL == STORE_INTERVAL - 1) _tile_stored(0, s->sums[0], 64);
+        if (has_two) _tile_dpbusd(2, 5, 6);
+        if (has_two) _tile_dpbusd(3, 5, 7);
+        if (i < 32 / PREFETCHED) overlap_epilogue(band, before, pair, i);
+        if (i % STORE_INTERVAL == STORE_INTERVAL - 1) _tile_stored(0, pair->sums[0], 64);
     }
-    finish(band, before);
-    _tile_stored(0, s->sums[0], 64);
-    _tile_stored(1, s->sums[1], 64);
-    if (is_pair) _tile_stored(2, s->sums[2], 64);
-    if (is_pair) _tile_stored(3, s->sums[3], 64);
+    finish_epilogue(band, before);
+    _tile_stored(0, pair->sums[0], 64);
+    _tile_stored(1, pair->sums[1], 64);
+    if (has_two) _tile_stored(2, pair->sums[2], 64);
+    if (has_two) _tile_stored(3, pair->sums[3], 64);
     COMPILER_BARRIER;
 }
 
 static void multiply_band(const Band *band) {
     const Tile *tiles = (const Tile *)band->scratch->tile_buffer;
-    Sums sums[2] = {{.count = 0}}, *before = &sums[0], *s = &sums[1];
+    TilePair pairs[2] = {{.count = 0}}, *before = &pairs[0], *pair = &pairs[1];
     load_tile_config();
     COMPILER_BARRIER;
     for (int64_t i = 0; i < band->tiles; i += 2)
-        for (int64_t block = band->from; block < band->to; block++) {
-            const uint8_t *levels = band->weights + (block - band->from) * band->plan->weight_bytes;
-            s->tiles = tiles + i, s->count = min(2, band->tiles - i), s->done = 0, s->output = block * OUTPUTS;
-            if (s->count == 2) multiply_tiles(band, levels, before, s, 1);
-            else multiply_tiles(band, levels, before, s, 0);
-            Sums *next = before;
-            before = s, s = next;
+        for (int64_t block = band->first_block; block < band->end_block; block++) {
+            const uint8_t *levels = band->weights + (block - band->first_block) * band->plan->weight_bytes;
+            pair->tiles = tiles + i, pair->count = min(2, band->tiles - i), pair->done = 0, pair->output = block * OUTPUTS;
+            if (pair->count == 2) multiply_pair(band, levels, before, pair, 1);
+            else multiply_pair(band, levels, before, pair, 0);
+            TilePair *next = before;
+            before = pair, pair = next;
         }
-    finish(band, before);
+    finish_epilogue(band, before);
     _tile_release();
 }

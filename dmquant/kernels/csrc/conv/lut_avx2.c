@@ -28,21 +28,21 @@ INLINE void put_tables(__m128i codes, uint8_t *cells) {
 }
 
 static void fill_padding(const ConvParams *conv, float zero, int64_t k, int64_t count, uint8_t *cells) {
-    int64_t real = min(conv->block, conv->channels - k * conv->block), bytes = conv->block * CHANNEL_BYTES;
+    int64_t real = min(conv->channel_block, conv->channels - k * conv->channel_block), bytes = conv->channel_block * CHANNEL_BYTES;
     uint8_t codes[64] __attribute__((aligned(16))) = {0};
     if (!count) return;
     memset(codes, (int)zero, real);
-    for (int64_t c = 0; c < conv->block; c += 8) put_tables(_mm_loadl_epi64((const __m128i *)(codes + c)), cells + 4 * c);
+    for (int64_t c = 0; c < conv->channel_block; c += 8) put_tables(_mm_loadl_epi64((const __m128i *)(codes + c)), cells + 4 * c);
     for (int64_t p = 1; p < count; p++) memcpy(cells + p * bytes, cells, bytes);
 }
 
 static void quantize_pixels(const ConvParams *conv, int64_t n, int64_t k, const float *x, int64_t count, uint8_t *cells, int32_t *sums) {
-    Grid grid = grid_of(conv, n);
-    int64_t real = min(conv->block, conv->channels - k * conv->block);
+    ActGrid grid = grid_of(conv, n);
+    int64_t real = min(conv->channel_block, conv->channels - k * conv->channel_block);
     for (int64_t p = 0; p < count; p++, x += conv->channels) {
         __m256i sum = _mm256_setzero_si256(), a;
-        for (int64_t c = 0; c < conv->block; c += 8, cells += 32) {
-            put_tables(quantize_8(&grid, x + c, max(0, real - c), &a), cells);
+        for (int64_t c = 0; c < conv->channel_block; c += 8, cells += 32) {
+            put_tables(round_8(&grid, x + c, max(0, real - c), &a), cells);
             sum = _mm256_add_epi32(sum, a);
         }
         sums[p] += reduce_add_8(sum);
@@ -79,14 +79,14 @@ INLINE void widen(__m256i sum, __m256i *both, __m256i *odd) {
 /* Adds up one bit of the weights of 32 outputs for P pixels. `together`: tables whose sum fits a byte. */
 INLINE void accumulate(const Row *row, const uint8_t *nibbles, const uint8_t *first, int bit, const int P, const int together,
                        int32_t sums[][OUTPUTS]) {
-    int64_t stride = row->conv->stride_w * row->plan->cell_bytes, steps = row->conv->block / 16;
+    int64_t stride = row->conv->stride_w * row->plan->cell_bytes, steps = row->conv->channel_block / 16;
     int64_t room = 65535 / (16 * row->conv->act_max), used = 0;
     const __m256i low = _mm256_set1_epi8(15);
     __m256i both[4], odd[4];
 #pragma GCC unroll 4
     for (int p = 0; p < P; p++) both[p] = odd[p] = _mm256_setzero_si256();
-    for (int64_t i = 0; i < row->count; i++) {
-        const uint8_t *tables = first + row->offsets[i];
+    for (int64_t i = 0; i < row->num_offsets; i++) {
+        const uint8_t *tables = first + row->tap_offsets[i];
         for (int64_t k = 0; k < steps; k++, nibbles += 64, used++) {
             if (used == room) {
                 for (int p = 0; p < P; p++) flush(&both[p], &odd[p], bit, sums[p]);
@@ -119,7 +119,7 @@ INLINE void finish(const Row *row, int64_t block, int64_t pixel, const int32_t s
     for (int64_t v = 0, output = block * OUTPUTS; v < OUTPUTS; v += 8, output += 8) {
         Epilogue o = load_epilogue(row->conv, row->plane, output, row->act_scale, row->act_zero, row->bias);
         __m256i twice = _mm256_slli_epi32(_mm256_loadu_si256((const __m256i *)(sums + v)), 1);
-        twice = _mm256_sub_epi32(twice, _mm256_add_epi32(o.excess, rest));
+        twice = _mm256_sub_epi32(twice, _mm256_add_epi32(o.zero_sums, rest));
         store_outputs(&o, twice, window_sums, row->out + pixel * row->conv->outputs + output);
     }
 }
@@ -128,7 +128,7 @@ INLINE void tile(const Row *row, int64_t block, int64_t pixel, const int P, cons
     const Plan *plan = row->plan;
     int32_t sums[4][OUTPUTS] = {{0}};
     for (int bit = 0; bit < row->conv->bits; bit++) {
-        const uint8_t *nibbles = row->weights + (bit * plan->output_blocks + block - row->from) * (plan->weight_bytes / 8);
+        const uint8_t *nibbles = row->weights + (bit * plan->output_blocks + block - row->first_block) * (plan->weight_bytes / 8);
         accumulate(row, nibbles, row->cells + pixel * row->conv->stride_w * plan->cell_bytes, bit, P, together, sums);
     }
     for (int p = 0; p < P; p++) finish(row, block, pixel + p, sums[p]);
@@ -137,7 +137,7 @@ INLINE void tile(const Row *row, int64_t block, int64_t pixel, const int P, cons
 INLINE void walk(const Row *row, const int together) {
     for (int64_t pixel = 0, size; pixel < row->pixels; pixel += size) {
         size = row->pixels - pixel >= 4 ? 4 : 1;
-        for (int64_t block = row->from; block < row->to; block++) {
+        for (int64_t block = row->first_block; block < row->end_block; block++) {
             if (size == 4) tile(row, block, pixel, 4, together);
             else tile(row, block, pixel, 1, together);
         }

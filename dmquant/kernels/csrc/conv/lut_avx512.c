@@ -46,7 +46,7 @@ INLINE __m512i center(__m512i set) {
 
 /* Padding is a = 0: a table of zeros, or of the zero point where tables are unsigned. */
 static void fill_padding(const ConvParams *conv, float zero, int64_t k, int64_t count, uint8_t *cells) {
-    int64_t real = min(conv->block, conv->channels - k * conv->block), bytes = conv->block * CHANNEL_BYTES;
+    int64_t real = min(conv->channel_block, conv->channels - k * conv->channel_block), bytes = conv->channel_block * CHANNEL_BYTES;
     if (!count) return;
     memset(cells, 0, count * bytes);
     if (!is_unsigned(conv)) return;
@@ -64,10 +64,10 @@ static void quantize_pixels(const ConvParams *conv, int64_t n, int64_t k, const 
     __m512 inverse = _mm512_set1_ps(1.0f / conv->act_scale[n * conv->act_stride]);
     __m512 low = _mm512_set1_ps(-act_zero), high = _mm512_set1_ps((float)conv->act_max - act_zero);
     __m512i zero = _mm512_set1_epi32((int)act_zero);
-    int64_t real = min(conv->block, conv->channels - k * conv->block);
+    int64_t real = min(conv->channel_block, conv->channels - k * conv->channel_block);
     for (int64_t p = 0; p < count; p++, x += conv->channels) {
         __m512i sum = _mm512_setzero_si512();
-        for (int64_t c = 0; c < conv->block; c += 16, cells += 64) {
+        for (int64_t c = 0; c < conv->channel_block; c += 16, cells += 64) {
             __mmask16 mask = c + 16 <= real ? 0xffff : c >= real ? 0 : (__mmask16)((1u << (real - c)) - 1);
             __m512 value = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + c), inverse);
             __m512i a = _mm512_maskz_cvtps_epi32(mask, _mm512_min_ps(_mm512_max_ps(value, low), high));
@@ -98,8 +98,8 @@ INLINE void accumulate(const Row *row, __m512i acc[8][2], const uint8_t *nibbles
                        const int steps, const int64_t stride, const int mode) {
     const __m512i ones = _mm512_set1_epi8(1);
     const int paired = mode == PAIRED;
-    for (int64_t i = 0; i < row->count; i++, nibbles += 64 * steps) {
-        const uint8_t *tables = first + row->offsets[i];
+    for (int64_t i = 0; i < row->num_offsets; i++, nibbles += 64 * steps) {
+        const uint8_t *tables = first + row->tap_offsets[i];
 #pragma GCC unroll 4
         for (int k = 0; k < steps; k += 1 + paired) {
             __m512i v0 = _mm512_loadu_si512(nibbles + 64 * k), v1 = _mm512_loadu_si512(nibbles + 64 * (k + paired));
@@ -129,7 +129,7 @@ INLINE void accumulate(const Row *row, __m512i acc[8][2], const uint8_t *nibbles
 INLINE __m512i from_set(const Row *row, __m512i set, const Epilogue *o, int32_t window_sums) {
     int32_t top = (1 << row->conv->bits) - 1, inputs = (int32_t)(row->conv->channels * row->plan->taps);
     __m512i rest = _mm512_set1_epi32(top * (inputs * (int32_t)row->act_zero + window_sums));
-    return _mm512_sub_epi32(_mm512_slli_epi32(set, 1), _mm512_add_epi32(o->excess, rest));
+    return _mm512_sub_epi32(_mm512_slli_epi32(set, 1), _mm512_add_epi32(o->zero_sums, rest));
 }
 
 INLINE void tile(const Row *row, int64_t block, int64_t pixel, const int P, const int steps, const int64_t stride,
@@ -139,7 +139,7 @@ INLINE void tile(const Row *row, int64_t block, int64_t pixel, const int P, cons
 #pragma GCC unroll 8
     for (int p = 0; p < P; p++) acc[p][0] = acc[p][1] = _mm512_setzero_si512();
     for (int64_t bit = row->conv->bits - 1; bit >= 0; bit--) {
-        const uint8_t *nibbles = row->weights + (bit * plan->output_blocks + block - row->from) * (plan->weight_bytes / 8);
+        const uint8_t *nibbles = row->weights + (bit * plan->output_blocks + block - row->first_block) * (plan->weight_bytes / 8);
         accumulate(row, acc, nibbles, row->cells + pixel * stride, P, steps, stride, mode);
         if (bit == 0) break;
 #pragma GCC unroll 8
@@ -168,7 +168,7 @@ INLINE void walk(const Row *row, const int steps, const int64_t stride, const in
     for (int64_t pixel = 0, size; pixel < row->pixels; pixel += size) {
         int64_t rest = row->pixels - pixel;
         size = rest >= 8 ? 8 : rest >= 4 ? 4 : rest >= 2 ? 2 : 1;
-        for (int64_t block = row->from; block < row->to; block++) {
+        for (int64_t block = row->first_block; block < row->end_block; block++) {
             if (size == 8) tile(row, block, pixel, 8, steps, stride, mode);
             else if (size == 4) tile(row, block, pixel, 4, steps, stride, mode);
             else if (size == 2) tile(row, block, pixel, 2, steps, stride, mode);
@@ -181,9 +181,9 @@ static void multiply_row(const Row *row) {
     const ConvParams *conv = row->conv;
     float largest = row->act_zero > (float)conv->act_max - row->act_zero ? row->act_zero : (float)conv->act_max - row->act_zero;
     int64_t stride = conv->stride_w * row->plan->cell_bytes;
-    if (is_unsigned(conv) && conv->block == 32) walk(row, 2, stride, UNSIGNED);
+    if (is_unsigned(conv) && conv->channel_block == 32) walk(row, 2, stride, UNSIGNED);
     else if (is_unsigned(conv)) walk(row, 4, stride, UNSIGNED);
-    else if (conv->block == 32) walk(row, 2, stride, 8 * largest > 127 ? SIGNED : PAIRED);
+    else if (conv->channel_block == 32) walk(row, 2, stride, 8 * largest > 127 ? SIGNED : PAIRED);
     else if (8 * largest > 127) walk(row, 4, stride, SIGNED);
     else if (conv->stride_w == 1) walk(row, 4, 256, PAIRED);
     else walk(row, 4, stride, PAIRED);

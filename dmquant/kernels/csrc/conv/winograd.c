@@ -8,12 +8,12 @@
 #define POSITIONS 16                /* of U and V: four lines of four */
 #define OFFSET 128                  /* is added to V, which vpdpbusd takes unsigned, and taken off the sums again */
 #define TOTALS_BYTES (POSITIONS * 32 * 4)
-#define EXPANDED_BYTES(plan) (POSITIONS * (plan).channel_blocks * LEVELS_BYTES + TOTALS_BYTES)
-#define WEIGHTS_BYTES (512 << 10)
-#define CELLS_BYTES (5 << 19)       /* U is made anew for each band: few are better than small ones */
+#define UNPACKED_BYTES(plan) (POSITIONS * (plan).channel_blocks * LEVELS_BYTES + TOTALS_BYTES)
+#define GROUP_BYTES (512 << 10)
+#define BAND_BYTES (5 << 19)       /* U is made anew for each band: few are better than small ones */
 #define BAND_STEP 2
 #define SUPPORTS(conv) ((conv)->kernel_h == 3 && (conv)->kernel_w == 3 && (conv)->stride_h == 1 && (conv)->stride_w == 1)
-#define GROWTH 5                    /* V is four times the cells */
+#define BUFFER_RATIO 5                    /* V is four times the cells */
 
 #include "conv/winograd_simd.h"
 
@@ -86,7 +86,7 @@ static void transform_cells(const Band *band, const Square *squares, int64_t cou
     for (int64_t i = 0; i < count; i++) {
         uint8_t *v = band->scratch->tile_buffer + i / UNIT * unit_bytes(plan) + i % UNIT * 64;
         const uint8_t *cells = band->scratch->cells + (int64_t)squares[i].position * 64;
-        for (int64_t k = 0; k < plan->channel_blocks; k++, cells += plan->plane_bytes, v += UNIT * 64)
+        for (int64_t k = 0; k < plan->channel_blocks; k++, cells += plan->block_bytes, v += UNIT * 64)
             for (int64_t c = 0; c < 64; c += BYTES) transform_square(cells + c, row, v + c, step);
     }
 }
@@ -96,16 +96,16 @@ static int64_t prepare_band(const Band *band) {
     const ConvParams *conv = band->conv;
     Square *squares = squares_of(band);
     int64_t count = 0, width = conv->out_width;
-    for (int64_t r = 0, tall; r < band->count; r += tall) {
-        int64_t image = (band->row + r) / conv->out_height, top = band->scratch->tops[r] * band->plan->row_cells;
-        tall = min(2, min(band->count, (image + 1) * conv->out_height - band->row) - r);
+    for (int64_t r = 0, tall; r < band->num_rows; r += tall) {
+        int64_t image = (band->first_row + r) / conv->out_height, top = band->scratch->input_rows[r] * band->plan->row_cells;
+        tall = min(2, min(band->num_rows, (image + 1) * conv->out_height - band->first_row) - r);
         for (int64_t x = 0; x < width; x += 2)
             squares[count++] = (Square){
                 .position = (int32_t)(top + x), .image = conv->act_stride || conv->bias_stride ? (int32_t)image : 0,
                 .pixel = (int32_t)(r * width + x), .tall = (int32_t)tall, .wide = (int32_t)min(2, width - x),
             };
         for (int64_t y = r; conv->zero && y < r + tall; y++)
-            sum_windows(conv, band->plan, band->scratch->sums + band->scratch->tops[y] * band->plan->row_cells, width,
+            sum_windows(conv, band->plan, band->scratch->pixel_sums + band->scratch->input_rows[y] * band->plan->row_cells, width,
                     band->scratch->window_sums + y * width);
     }
     transform_cells(band, squares, count);
@@ -204,7 +204,7 @@ static void keep_line(const int32_t *products, int32_t *kept, int line) {
 static void put_row(const Unit *unit, const int32_t *products, const int32_t *kept, int y, int64_t output) {
     const Band *band = unit->band;
     const ConvParams *conv = band->conv;
-    float *out = conv->out + first_output_pixel(conv, band->row) * conv->outputs + output;
+    float *out = conv->out + first_output_pixel(conv, band->first_row) * conv->outputs + output;
     int64_t image = -1;
     Epilogue o;
     for (int64_t i = 0; i < unit->count; i++, products += 16, kept += 16) {
@@ -220,7 +220,7 @@ static void put_row(const Unit *unit, const int32_t *products, const int32_t *ke
         fold(products, z);
         for (int x = 0; x < square->wide; x++, pixel++) {
             Vector others = get(kept + (2 * y + x) * PRODUCTS), sum = y ? difference(others, z[x]) : sum_of(others, z[x]);
-            store_outputs(&o, difference(OF(srai_epi32)(sum, 2), o.excess), band->scratch->window_sums + pixel, out + pixel * conv->outputs);
+            store_outputs(&o, difference(OF(srai_epi32)(sum, 2), o.zero_sums), band->scratch->window_sums + pixel, out + pixel * conv->outputs);
         }
     }
 }
@@ -247,11 +247,11 @@ static void multiply_unit(const Unit *unit) {
 static void multiply_band(const Band *band) {
     const Square *squares = squares_of(band);
     for (int64_t i = 0; i < band->tiles; i += UNIT)
-        for (int64_t block = band->from; block < band->to; block++) {
+        for (int64_t block = band->first_block; block < band->end_block; block++) {
             Unit unit = {
                 .band = band, .squares = squares + i, .count = min(UNIT, band->tiles - i), .block = block,
                 .v = band->scratch->tile_buffer + i / UNIT * unit_bytes(band->plan),
-                .u = band->weights + (block - band->from) * band->plan->weight_bytes,
+                .u = band->weights + (block - band->first_block) * band->plan->weight_bytes,
             };
             multiply_unit(&unit);
         }

@@ -8,6 +8,7 @@
 
 #ifdef __AVX512F__
 #include "conv/quantize_avx512.h"
+#include "conv/unpack_avx512.h"
 #include "conv/epilogue_avx512.h"
 #include "simd/dot_avx512vnni.h"
 typedef __m512i Vector;
@@ -30,6 +31,8 @@ INLINE void multiply_tile(const uint8_t *v, const uint8_t *u, int64_t blocks, co
 }
 #else
 #include "conv/quantize_avx2.h"
+#include "conv/unpack_avx2.h"
+#include "conv/epilogue_avx2.h"
 #include "simd/dot_avx2.h"
 typedef __m256i Vector;
 #define OF(operation) _mm256_##operation
