@@ -1,10 +1,13 @@
-/* Products by lookup: for each pixel a table of the 16 sums of +-a of four channels, shared by all outputs and all taps.
+/* Convolution by lookup, for weights of 1 or 2 bits and activations of up to 6.
  *
- * Four tables (16 channels) are one register; a nibble of weight bits and two constant bits index it, so one vpermb looks up
- * 64 sums, 256 products, and one vpdpbusd by ones adds the four groups of an output. 4 * max|a| must fit a signed byte: up to
- * 5-bit activations. Where 8 * max|a| fits as well (4 bits), two lookups are added before they are widened. Six bits need
- * unsigned tables: sums of the codes whose bit is set. A weight of two bits is twice the lookups: level = sign 0 + 2 * sign 1.
- * Needs AVX-512 F, BW, VL, DQ, VNNI and VBMI. */
+ * For each pixel and each group of four channels there is a table of 16 bytes: entry e is the sum of +a of the channels whose
+ * bit in e is set and -a of the others. All outputs and taps share it. Four tables (16 channels) fill a register. A nibble of
+ * weight bits and the number of its group are an index of vpermb, which looks up 64 sums (256 products); vpdpbusd with ones
+ * adds those of the four groups. A weight of two bits takes two lookups: level = sum over bits of 2^bit * (+-1).
+ *
+ * Ranges: 4 max|a| must fit s8, so signed tables go up to 5 bits (PAIRED: 8 max|a| fits as well, and two lookups are added
+ * before they are widened). With 6 bits tables are unsigned: sums of the codes whose bit is set, at most 4 * 63. Needs AVX-512
+ * F, BW, VL, DQ, VNNI and VBMI. */
 #define CHANNEL_BYTES 4
 #define ALWAYS_SUMS(conv) is_unsigned(conv)
 #define is_unsigned(conv) ((conv)->act_max > 31)
@@ -12,54 +15,56 @@
 #include "conv/epilogue_avx512.h"
 #include "simd/dot_avx512vnni.h"
 
-enum { SIGNED, PAIRED, UNSIGNED };   /* of tables: read below */
+enum { SIGNED, PAIRED, UNSIGNED };  /* modes: see above */
 
-/* Entry e of group g sums the channels 4 g + j over the bits j of e: (shuffle, mask) of each j. */
+/* How tables are made: for bit j of the entries, which channel each byte takes, and which entries have that bit. */
 typedef struct {
-    __m512i channel[4];
-    __mmask64 mask[4];
-} Entries;
+    __m512i channel[4];             /* byte 16 g + e: channel 4 g + j */
+    __mmask64 mask[4];              /* bit 16 g + e: bit j of e */
+} Shuffles;
 
-INLINE Entries entries(void) {
-    Entries table = {.mask = {0xaaaaaaaaaaaaaaaa, 0xcccccccccccccccc, 0xf0f0f0f0f0f0f0f0, 0xff00ff00ff00ff00}};
+INLINE Shuffles make_shuffles(void) {
+    Shuffles shuffles = {.mask = {0xaaaaaaaaaaaaaaaa, 0xcccccccccccccccc, 0xf0f0f0f0f0f0f0f0, 0xff00ff00ff00ff00}};
     __m512i first = _mm512_maskz_set1_epi32(0x00f0, 0x04040404);
     first = _mm512_mask_set1_epi32(first, 0x0f00, 0x08080808);
     first = _mm512_mask_set1_epi32(first, 0xf000, 0x0c0c0c0c);
-    for (int j = 0; j < 4; j++) table.channel[j] = _mm512_add_epi8(first, _mm512_set1_epi8((char)j));
-    return table;
+    for (int j = 0; j < 4; j++) shuffles.channel[j] = _mm512_add_epi8(first, _mm512_set1_epi8((char)j));
+    return shuffles;
 }
 
-/* 16 channels -> four tables of the sum of those whose bit is set. */
-INLINE __m512i tabulate(const Entries *table, __m128i a) {
-    __m512i all = _mm512_broadcast_i32x4(a);
-    __m512i x0 = _mm512_maskz_shuffle_epi8(table->mask[0], all, table->channel[0]);
-    __m512i x1 = _mm512_maskz_shuffle_epi8(table->mask[1], all, table->channel[1]);
-    __m512i x2 = _mm512_maskz_shuffle_epi8(table->mask[2], all, table->channel[2]);
-    __m512i x3 = _mm512_maskz_shuffle_epi8(table->mask[3], all, table->channel[3]);
+/* 16 bytes, one for each channel -> four tables of the sums of those whose bit is set. */
+INLINE __m512i make_tables(const Shuffles *shuffles, __m128i values) {
+    __m512i all = _mm512_broadcast_i32x4(values);
+    __m512i x0 = _mm512_maskz_shuffle_epi8(shuffles->mask[0], all, shuffles->channel[0]);
+    __m512i x1 = _mm512_maskz_shuffle_epi8(shuffles->mask[1], all, shuffles->channel[1]);
+    __m512i x2 = _mm512_maskz_shuffle_epi8(shuffles->mask[2], all, shuffles->channel[2]);
+    __m512i x3 = _mm512_maskz_shuffle_epi8(shuffles->mask[3], all, shuffles->channel[3]);
     return _mm512_add_epi8(_mm512_add_epi8(x0, x1), _mm512_add_epi8(x2, x3));
 }
 
-/* The sum of +-a is twice the sum of those whose bit is set, less the sum of all, which is entry 15. */
-INLINE __m512i center(__m512i set) {
-    return _mm512_sub_epi8(_mm512_add_epi8(set, set), _mm512_shuffle_epi8(set, _mm512_set1_epi8(15)));
+/* Sums of +-a from sums of a: twice those whose bit is set, less the sum of all, which is entry 15. */
+INLINE __m512i to_signed(__m512i tables) {
+    return _mm512_sub_epi8(_mm512_add_epi8(tables, tables), _mm512_shuffle_epi8(tables, _mm512_set1_epi8(15)));
 }
 
-/* Padding is a = 0: a table of zeros, or of the zero point where tables are unsigned. */
+/* a = 0: signed tables of zeros, or unsigned ones of the zero point. */
 static void fill_padding(const ConvParams *conv, float zero, int64_t k, int64_t count, uint8_t *cells) {
-    int64_t real = min(conv->channel_block, conv->channels - k * conv->channel_block), bytes = conv->channel_block * CHANNEL_BYTES;
+    int64_t real = min(conv->channel_block, conv->channels - k * conv->channel_block);
+    int64_t bytes = conv->channel_block * CHANNEL_BYTES;
     if (!count) return;
     memset(cells, 0, count * bytes);
     if (!is_unsigned(conv)) return;
-    Entries table = entries();
+    Shuffles shuffles = make_shuffles();
     for (int64_t c = 0; c < real; c += 16) {
         __mmask16 mask = c + 16 <= real ? 0xffff : (__mmask16)((1u << (real - c)) - 1);
-        _mm512_storeu_si512(cells + 4 * c, tabulate(&table, _mm_maskz_set1_epi8(mask, (char)zero)));
+        _mm512_storeu_si512(cells + 4 * c, make_tables(&shuffles, _mm_maskz_set1_epi8(mask, (char)zero)));
     }
     for (int64_t p = 1; p < count; p++) memcpy(cells + p * bytes, cells, bytes);
 }
 
-static void quantize_pixels(const ConvParams *conv, int64_t n, int64_t k, const float *x, int64_t count, uint8_t *cells, int32_t *sums) {
-    Entries table = entries();
+static void quantize_pixels(const ConvParams *conv, int64_t n, int64_t k, const float *x, int64_t count, uint8_t *cells,
+                            int32_t *sums) {
+    Shuffles shuffles = make_shuffles();
     float act_zero = conv->act_zero[n * conv->act_stride];
     __m512 inverse = _mm512_set1_ps(1.0f / conv->act_scale[n * conv->act_stride]);
     __m512 low = _mm512_set1_ps(-act_zero), high = _mm512_set1_ps((float)conv->act_max - act_zero);
@@ -72,30 +77,34 @@ static void quantize_pixels(const ConvParams *conv, int64_t n, int64_t k, const 
             __m512 value = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + c), inverse);
             __m512i a = _mm512_maskz_cvtps_epi32(mask, _mm512_min_ps(_mm512_max_ps(value, low), high));
             if (is_unsigned(conv))
-                _mm512_storeu_si512(cells, tabulate(&table, _mm512_cvtepi32_epi8(_mm512_maskz_add_epi32(mask, a, zero))));
+                _mm512_storeu_si512(cells, make_tables(&shuffles, _mm512_cvtepi32_epi8(_mm512_maskz_add_epi32(mask, a, zero))));
             else
-                _mm512_storeu_si512(cells, center(tabulate(&table, _mm512_cvtepi32_epi8(a))));
+                _mm512_storeu_si512(cells, to_signed(make_tables(&shuffles, _mm512_cvtepi32_epi8(a))));
             if (sums) sum = _mm512_add_epi32(sum, a);
         }
         if (sums) sums[p] += _mm512_reduce_add_epi32(sum);
     }
 }
 
-/* Read as they lie: one bit of each weight is one bit of an index. */
-static const uint8_t *unpack_weights(const ConvParams *conv, const Plan *plan, const uint8_t *plane, int64_t from, int64_t to, uint8_t *weights) {
+/* Weights are used where they are: one bit of each is one bit of an index. */
+static const uint8_t *unpack_weights(const ConvParams *conv, const Plan *plan, const uint8_t *plane, int64_t from, int64_t to,
+                                     uint8_t *weights) {
     (void)conv, (void)to, (void)weights;
     return plane + from * plan->weight_bytes / 8;
 }
 
-/* 64 bytes of nibbles: those of outputs 0-15 are low, those of outputs 16-31 high. */
+/* Indices of vpermb from 64 bytes of nibbles, [output][group]: those of outputs 0-15 are low, those of outputs 16-31 high. Bits 4
+ * and 5 of an index are the group. */
 INLINE __m512i low_index(__m512i nibbles) {
     return _mm512_ternarylogic_epi32(nibbles, _mm512_set1_epi8(15), _mm512_set1_epi32(0x30201000), 0xEA);
 }
 
 INLINE __m512i high_index(__m512i nibbles) { return low_index(_mm512_srli_epi16(nibbles, 4)); }
 
-INLINE void accumulate(const Row *row, __m512i acc[8][2], const uint8_t *nibbles, const uint8_t *first, const int P,
-                       const int steps, const int64_t stride, const int mode) {
+/* Adds the lookups of one bit plane to the sums of P pixels, `stride` bytes apart, and 32 outputs. nibbles: [channel block][tap]
+ * [16 channels][64 bytes]; steps: of 16 channels, in a channel block. */
+INLINE void add_lookups(const Row *row, __m512i acc[8][2], const uint8_t *nibbles, const uint8_t *first, const int P,
+                        const int steps, const int64_t stride, const int mode) {
     const __m512i ones = _mm512_set1_epi8(1);
     const int paired = mode == PAIRED;
     for (int64_t i = 0; i < row->num_offsets; i++, nibbles += 64 * steps) {
@@ -125,22 +134,24 @@ INLINE void accumulate(const Row *row, __m512i acc[8][2], const uint8_t *nibbles
     }
 }
 
-/* The sum of level * a, from the sum over bits of 2^bit times the codes whose bit is set: level = 2 * sum of 2^bit - most. */
-INLINE __m512i from_set(const Row *row, __m512i set, const Epilogue *o, int32_t window_sums) {
+/* Sums of level * a from those of UNSIGNED tables, which are sums of weight code * activation code. With level = 2 * weight
+ * code - top and a = activation code - zero they are 2 * sums - top * (sum of activation codes) - zero * weight_sums. */
+INLINE __m512i from_unsigned(const Row *row, __m512i sums, const Epilogue *e, int32_t window_sum) {
     int32_t top = (1 << row->conv->bits) - 1, inputs = (int32_t)(row->conv->channels * row->plan->taps);
-    __m512i rest = _mm512_set1_epi32(top * (inputs * (int32_t)row->act_zero + window_sums));
-    return _mm512_sub_epi32(_mm512_slli_epi32(set, 1), _mm512_add_epi32(o->zero_sums, rest));
+    __m512i rest = _mm512_set1_epi32(top * (inputs * (int32_t)row->act_zero + window_sum));
+    return _mm512_sub_epi32(_mm512_slli_epi32(sums, 1), _mm512_add_epi32(e->zero_sums, rest));
 }
 
-INLINE void tile(const Row *row, int64_t block, int64_t pixel, const int P, const int steps, const int64_t stride,
-                 const int mode) {
+/* P pixels from `pixel` on times one output block: bits from the highest down, doubling the sums in between. */
+INLINE void multiply_tile(const Row *row, int64_t block, int64_t pixel, const int P, const int steps, const int64_t stride,
+                          const int mode) {
     const Plan *plan = row->plan;
     __m512i acc[8][2];
 #pragma GCC unroll 8
     for (int p = 0; p < P; p++) acc[p][0] = acc[p][1] = _mm512_setzero_si512();
     for (int64_t bit = row->conv->bits - 1; bit >= 0; bit--) {
         const uint8_t *nibbles = row->weights + (bit * plan->output_blocks + block - row->first_block) * (plan->weight_bytes / 8);
-        accumulate(row, acc, nibbles, row->cells + pixel * stride, P, steps, stride, mode);
+        add_lookups(row, acc, nibbles, row->cells + pixel * stride, P, steps, stride, mode);
         if (bit == 0) break;
 #pragma GCC unroll 8
         for (int p = 0; p < P; p++) {
@@ -149,42 +160,44 @@ INLINE void tile(const Row *row, int64_t block, int64_t pixel, const int P, cons
         }
     }
     int64_t output = block * OUTPUTS;
-    Epilogue o0 = load_epilogue(row->conv, row->plane, output, row->act_scale, row->act_zero, row->bias);
-    Epilogue o1 = load_epilogue(row->conv, row->plane, output + 16, row->act_scale, row->act_zero, row->bias);
+    Epilogue e0 = load_epilogue(row->conv, row->plane, output, row->act_scale, row->act_zero, row->bias);
+    Epilogue e1 = load_epilogue(row->conv, row->plane, output + 16, row->act_scale, row->act_zero, row->bias);
 #pragma GCC unroll 8
     for (int p = 0; p < P; p++) {
-        const int32_t *window_sums = row->window_sums + pixel + p;
+        const int32_t *window_sum = row->window_sums + pixel + p;
         float *out = row->out + (pixel + p) * row->conv->outputs + output;
         if (mode == UNSIGNED) {
-            acc[p][0] = from_set(row, acc[p][0], &o0, *window_sums);
-            acc[p][1] = from_set(row, acc[p][1], &o1, *window_sums);
+            acc[p][0] = from_unsigned(row, acc[p][0], &e0, *window_sum);
+            acc[p][1] = from_unsigned(row, acc[p][1], &e1, *window_sum);
         }
-        store_outputs(&o0, acc[p][0], window_sums, out);
-        store_outputs(&o1, acc[p][1], window_sums, out + 16);
+        store_outputs(&e0, acc[p][0], window_sum, out);
+        store_outputs(&e1, acc[p][1], window_sum, out + 16);
     }
 }
 
-INLINE void walk(const Row *row, const int steps, const int64_t stride, const int mode) {
+/* The row in tiles of 8 pixels, the rest in tiles of 4, 2 and 1. */
+INLINE void multiply_tiles(const Row *row, const int steps, const int64_t stride, const int mode) {
     for (int64_t pixel = 0, size; pixel < row->pixels; pixel += size) {
         int64_t rest = row->pixels - pixel;
         size = rest >= 8 ? 8 : rest >= 4 ? 4 : rest >= 2 ? 2 : 1;
         for (int64_t block = row->first_block; block < row->end_block; block++) {
-            if (size == 8) tile(row, block, pixel, 8, steps, stride, mode);
-            else if (size == 4) tile(row, block, pixel, 4, steps, stride, mode);
-            else if (size == 2) tile(row, block, pixel, 2, steps, stride, mode);
-            else tile(row, block, pixel, 1, steps, stride, mode);
+            if (size == 8) multiply_tile(row, block, pixel, 8, steps, stride, mode);
+            else if (size == 4) multiply_tile(row, block, pixel, 4, steps, stride, mode);
+            else if (size == 2) multiply_tile(row, block, pixel, 2, steps, stride, mode);
+            else multiply_tile(row, block, pixel, 1, steps, stride, mode);
         }
     }
 }
 
+/* Frequent shapes are compiled with constants. */
 static void multiply_row(const Row *row) {
     const ConvParams *conv = row->conv;
     float largest = row->act_zero > (float)conv->act_max - row->act_zero ? row->act_zero : (float)conv->act_max - row->act_zero;
     int64_t stride = conv->stride_w * row->plan->cell_bytes;
-    if (is_unsigned(conv) && conv->channel_block == 32) walk(row, 2, stride, UNSIGNED);
-    else if (is_unsigned(conv)) walk(row, 4, stride, UNSIGNED);
-    else if (conv->channel_block == 32) walk(row, 2, stride, 8 * largest > 127 ? SIGNED : PAIRED);
-    else if (8 * largest > 127) walk(row, 4, stride, SIGNED);
-    else if (conv->stride_w == 1) walk(row, 4, 256, PAIRED);
-    else walk(row, 4, stride, PAIRED);
+    if (is_unsigned(conv) && conv->channel_block == 32) multiply_tiles(row, 2, stride, UNSIGNED);
+    else if (is_unsigned(conv)) multiply_tiles(row, 4, stride, UNSIGNED);
+    else if (conv->channel_block == 32) multiply_tiles(row, 2, stride, 8 * largest > 127 ? SIGNED : PAIRED);
+    else if (8 * largest > 127) multiply_tiles(row, 4, stride, SIGNED);
+    else if (conv->stride_w == 1) multiply_tiles(row, 4, 256, PAIRED);
+    else multiply_tiles(row, 4, stride, PAIRED);
 }
