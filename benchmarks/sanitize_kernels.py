@@ -1,9 +1,9 @@
-"""The C kernels under AddressSanitizer and UndefinedBehaviorSanitizer: odd shapes, tiny and large, every format, against torch.
+"""Runs the C kernels under AddressSanitizer and UndefinedBehaviorSanitizer, on random shapes and formats, and compares them.
 
     python benchmarks/sanitize_kernels.py
 
-Needs gcc with its sanitizers. The sanitizer must be loaded before Python is, so the script starts itself once more. Leaks are not
-looked for: each thread keeps its scratch memory on purpose.
+Needs gcc with its sanitizers. The sanitizer must be loaded before Python, so the script starts itself a second time with
+LD_PRELOAD. Leaks are not reported: each thread keeps its scratch memory until it ends.
 """
 
 import argparse
@@ -78,8 +78,8 @@ def check(cases: int, seed: int) -> None:
 
 
 def check_fused(layer, x, draw: random.Random) -> None:
-    """Norms, an activation, factors, a bias for each image, a residual, an enlargement and an image in two pieces, against the
-    same step by step.
+    """Checks a layer with norm, activation, factors, a bias for each image, a residual, upsampling and an input in two parts
+    against the same operations one by one.
     """
     import torch
 
@@ -116,7 +116,7 @@ def check_fused(layer, x, draw: random.Random) -> None:
 
 
 def check_attention(draw: random.Random) -> None:
-    """Every variant on factors of a random shape, against float64 and against each other."""
+    """Compares all variants of attention on a random shape bit for bit with each other, and the first with float64."""
     import torch
 
     from dmquant.kernels import attention, registry
@@ -127,7 +127,7 @@ def check_attention(draw: random.Random) -> None:
     usable = [number for number, kernel in enumerate(attention.VARIANTS) if not registry.state(kernel)]
     found, wanted = [attention.attend(*arguments, number) for number in usable], attention.reference(*arguments)
     assert all(torch.equal(other, found[0]) for other in found), (size, bits)
-    # now and then a probability lies between two codes and falls to the other one
+    # a probability near the middle of two codes may be rounded to the other one
     step = arguments[3][2].max() * arguments[3][3].max() * (1 << bits)
     difference = (found[0] - wanted).abs()
     assert difference.median() <= 1e-6 * wanted.abs().max() and difference.max() <= 2 * step, (size, bits)

@@ -1,8 +1,8 @@
-"""C sources -> shared libraries, made by the system's compiler when they are first needed and kept in the user's cache.
+"""Compiles C sources to shared libraries with the system's compiler, when they are first needed, into the user's cache.
 
-A library is named by a hash of all sources, its flags, the compiler's version and the machine: an edit, an upgrade or a home
-folder shared between machines makes a new one. No instruction set is taken from this machine unasked (-march=native), so a
-cached library runs wherever its name is found.
+The name of a library has a hash of all sources, its flags, the compiler's version and the machine, so an edit, an upgrade or
+another machine with the same home folder gets a library of its own. No flag depends on this machine's processor
+(-march=native), so a cached library runs wherever its name is found.
 """
 
 import ctypes
@@ -23,12 +23,12 @@ TIMEOUT_S = 300
 
 
 class CannotCompile(Exception):
-    """Why there is no library; the kernels that need it are left out."""
+    """Says why a library cannot be compiled or loaded. Kernels that need it are not used."""
 
 
 @cache
 def load(name: str, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
-    """Returns the library of csrc/<name>.c (such as conv/amx), compiled if need be. Raises CannotCompile."""
+    """Returns the library of csrc/<name>.c, such as conv/amx, and compiles it if it is missing. Raises CannotCompile."""
     try:
         return ctypes.CDLL(str(compile_source(name, flags)))
     except OSError as error:
@@ -36,7 +36,7 @@ def load(name: str, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
 
 
 def compile_source(name: str, flags: tuple[str, ...]) -> Path:
-    """The library's file. Processes that want the same one wait for the first; a file that is there is complete."""
+    """Returns the library's file. One process compiles it, the others wait; a file with this name is complete."""
     compiler = find_compiler()
     library = cache_folder() / f"{name.replace('/', '-')}-{_fingerprint(compiler, flags)}.so"
     if library.exists():
@@ -49,7 +49,7 @@ def compile_source(name: str, flags: tuple[str, ...]) -> Path:
 
 
 def find_compiler() -> str:
-    """$CC, or the first of cc, gcc and clang that is there."""
+    """Returns the path of $CC, or else of the first of cc, gcc and clang on the PATH. Raises CannotCompile."""
     wanted = (os.environ["CC"],) if os.environ.get("CC") else ("cc", "gcc", "clang")
     found = next(filter(None, map(shutil.which, wanted)), None)
     if found is None:
@@ -58,7 +58,7 @@ def find_compiler() -> str:
 
 
 def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/dmquant/kernels, or the same below ~/.cache."""
+    """Returns $XDG_CACHE_HOME/dmquant/kernels, or ~/.cache/dmquant/kernels."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dmquant" / "kernels"
 
 
@@ -66,7 +66,7 @@ def _compile(compiler: str, name: str, flags: tuple[str, ...], library: Path) ->
     handle, draft = tempfile.mkstemp(dir=library.parent, suffix=".so")
     os.close(handle)
     try:
-        # a compiler without OpenMP still makes a library of one thread
+        # without OpenMP the library is compiled for one thread
         for parallel in (["-fopenmp"], []):
             command = [compiler, *OPTIONS, *flags, *parallel, "-I", str(SOURCES), "-o", draft, str(SOURCES / f"{name}.c"), "-lm"]
             done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)

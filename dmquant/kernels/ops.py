@@ -16,13 +16,13 @@ from dmquant.kernels.norm import GATED, place
 from dmquant.kernels.registry import BY_NAME, library
 
 POINTERS = (
-    "x", "out", "weight", "total", "scale", "zero", "bias", "act_scale", "act_zero", "gain", "offset", "factor", "residual",
-    "beside",
+    "x", "out", "weight", "weight_sums", "scale", "zero", "bias", "act_scale", "act_zero", "gain", "offset", "factor",
+    "residual", "skip",
 )  # fmt: skip
 NUMBERS = (
-    "activate", "zoom", "bias_stride", "act_stride", "act_max", "bits", "planes", "plane_bytes", "halves", "block", "images",
-    "height", "width", "channels", "outputs", "beside_channels", "last_width", "kernel_h", "kernel_w", "stride_h", "stride_w",
-    "pad_top", "pad_left", "out_height", "out_width", "threads",
+    "activation", "upsample", "bias_stride", "act_stride", "act_max", "bits", "planes", "plane_bytes", "half_scale",
+    "channel_block", "images", "height", "width", "channels", "outputs", "skip_channels", "last_width", "kernel_h", "kernel_w",
+    "stride_h", "stride_w", "pad_top", "pad_left", "out_height", "out_width", "threads",
 )  # fmt: skip
 JOB = struct.Struct(f"{len(POINTERS)}P{len(NUMBERS)}qd")  # the structure of csrc/conv/params.h; the last is epsilon
 
