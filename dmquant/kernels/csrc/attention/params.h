@@ -1,4 +1,4 @@
-/* Arguments of an attention on codes. */
+/* Arguments of an attention on codes. Shapes: B images, N queries, M keys, C channels of a head. */
 #ifndef DMQUANT_ATTENTION_PARAMS_H
 #define DMQUANT_ATTENTION_PARAMS_H
 #include <stdint.h>
@@ -6,12 +6,12 @@
 enum { QUERY, KEY, PROBABILITY, VALUE };    /* operands, in the order of their grids */
 
 /* Python packs the fields in this order: pointers, int64, one double. Strides are in floats; the channels of a token of a head
- * lie side by side. channels and keys are at most 2^14, so sums of three terms channels * 255 * 128 fit int32. */
+ * lie side by side. C and M are at most 2^14, so three sums of that many products 255 * 128 fit int32. */
 typedef struct {
-    const float *query;             /* (images, heads, queries, channels), by strides */
-    const float *key, *value;       /* (images, heads, keys, channels), by strides */
-    float *out;                     /* (images, queries, heads, channels), contiguous */
-    const float *grid_scale;        /* (4 operands, images, heads) */
+    const float *query;             /* (B, heads, N, C), by strides */
+    const float *key, *value;       /* (B, heads, M, C), by strides */
+    float *out;                     /* (B, N, heads, C), contiguous */
+    const float *grid_scale;        /* (4 operands, B, heads) */
     const float *grid_zero;         /* the same: integers from 0 to max_code */
     int64_t images, heads, queries, keys, channels;
     int64_t query_image, query_head, query_token;

@@ -9,7 +9,7 @@
 #include "simd/simd.h"
 
 #define CHUNK 64                    /* keys */
-#define EXP_SUM_LIMIT 0x1p100f      /* a sum of exponentials from which on the pivot lies too far below the largest score */
+#define EXP_SUM_LIMIT 0x1p100f      /* sums of exponentials from here on: the pivot is too far below the largest score */
 
 /* 2^x, relative error 2e-7: 2^floor(x) times a polynomial of degree 5 in x - floor(x), our own fit over 0..1. For x < -126 the
  * result is below 2^-125, for x > 100 it is at least EXP_SUM_LIMIT. */

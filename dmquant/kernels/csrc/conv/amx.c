@@ -1,6 +1,6 @@
 /* Convolution by AMX: a tile of 16 cells of 64 u8 codes times a tile of 64 s8 levels of 16 outputs, 2 x 2 tiles at a time.
  *
- * Channel blocks have 64 channels. Cells of a band lie one behind the other, so the 16 cells of a tile may run over the end of a
+ * Channel blocks have 64 channels. Cells of a band are contiguous, so the 16 cells of a tile may run over the end of a
  * row: sums under padding are dropped, and tiles are full even where rows have 4 or 8 pixels. The epilogue of earlier tiles runs
  * between the products of the next ones: the tile unit and the vector units work at the same time.
  * Needs AMX-TILE, AMX-INT8, AVX-512 F, BW, VL and DQ, and Linux. */

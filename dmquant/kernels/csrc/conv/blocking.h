@@ -9,7 +9,7 @@
 
 #define OUTPUTS 32                  /* outputs of a block of weights */
 #define STAGED_BYTES (16 << 10)     /* of pixels that the prologue writes at a time: they are quantized from the L1 cache */
-#define BAND_PIXELS 4096            /* output pixels of a band, at most (at least one row) */
+#define BAND_PIXELS 4096            /* output pixels of a band, at most (but at least BAND_STEP rows) */
 #define SLACK 16                    /* cells behind the last one that a kernel may read; their products are ignored */
 
 #ifndef UNPACKED_BYTES              /* bytes of an unpacked block of weights; `plan` is a Plan, `conv` is in scope */
@@ -48,7 +48,7 @@ INLINE int needs_pixel_sums(const ConvParams *conv) { return conv->zero || ALWAY
 
 typedef struct {
     int64_t channel_blocks, output_blocks;
-    int64_t taps;                   /* kernel_h * kernel_w */
+    int64_t taps;                   /* K = kernel_h * kernel_w */
     int64_t cell_bytes;
     int64_t row_cells;              /* from one row of cells to the next, in cells */
     int64_t block_bytes;            /* from one block of channels to the next, in bytes */
@@ -63,12 +63,12 @@ typedef struct {
 typedef struct {
     uint8_t *cells;
     uint8_t *weights;               /* group_blocks unpacked blocks */
-    int32_t *pixel_sums;            /* a summed over channels, for each cell of a band: [input row][row_cells] */
-    int32_t *window_sums;           /* a summed over channels and taps, for each output pixel of a band */
+    int32_t *pixel_sums;            /* a summed over C, for each input pixel of a band: [input row][row_cells] */
+    int32_t *window_sums;           /* a summed over C and K, for each output pixel of a band */
     int32_t *input_rows;            /* for each output row of a band: the row of cells under its first tap */
-    int32_t *tap_offsets;           /* [channel block][tap]: bytes from the cell of a pixel's first tap to that of this one */
+    int32_t *tap_offsets;           /* [channel block][K]: bytes from the cell of a pixel's first tap to that of this tap */
     uint8_t *tile_buffer;           /* tile_buffer_bytes() for prepare_band() */
-    float *staged;                  /* (staged_pixels, channels): what the prologue made */
+    float *staged;                  /* (staged_pixels, C): outputs of the prologue */
 } Scratch;
 
 /* Bytes that prepare_band() needs; defined by the kernel. */

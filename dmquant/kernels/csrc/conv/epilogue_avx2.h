@@ -8,8 +8,8 @@
 typedef struct {
     __m256i mask;                   /* outputs that exist */
     __m256 scale, bias;             /* weight scale * act_scale; 0 without a bias */
-    __m256i zero_sums;              /* act_zero * weight_sums: sums of level * code lie above those of level * a by it */
-    __m256i weight_shift;           /* shift of the weights: times the window sum it is subtracted from sums of level * a */
+    __m256i zero_sums;              /* act_zero * weight_sums: the sum of level * code minus that of level * a */
+    __m256i weight_shift;           /* shift of the weights: times the window sum, it is subtracted from sums of level * a */
     int has_shift;
     int accumulates;                /* whether this is not the first plane: adds to out instead of the bias */
     const float *residual, *out;    /* of the whole image; residual is NULL if there is none or this is not the last plane */

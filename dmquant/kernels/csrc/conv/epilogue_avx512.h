@@ -8,8 +8,8 @@
 typedef struct {
     __mmask16 mask;                 /* outputs that exist */
     __m512 scale, bias;             /* weight scale * act_scale; 0 without a bias */
-    __m512i zero_sums;              /* act_zero * weight_sums: sums of level * code lie above those of level * a by it */
-    __m512i weight_shift;           /* shift of the weights: times the window sum it is subtracted from sums of level * a */
+    __m512i zero_sums;              /* act_zero * weight_sums: the sum of level * code minus that of level * a */
+    __m512i weight_shift;           /* shift of the weights: times the window sum, it is subtracted from sums of level * a */
     int has_shift;
     int accumulates;                /* whether this is not the first plane: adds to out instead of the bias */
     const float *residual, *out;    /* of the whole image; residual is NULL if there is none or this is not the last plane */

@@ -84,9 +84,9 @@ INLINE void widen(__m256i sum, __m256i *both, __m256i *odd) {
     *odd = _mm256_add_epi16(*odd, _mm256_srli_epi16(sum, 8));
 }
 
-/* Adds the lookups of one bit plane to the sums of P pixels and 32 outputs. nibbles: [channel block][tap][16 channels][two
- * pairs of groups][output]. together: lookups whose sum fits a byte. Each step of 16 channels adds up to 16 * act_max to a
- * sum. */
+/* Adds the lookups of one bit plane to the sums of P pixels and 32 outputs. nibbles: [channel block][tap][16 channels][2 pairs
+ * of groups][32 outputs], the low nibble for the first group of the pair. together: lookups whose sum fits a byte. Each step
+ * of 16 channels adds up to 16 * act_max to a sum. */
 INLINE void add_lookups(const Row *row, const uint8_t *nibbles, const uint8_t *first, int bit, const int P, const int together,
                         int32_t sums[][OUTPUTS]) {
     int64_t stride = row->conv->stride_w * row->plan->cell_bytes, steps = row->conv->channel_block / 16;

@@ -102,7 +102,7 @@ INLINE __m512i low_index(__m512i nibbles) {
 INLINE __m512i high_index(__m512i nibbles) { return low_index(_mm512_srli_epi16(nibbles, 4)); }
 
 /* Adds the lookups of one bit plane to the sums of P pixels, `stride` bytes apart, and 32 outputs. nibbles: [channel block][tap]
- * [16 channels][64 bytes]; steps: of 16 channels, in a channel block. */
+ * [16 channels][16 outputs][4 groups], low nibbles for outputs 0-15, high ones for 16-31. steps: of 16 channels, in a block. */
 INLINE void add_lookups(const Row *row, __m512i acc[8][2], const uint8_t *nibbles, const uint8_t *first, const int P,
                         const int steps, const int64_t stride, const int mode) {
     const __m512i ones = _mm512_set1_epi8(1);

@@ -1,7 +1,7 @@
 /* Group norm as a gain and an offset for each channel of each image, and prologues written out as images.
  *
- * Kernels of layers read gain and offset and normalize what they quantize, so no normalized image is stored. Images are channels
- * last: (images, pixels, channels) float32. */
+ * Kernels of layers read gain and offset and normalize what they quantize, so no normalized image is stored. Images are float32,
+ * channels last. Shapes: B images, P pixels, C channels. */
 #include "norm/layer_norm.h"
 #define SLICE 64                    /* channels whose sums are in registers at a time */
 #define RUN 64                      /* pixels summed up in float32 before the sums are added to those in float64 */
@@ -9,14 +9,15 @@
 
 /* Arguments of both functions; Python packs the fields in this order. */
 typedef struct {
-    const float *x;                 /* (images, pixels, channels - skip_channels), or (images, pixels, 2 channels) for GATED */
-    const float *skip;              /* (images, pixels, skip_channels): the last channels of a concatenation; or NULL */
-    const float *weight, *bias;     /* (channels) of the group norm, or NULL */
-    float *gain, *offset;           /* (images, channels): written by dmquant_group_norm, read by dmquant_normalize */
-    double *sums;                   /* (images, 2, channels), scratch: sums of d and of d^2, d = x less its value at pixel 0 */
-    const float *factor;            /* (channels), of the prologue, or NULL */
-    float *out;                     /* (images, pixels, channels), written by dmquant_normalize */
-    int64_t images, pixels, channels, skip_channels, groups, activation, threads;
+    const float *x;                 /* (B, P, C - skip_channels), or (B, P, 2 C) for GATED */
+    const float *skip;              /* (B, P, skip_channels): the last channels of a concatenation; or NULL */
+    const float *weight, *bias;     /* (C), of the group norm, or NULL: 1 and 0 */
+    float *gain, *offset;           /* (B, C): written by dmquant_group_norm, read by dmquant_normalize */
+    double *sums;                   /* (B, 2, C), scratch: sums over P of d and d^2, with d = x - its value at pixel 0 */
+    const float *factor;            /* (C), of the prologue, or NULL */
+    float *out;                     /* (B, P, C), written by dmquant_normalize */
+    int64_t images, pixels, channels;               /* B, P, C */
+    int64_t skip_channels, groups, activation, threads;
     double epsilon;                 /* of the group norm, or of the prologue's layer norm (0: none) */
 } NormParams;
 

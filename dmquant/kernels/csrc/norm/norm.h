@@ -8,8 +8,8 @@
 
 /* For the channels of one image, or for a part of them. */
 typedef struct {
-    const float *gain, *offset;     /* (channels), or both NULL: 1 and 0 */
-    const float *factor;            /* (channels), or NULL: 1 */
+    const float *gain, *offset;     /* (C), or both NULL: 1 and 0 */
+    const float *factor;            /* (C), or NULL: 1 */
     int64_t activation;             /* NONE, SILU, ...; GATED takes neither gain nor offset */
     int64_t stride;                 /* floats from one output pixel to the next */
     double epsilon;                 /* > 0: a layer norm comes first, and activation is NONE; 0: none */
