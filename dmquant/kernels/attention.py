@@ -44,7 +44,7 @@ LARGEST = 2**14  # channels of a head, and keys: three sums of their products fi
 POINTERS = ("query", "key", "value", "out", "grid_scale", "grid_zero")
 STRIDES = tuple(f"{factor}_{step}" for factor in ("query", "key", "value") for step in ("image", "head", "token"))
 NUMBERS = ("images", "heads", "queries", "keys", "channels", *STRIDES, "max_code", "threads")
-ATTENTION = struct.Struct(f"{len(POINTERS)}P{len(NUMBERS)}qd")  # that of csrc/attention/attention.c; the last is the scale
+ATTENTION = struct.Struct(f"{len(POINTERS)}P{len(NUMBERS)}qd")  # as in csrc/attention/params.h; the last is the scale
 
 
 @torch.compiler.assume_constant_result

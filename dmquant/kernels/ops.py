@@ -24,7 +24,7 @@ NUMBERS = (
     "channel_block", "images", "height", "width", "channels", "outputs", "skip_channels", "last_width", "kernel_h", "kernel_w",
     "stride_h", "stride_w", "pad_top", "pad_left", "out_height", "out_width", "threads",
 )  # fmt: skip
-JOB = struct.Struct(f"{len(POINTERS)}P{len(NUMBERS)}qd")  # the structure of csrc/conv/params.h; the last is epsilon
+JOB = struct.Struct(f"{len(POINTERS)}P{len(NUMBERS)}qd")  # as in csrc/conv/params.h; the last is epsilon
 
 
 def multiply(
