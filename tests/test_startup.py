@@ -44,6 +44,22 @@ def test_a_comparison_of_report_files_comes_without_torch(tmp_path):
     assert json.loads(table)["rows"][0]["model"] == "m" and page.is_file()
 
 
+def test_a_page_with_plots_imports_neither_torch_nor_pyplot(tmp_path):
+    protocol = Protocol(num_images=10, seed=0, steps=2, sampler="ddim", batch=5, image_size=8)
+    for name in ("a", "b"):
+        Report(
+            model=name, method="float", settings={}, weight_bits=32, act_bits=32, metrics={"fid": 1.0}, protocol=protocol,
+            size_bytes=4, float_size_bytes=4, bits_per_weight=32.0, ops=1.0, seconds_per_image=1.0, versions={},
+        ).save(tmp_path / name)  # fmt: skip
+    page = tmp_path / "page.html"
+    line = ["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--html", str(page), "--samples", "0"]
+    unwanted = {"torch", "matplotlib.pyplot"}
+    code = f"import sys\nfrom dmquant.cli import app\napp.run(sys.argv[1:])\nassert not {unwanted} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, *line], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "<svg" in page.read_text(encoding="utf-8")
+
+
 def test_the_package_itself_imports_nothing_heavy():
     code = f"import sys, dmquant, dmquant.methods\ndmquant.compare\nassert not set(sys.modules) & set({HEAVY})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -10,7 +10,7 @@ import typer
 
 from dmquant.cli import arguments, console
 from dmquant.cli.options import HIDDEN, Device, Guidance, Labels, Prompts
-from dmquant.errors import DmquantError, InputError, Interrupted
+from dmquant.errors import DmquantError, InputError, Interrupted, MissingResource
 
 if TYPE_CHECKING:
     from dmquant.evaluation.reports.comparison import Comparison
@@ -47,7 +47,7 @@ def compare(
     paths: Annotated[list[Path] | None, typer.Argument(metavar="PATH...", help="Reports, or folders that hold some.")] = None,
     form: Annotated[Format, typer.Option("--format", help="How to write it.")] = "table",
     mixed: Annotated[bool, typer.Option("--mixed", help="Allow different protocols; what differs becomes a column.")] = False,
-    html: Annotated[Path | None, typer.Option(help="Also write a page: table, plots, samples, settings.", **HIDDEN)] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write a page: samples, table, plots, settings.", **HIDDEN)] = None,
     samples: Annotated[int, typer.Option(help="Images of each model on the page; 0 opens no pipeline.", min=0, max=64)] = 8,
     effort: Annotated[bool, typer.Option("--effort", help="Also show what quantizing took: seconds, memory.")] = False,
     cards: Annotated[bool, typer.Option("--cards", help="Also write a model card into each quantized folder.")] = False,
@@ -156,6 +156,11 @@ def _show(table: "Comparison", form: Format) -> None:
 def _write_page(file: Path, table: "Comparison", reports: list["Report"], samples: int, device: str | None) -> None:
     from dmquant.evaluation.reports import html_page
 
+    try:
+        figures = html_page.draw_figures(table, reports)
+    except MissingResource as error:
+        figures = html_page.Figures(note=str(error))
+        console.say(f"warning: {file} is written without plots: {error}")
     strips = []
     if samples:
         from dmquant.evaluation import image_cache, sample_sheet
@@ -163,7 +168,7 @@ def _write_page(file: Path, table: "Comparison", reports: list["Report"], sample
         how = {"device": device, "cache": image_cache.default_folder(), "track": console.Tracker()}
         strips = sample_sheet.draw_strips(reports, samples, **how)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(html_page.render(table, reports, strips), encoding="utf-8")
+    file.write_text(html_page.render(table, reports, figures=figures, strips=strips), encoding="utf-8")
     console.say(f"wrote {file}")
 
 

@@ -1,4 +1,4 @@
-"""The same seeds drawn by every model that is compared, one strip each, and where they differ from the float model's."""
+"""Samples of each compared model for the same seeds, and their differences from the float model's samples."""
 
 import io
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 from torch import Tensor
 
 from dmquant.checkpoint import serialization
@@ -14,18 +15,17 @@ from dmquant.diffusion.pipeline import choose_device
 from dmquant.diffusion.sampling import set_sampler
 from dmquant.errors import DmquantError
 from dmquant.evaluation.image_cache import Gallery
-from dmquant.evaluation.image_grid import make_grid
 from dmquant.evaluation.reports.html_page import Strip
 from dmquant.evaluation.reports.report import Report
 from dmquant.progress import Track, plain
 
-FULL = 64  # levels of difference, mean over the colours, that are shown in full brightness
+FULL = 64  # levels of difference that are white
 
 
 def draw_strips(
     reports: Sequence[Report], count: int, *, device: str | None = None, cache: Path | None = None, track: Track = plain
 ) -> list[Strip]:
-    """A strip of the first `count` seeds per report, float models first; one whose pipeline cannot be opened says why."""
+    """Returns the first `count` seeds of each report, float models first; a strip says why its pipeline cannot be opened."""
     strips, base = [], None
     for report in track(sorted(reports, key=lambda report: not report.is_float), "sample sheet"):
         try:
@@ -35,14 +35,16 @@ def draw_strips(
             strips.append(Strip(report.model, note=str(error)))
             continue
         base = images if base is None and report.is_float else base
-        is_alike = base is not None and not report.is_float and base.shape == images.shape
-        heat = encode(colour(measure_difference(images, base))) if is_alike else None
-        strips.append(Strip(report.model, encode(images), heat))
+        differences: tuple[bytes, ...] = ()
+        if base is not None and not report.is_float and base.shape == images.shape:
+            differences = encode(colour(measure_difference(images, base)))
+        height, width = images.shape[2:]
+        strips.append(Strip(report.model, encode(images), differences, (width, height), report.protocol.seed))
     return strips
 
 
 def draw_first(pipeline: DiffusionPipeline, report: Report, count: int, cache: Path | None) -> Tensor:
-    """Images of the first seeds of a report, uint8 (N, 3, H, W), as it was drawn; out of its batch where that was kept."""
+    """Returns the images (uint8, N 3 H W) of a report's first seeds, from the image cache if it has the first batch."""
     protocol = report.protocol
     if set_sampler(pipeline) != protocol.sampler:
         set_sampler(pipeline, protocol.sampler)
@@ -53,18 +55,22 @@ def draw_first(pipeline: DiffusionPipeline, report: Report, count: int, cache: P
 
 
 def measure_difference(images: Tensor, others: Tensor) -> Tensor:
-    """Absolute difference, mean over the colours, in levels (N, H, W)."""
+    """Returns the absolute difference in levels, averaged over the colours (N, H, W)."""
     return (images.float() - others.float()).abs().mean(1)
 
 
 def colour(difference: Tensor) -> Tensor:
-    """Black over red and yellow to white, uint8 (N, 3, H, W)."""
+    """Returns colours from black (0) over red and yellow to white (FULL levels or more), uint8 (N, 3, H, W)."""
     level = (difference / FULL).clamp(0, 1) * 3
     return (torch.stack([level, level - 1, level - 2], 1).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def encode(images: Tensor) -> bytes:
-    """One row of images as PNG."""
+def encode(images: Tensor) -> tuple[bytes, ...]:
+    """Returns each image of uint8 (N, 3, H, W) as PNG."""
+    return tuple(_encode_one(image) for image in images)
+
+
+def _encode_one(image: Tensor) -> bytes:
     content = io.BytesIO()
-    make_grid(images, len(images)).save(content, "PNG")
+    Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy()).save(content, "PNG")
     return content.getvalue()

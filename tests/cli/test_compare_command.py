@@ -1,6 +1,8 @@
 """compare as a user gives it: over reports, with page and cards, and with experiments that it runs first."""
 
+import html
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from dmquant.checkpoint import serialization
 from dmquant.cli import app
 from dmquant.evaluation import sweep
 from dmquant.evaluation.model_card import MARK
-from dmquant.evaluation.reports.report import Report
+from dmquant.evaluation.reports.report import Protocol, Report
 from tests.conftest import TINY_UNET
 from tests.text import make_text_pipeline
 
@@ -43,7 +45,7 @@ def test_runs_are_done_and_shown_and_done_once(tiny_folder, capsys):
     folders = sorted(path.name for path in Path("all").iterdir() if path.is_dir())
     assert len(folders) == 3 and folders[0] == "float" and MARK in (Path("all") / folders[1] / "README.md").read_text()
     page = Path("page.html").read_text(encoding="utf-8")
-    assert page.count("data:image/png") == 5 and "Layer by layer" in page  # three strips, two differences
+    assert page.count("<img ") == 10 and "Layer by layer" in page  # two seeds of three models, two differences of two
     assert Report.load(f"all/{folders[1]}").layers
     assert app.run(["verify", f"all/{folders[1]}"]) == 0
     capsys.readouterr()
@@ -67,6 +69,22 @@ def test_a_list_in_a_file_brings_its_protocol(tiny_folder, capsys):
     assert Report.load("all/a").protocol.num_images == 4 and "PSNR" in capsys.readouterr().out
     code, err = fails(capsys, "--experiments", "list.json", "-o", "all", "--steps", 3)
     assert code == 2 and "holds its protocol" in err
+
+
+def test_a_page_without_matplotlib_is_written_without_plots_and_a_line_says_how_to_get_them(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    protocol = Protocol(num_images=10, seed=0, steps=2, sampler="ddim", batch=5, image_size=8)
+    for name, size in (("a", 4), ("b", 8)):
+        Report(
+            model=name, method="lsq", settings={}, weight_bits=4, act_bits=4, metrics={"fid": float(size)}, protocol=protocol,
+            size_bytes=size, float_size_bytes=32, bits_per_weight=4.0, ops=1.0, seconds_per_image=1.0, versions={},
+        ).save(tmp_path / name)  # fmt: skip
+    assert run("a", "b", "--html", "page.html", "--samples", 0) == 0
+    (warning, wrote) = capsys.readouterr().err.splitlines()
+    advice = "plots need matplotlib; get it with: pip install 'dmquant[plots]'"
+    assert warning == f"warning: page.html is written without plots: {advice}" and wrote == "wrote page.html"
+    page = html.unescape(Path("page.html").read_text(encoding="utf-8"))
+    assert advice in page and "<svg" not in page and "<table" in page
 
 
 @pytest.mark.filterwarnings("ignore")  # from inside transformers

@@ -1,25 +1,28 @@
-"""Strips show the seeds of the reports, and differences where there are some."""
+"""Strips hold an image of each seed of the reports, and its difference from the float model's image."""
 
 import io
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from dmquant.diffusion.pipeline import open_pipeline
 from dmquant.diffusion.sampling import generate
 from dmquant.evaluation import image_cache
 from dmquant.evaluation.evaluator import evaluate
-from dmquant.evaluation.image_grid import make_grid
 from dmquant.evaluation.sample_sheet import FULL, colour, draw_strips, measure_difference
 
 HOW = {"num_images": 6, "steps": 2, "batch": 4, "seed": 3}
 
 
-def picture(data: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+def pictures(data: Sequence[bytes]) -> Tensor:
+    """Images uint8 (N, 3, H, W) of PNG files."""
+    arrays = [np.asarray(Image.open(io.BytesIO(content))) for content in data]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
 
 
 @pytest.fixture
@@ -36,11 +39,13 @@ def reports(tiny_folder, tmp_path):
 
 def test_the_float_model_comes_first_and_others_show_their_differences(reports, tiny_folder):
     first, second = draw_strips(reports, 3, device="cpu")
-    assert first.model == str(tiny_folder) and first.differences is None and not first.note
+    assert first.model == str(tiny_folder) and first.differences == () and not first.note
     images = torch.cat(list(generate(open_pipeline(tiny_folder), range(3, 6), steps=2, batch=3)))
-    assert np.array_equal(picture(first.images), np.asarray(make_grid(images, 3)))
+    assert torch.equal(pictures(first.images), images)
     others = torch.cat(list(generate(open_pipeline(second.model), range(3, 6), steps=2, batch=3)))
-    assert np.array_equal(picture(second.differences), np.asarray(make_grid(colour(measure_difference(others, images)), 3)))
+    assert torch.equal(pictures(second.images), others)
+    assert torch.equal(pictures(second.differences), colour(measure_difference(others, images)))
+    assert (first.size, first.first_seed) == (second.size, second.first_seed) == ((8, 8), 3)
 
 
 def test_what_was_evaluated_is_not_drawn_again(reports, tmp_path, monkeypatch):
@@ -54,7 +59,7 @@ def test_what_was_evaluated_is_not_drawn_again(reports, tmp_path, monkeypatch):
 def test_a_pipeline_that_is_gone_says_so(reports, tmp_path):
     (tmp_path / "other" / "model_index.json").unlink()
     kept, gone = draw_strips(reports, 2, device="cpu")
-    assert kept.images and gone.images is None and "model_index.json" in gone.note
+    assert kept.images and gone.images == () and "model_index.json" in gone.note
 
 
 def test_no_difference_is_black_and_a_large_one_white():

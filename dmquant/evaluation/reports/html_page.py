@@ -1,35 +1,47 @@
-"""Reports -> one HTML page that stands alone: table, protocol, plots, samples, settings. No script, nothing fetched."""
+"""Reports -> one HTML file: samples, table, plots, protocol, settings. It runs no script and fetches nothing."""
 
 import base64
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from dmquant import __version__
 from dmquant.assets import ASSETS
-from dmquant.evaluation.reports.columns import COST, IDENTITY, Column, name_metric, rank
+from dmquant.evaluation.reports.columns import IDENTITY
 from dmquant.evaluation.reports.comparison import Comparison
-from dmquant.evaluation.reports.layer_plots import Band, Row, draw_bands, draw_layers
-from dmquant.evaluation.reports.report import LayerProfile, Report
-from dmquant.evaluation.reports.svg import COLOURS, Point, lines, pale, scatter
+from dmquant.evaluation.reports.layer_plots import draw_profiles, draw_ranges
+from dmquant.evaluation.reports.plots import draw_cosine, draw_quality
+from dmquant.evaluation.reports.report import Report
+from dmquant.evaluation.reports.svg import Mark, choose_marks
 
 TEMPLATE = ASSETS / "page.html"
-NUM_BANDS = 6  # layers whose ranges are drawn one by one
-COSTS = tuple(column for column in COST if column.key in ("size_mb", "giga_ops", "bits_per_weight"))
+SMALL_TILE, LARGE_TILE = 128, 256  # pixels: smaller images are enlarged to the first, larger ones reduced to the second
 
 
 @dataclass(frozen=True)
 class Strip:
-    """One model's images of the seeds that all models share, as PNG."""
+    """One model's images of the seeds that all models share, each one a PNG."""
 
     model: str
-    images: bytes | None = None
-    differences: bytes | None = None  # to the float model's images
-    note: str = ""  # why there are none
+    images: tuple[bytes, ...] = ()
+    differences: tuple[bytes, ...] = ()  # to the float model's images
+    size: tuple[int, int] = (0, 0)  # width and height of an image in pixels
+    first_seed: int = 0
+    note: str = ""  # why there are no images
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Plots of a page as SVG elements."""
+
+    quality: tuple[str, ...] = ()
+    cosine: str = ""
+    layers: str = ""
+    ranges: tuple[str, ...] = ()
+    note: str = ""  # why plots are missing
 
 
 @dataclass(frozen=True)
@@ -41,27 +53,36 @@ class Cell:
 
 @dataclass(frozen=True)
 class Run:
-    """What a reader wants to know of one report beyond its row."""
+    """Facts and settings of one report that the table does not show."""
 
     model: str
     facts: dict[str, str]
     settings: dict[str, str]
 
 
-def render(comparison: Comparison, reports: Sequence[Report], strips: Sequence[Strip] = ()) -> str:
-    """The page's text. `reports` are those of the comparison; `strips` their samples, where some were drawn."""
+def draw_figures(comparison: Comparison, reports: Sequence[Report]) -> Figures:
+    """Draws all plots for which the reports have values. MissingResource if there are some and matplotlib is not installed."""
+    marks = marks_of(comparison)
+    quality, cosine = draw_quality(comparison, marks), draw_cosine(reports, marks)
+    return Figures(tuple(quality), cosine, draw_profiles(reports, marks), tuple(draw_ranges(reports)))
+
+
+def render(
+    comparison: Comparison, reports: Sequence[Report], *, figures: Figures = Figures(), strips: Sequence[Strip] = ()
+) -> str:
+    """Returns the HTML text. `reports` are those of the comparison; `strips` holds the samples of some of them."""
     environment = Environment(loader=FileSystemLoader(TEMPLATE.parent), autoescape=True, undefined=StrictUndefined)
     return environment.get_template(TEMPLATE.name).render(
         version=__version__, headings=comparison.headings(), rows=lay_out(comparison), notes=comparison.notes,
-        protocol=describe_protocol(reports), plots=[Markup(plot) for plot in draw_plots(comparison, reports)],
-        agreement=Markup(draw_agreement(reports)), layers=Markup(draw_profiles(reports)),
-        bands=[Markup(plot) for plot in draw_ranges(reports)],
-        strips=[{**asdict(strip), "images": _embed(strip.images), "differences": _embed(strip.differences)} for strip in strips],
-        runs=[describe_run(report) for report in reports],
-    )
+        protocol=describe_protocol(reports), runs=[describe_run(report) for report in reports],
+        quality=[Markup(plot) for plot in figures.quality], cosine=Markup(figures.cosine), layers=Markup(figures.layers),
+        ranges=[Markup(plot) for plot in figures.ranges], plots_note=figures.note, legend=make_legend(comparison),
+        samples=[show_strip(strip) for strip in strips],
+    )  # fmt: skip
 
 
 def lay_out(comparison: Comparison) -> list[list[Cell]]:
+    """Returns the rows of the table."""
     best = comparison.best()
     return [
         [
@@ -72,106 +93,39 @@ def lay_out(comparison: Comparison) -> list[list[Cell]]:
     ]
 
 
+def make_legend(comparison: Comparison) -> dict[str, Mark]:
+    """Returns name and bits of each model -> its mark in all plots."""
+    marks = marks_of(comparison)
+    return {f"{marks[str(row['model'])].name} {row['bits']}": marks[str(row["model"])] for row in comparison.rows}
+
+
+def marks_of(comparison: Comparison) -> dict[str, Mark]:
+    """Returns model -> its mark, in the order of the table."""
+    return choose_marks(str(row["model"]) for row in comparison.rows)
+
+
+def show_strip(strip: Strip) -> dict[str, object]:
+    """Returns the values of a strip for the template: images as data URIs, with the size at which a page shows them."""
+    width, height = strip.size
+    shown = tile_size(width, height) if strip.images else strip.size
+    pictures = {name: [_embed(picture) for picture in getattr(strip, name)] for name in ("images", "differences")}
+    return {**asdict(strip), **pictures, "width": shown[0], "height": shown[1], "is_enlarged": shown[0] > width}
+
+
+def tile_size(width: int, height: int) -> tuple[int, int]:
+    """Returns the size at which a page shows an image: each pixel of a small one as a square of whole pixels."""
+    if min(width, height) < SMALL_TILE:
+        zoom = -(-SMALL_TILE // min(width, height))
+        return width * zoom, height * zoom
+    scale = max(SMALL_TILE / min(width, height), min(1.0, LARGE_TILE / max(width, height)))
+    return round(width * scale), round(height * scale)
+
+
 def describe_protocol(reports: Sequence[Report]) -> dict[str, str]:
-    """Every field of the protocols: one value where they agree, else all there are."""
+    """Returns field -> value of the protocols; all values of a field in which the reports differ."""
     protocols = [asdict(report.protocol) for report in reports]
     found = {name: list(dict.fromkeys(str(protocol[name]) for protocol in protocols)) for name in protocols[0]}
     return {name.replace("_", " "): ", ".join(values) for name, values in found.items() if values != ["None"]}
-
-
-def draw_plots(comparison: Comparison, reports: Sequence[Report]) -> list[str]:
-    """The first distance against what it costs."""
-    plots, metric, short = [], choose_metric(comparison), shorten([report.model for report in reports])
-    colours = paint(short.values())
-    for cost in COSTS if metric else ():
-        rows = [row for row in comparison.rows if None not in (row[cost.key], row[metric.key])]
-        points = [
-            Point(row[cost.key], row[metric.key], f"{short[row['model']]} {row['bits']}", colours[short[row["model"]]])
-            for row in rows
-        ]
-        if len(points) > 1:
-            plots.append(scatter(points, x_title=_title(cost), y_title=_title(metric)))
-    return plots
-
-
-def draw_agreement(reports: Sequence[Report]) -> str:
-    """How near the denoisers' answers are to the float one's over the timesteps; nothing where no report says it."""
-    short = shorten([report.model for report in reports])
-    shown = {short[report.model]: report.curves["cosine"] for report in reports if "cosine" in report.curves}
-    curves = {name: [(float(timestep), value) for timestep, value in curve.items()] for name, curve in shown.items()}
-    if not curves:
-        return ""
-    return lines(curves, paint(short.values()), x_title="timestep", y_title="cosine to the float denoiser's answer")
-
-
-def shorten(models: Sequence[str]) -> dict[str, str]:
-    """The last parts of paths, where they tell the models apart."""
-    names = {model: Path(model).name for model in models}
-    return names if len(set(names.values())) == len(names) else {model: model for model in models}
-
-
-def paint(names: Iterable[str]) -> dict[str, str]:
-    """A colour for each model, the same in all plots; from the ninth on they are paler, from the 17th on they come again."""
-    colours = [*COLOURS, *(pale(colour) for colour in COLOURS)]
-    return {name: colours[number % len(colours)] for number, name in enumerate(dict.fromkeys(names))}
-
-
-def draw_profiles(reports: Sequence[Report]) -> str:
-    """The errors of all layers over the widths of their inputs' ranges; nothing where no report has looked at layers."""
-    known = {layer.name: layer for report in reports for layer in reversed(report.layers)}
-    if not known:
-        return ""
-    first, short = next(report.layers for report in reports if report.layers), shorten([report.model for report in reports])
-    layers = [*first, *(layer for layer in known.values() if layer.name not in {layer.name for layer in first})]
-    profiles = {short[report.model]: {layer.name: layer for layer in report.layers} for report in reports if report.layers}
-    panels = {
-        title: {
-            model: [getattr(found.get(layer.name), key, None) for layer in layers]
-            for model, found in profiles.items() if any(getattr(layer, key) is not None for layer in found.values())
-        }
-        for title, key in (("SQNR alone, dB", "local_db"), ("SQNR in its model, dB", "total_db"))
-    }  # fmt: skip
-    heat = spread_widths(layers)
-    row = Row([layer.name for layer in layers], [layer.role.replace("_", " ") for layer in layers])
-    return draw_layers(row, {title: curves for title, curves in panels.items() if curves}, heat, paint(short.values()))
-
-
-def spread_widths(layers: Sequence[LayerProfile]) -> dict[float, list[float | None]]:
-    """Timestep -> for each layer the width of its input's bulk, as a share of the widest one that it has at any timestep."""
-    widths = [measure_widths(layer) for layer in layers]
-    timesteps = {timestep for found in widths for timestep in found}
-    widest = [max(found.values(), default=0.0) for found in widths]
-    return {at: [found[at] / most if most and at in found else None for found, most in zip(widths, widest)] for at in timesteps}
-
-
-def measure_widths(layer: LayerProfile) -> dict[float, float]:
-    """Timestep -> distance between the 0.1 % and the 99.9 % quantile of the input."""
-    return {float(timestep): high - low for timestep, (_, low, high, _) in layer.ranges.items()}
-
-
-def draw_ranges(reports: Sequence[Report]) -> list[str]:
-    """The inputs whose range varies most from timestep to timestep; layers that read the same are drawn once."""
-    readers: dict[str, list[LayerProfile]] = {}
-    for layer in next((report.layers for report in reports if report.layers), ()):
-        readers.setdefault(str(layer.ranges), []).append(layer)
-    plots = []
-    for alike in sorted(readers.values(), key=lambda alike: -measure_variation(alike[0]))[:NUM_BANDS]:
-        more = f" and {len(alike) - 1} more" if len(alike) > 1 else ""
-        bands = [Band(float(timestep), *found) for timestep, found in alike[0].ranges.items()]
-        plots.append(draw_bands(bands, alike[0].name + more))
-    return plots
-
-
-def measure_variation(layer: LayerProfile) -> float:
-    """How many times as wide the bulk of the input is at one timestep as at another; 1 for one that is nothing anywhere."""
-    widths = [width for width in measure_widths(layer).values() if width > 0]
-    return max(widths, default=1.0) / min(widths, default=1.0)
-
-
-def choose_metric(comparison: Comparison) -> Column | None:
-    """The metric that a model is judged by first: the first one of which less is better."""
-    known = [name_metric(column.key) for column in comparison.columns if not column.is_change]
-    return min((metric for metric in known if metric.better == "lower"), key=lambda metric: rank(metric.key), default=None)
 
 
 def describe_run(report: Report) -> Run:
@@ -181,7 +135,7 @@ def describe_run(report: Report) -> Run:
         "made from": report.base_model or "-", "denoiser": f"{report.size_bytes / 1e6:.3f} MB",
         "BOPs": _giga(report.bops, "G"), "attention": _giga(report.attention_macs, "G float MACs, in no other count"),
         "versions": versions,
-    }
+    }  # fmt: skip
     return Run(report.model, facts, {key: json.dumps(value) for key, value in report.settings.items()})
 
 
@@ -189,9 +143,5 @@ def _giga(count: int | None, unit: str) -> str:
     return "-" if count is None else f"{count / 1e9:,.3f} {unit}"
 
 
-def _title(column: Column) -> str:
-    return column.title + (f", {column.unit}" if column.unit else "")
-
-
-def _embed(picture: bytes | None) -> str | None:
-    return picture and "data:image/png;base64," + base64.b64encode(picture).decode()
+def _embed(picture: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(picture).decode()

@@ -1,28 +1,32 @@
-"""Layers side by side as SVG: panels over one row of layers in the order in which they run, and one layer's range by timestep."""
+"""Plots of single layers: errors of all layers, the widths of their input ranges, and one layer's range by timestep."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
-from itertools import groupby
+from typing import TYPE_CHECKING
 
-from dmquant.evaluation.reports.labels import LETTER
-from dmquant.evaluation.reports.svg import COLOURS, LEFT, RIGHT, draw_frame, draw_heights, draw_line, make_axis, wrap, write
+from dmquant.evaluation.reports.report import LayerProfile, Report
+from dmquant.evaluation.reports.svg import COLOURS, Canvas, Mark, plot_style
 
-WIDTH = 1268  # pixels
-PANEL, MAP, GAP = 210, 170, 22  # heights of a panel of curves and of the map, and between two
-STRIP = 8  # height of the strip of roles
-LINE = 18  # of a legend
-MIN_PITCH = 12  # between two names of layers
-SMALL_WIDTH, SMALL_HEIGHT = 412, 240
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+WIDTH = 1168  # pixels, all the width of the page
+PANEL, MAP, STRIP, GAP = 200, 160, 10, 24  # heights in pixels: a panel of curves, the map, the strip of roles, between two
+LETTER = 7  # width of a letter of a layer's name in pixels, about
+MIN_PITCH = 14  # pixels between the names of two layers
 MAX_ROWS = 25  # of the map
-GROUPS = ("#999999", "#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#8c6d1f", "#0072b2", "#d55e00", "#f0e442")
+SMALL_WIDTH, SMALL_HEIGHT = 412, 240
+NUM_BANDS = 6  # layers whose ranges are drawn
+ROLE_COLOURS = ("#999999", "#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#8c6d1f", "#0072b2", "#d55e00", "#f0e442")
+ERRORS = {"SQNR alone, dB": "local_db", "SQNR in its model, dB": "total_db"}
 
-Values = Sequence[float | None]  # of all layers, None where there is none
+Values = Sequence[float | None]  # one per layer, None where there is none
 
 
 @dataclass(frozen=True)
 class Band:
-    """What one layer reads at one timestep: the ends of the range, and of its bulk within."""
+    """Range of a layer's input at one timestep: least and largest value, and the 0.1 % and 99.9 % quantiles."""
 
     timestep: float
     least: float
@@ -33,144 +37,137 @@ class Band:
 
 @dataclass(frozen=True)
 class Row:
-    """The layers from left to right, and what they do."""
+    """Names and roles of the layers from left to right."""
 
     names: Sequence[str]
     roles: Sequence[str]
 
-    @property
-    def pitch(self) -> float:
-        return (WIDTH - LEFT - RIGHT) / len(self.names)
 
-    def place(self, number: float) -> float:
-        return LEFT + (number + 0.5) * self.pitch
+def draw_profiles(reports: Sequence[Report], marks: Mapping[str, Mark]) -> str:
+    """Draws the errors of all layers and the widths of their inputs' ranges; "" if no report has profiled layers."""
+    layers = list({layer.name: layer for report in reports for layer in report.layers}.values())
+    if not layers:
+        return ""
+    panels = {}
+    for title, key in ERRORS.items():
+        errors = {marks[report.model]: {layer.name: getattr(layer, key) for layer in report.layers} for report in reports}
+        curves = {mark: [found.get(layer.name) for layer in layers] for mark, found in errors.items()}
+        panels[title] = {mark: curve for mark, curve in curves.items() if any(value is not None for value in curve)}
+    row = Row([layer.name for layer in layers], [layer.role.replace("_", " ") for layer in layers])
+    shown = {title: curves for title, curves in panels.items() if curves}
+    return draw_layers(row, shown, relative_widths(layers))
 
 
-def draw_layers(
-    row: Row, panels: Mapping[str, Mapping[str, Values]], heat: Mapping[float, Values], colours: Mapping[str, str]
-) -> str:
-    """A panel of curves per title, one curve per model, over a map of the shares (0 to 1) by timestep, if there are any."""
-    models = list(dict.fromkeys(model for curves in panels.values() for model in curves))
-    legend, top = draw_legend({model: colours[model] for model in models}, 0)
-    parts = [legend]
-    for title, curves in panels.items():
-        parts.append(draw_panel(row, title, curves, colours, top))
-        top += PANEL + GAP
+def draw_ranges(reports: Sequence[Report]) -> list[str]:
+    """Draws the inputs whose range varies most between timesteps; layers with the same input are drawn once."""
+    readers: dict[str, list[LayerProfile]] = {}
+    for layer in next((report.layers for report in reports if report.layers), ()):
+        readers.setdefault(str(layer.ranges), []).append(layer)
+    plots = []
+    for alike in sorted(readers.values(), key=lambda alike: -measure_variation(alike[0]))[:NUM_BANDS]:
+        more = f" and {len(alike) - 1} more" if len(alike) > 1 else ""
+        bands = [Band(float(timestep), *found) for timestep, found in alike[0].ranges.items()]
+        plots.append(draw_bands(bands, alike[0].name + more))
+    return plots
+
+
+@plot_style()
+def draw_layers(row: Row, panels: Mapping[str, Mapping[Mark, Values]], heat: Mapping[float, Values]) -> str:
+    """Draws, one below the other and with the layers from left to right: errors, widths of the inputs' ranges, roles.
+
+    Args:
+        panels: title -> mark of a model -> a value per layer; one panel of curves per title.
+        heat: timestep -> width of each layer's input range as a share (0 to 1) of its widest; {} draws no map.
+    """
+    heights = [PANEL] * len(panels) + [MAP] * bool(heat) + [STRIP]
+    names = LETTER * max(map(len, row.names))
+    canvas = Canvas(WIDTH, sum(heights) + GAP * len(heights) + names + GAP)
+    ratios = {"height_ratios": heights}
+    *places, strip = canvas.figure.subplots(len(heights), 1, sharex=True, squeeze=False, gridspec_kw=ratios)[:, 0]
+    for axes, (title, curves) in zip(places, panels.items()):
+        _draw_panel(canvas, axes, row, title, curves)
     if heat:
-        parts.append(draw_map(row, heat, top))
-        top += MAP + GAP
-    strip, top = draw_roles(row, top - GAP + 4)
-    names, top = draw_names(row, top)
-    scale, top = draw_scale(heat, top) if heat else ("", top)
-    return wrap([*parts, strip, names, scale], "layers", WIDTH, round(top))
+        _draw_map(canvas, places[-1], heat)
+    _draw_roles(canvas, strip, row)
+    return canvas.to_svg("errors and input ranges of all layers")
 
 
-def draw_legend(entries: Mapping[str, str], top: float) -> tuple[str, float]:
-    """Names with their colours, from left to right in as many lines as they need; and where they end."""
-    parts, x = [], float(LEFT)
-    for name, colour in entries.items():
-        width = 30 + LETTER * len(name)
-        if x > LEFT and x + width > WIDTH - RIGHT:
-            x, top = LEFT, top + LINE
-        parts.append(f'<circle cx="{x + 5:.1f}" cy="{top + 10}" r="5" fill="{colour}"/>{write(x + 14, top + 14, name, "start")}')
-        x += width
-    return "".join(parts), top + LINE + 6
+def _draw_panel(canvas: Canvas, axes: "Axes", row: Row, title: str, curves: Mapping[Mark, Values]) -> None:
+    """Draws a curve per model, with gaps where a layer has no value."""
+    for mark, values in curves.items():
+        hints = [f"{mark.name}, {name}: {value:.4g}" for name, value in zip(row.names, values) if value is not None]
+        known = [math.nan if value is None else value for value in values]
+        canvas.plot(axes, range(len(known)), known, mark, hints)
+    axes.set_ylabel(title)
 
 
-def draw_panel(row: Row, title: str, curves: Mapping[str, Values], colours: Mapping[str, str], top: float) -> str:
-    """Curves broken where a layer has no value, a mark with its value and name at each layer."""
-    known = [value for values in curves.values() for value in values if value is not None]
-    axis = make_axis(title, known or [0.0, 1.0], top + PANEL, top, may_be_log=False)
-    parts = [draw_heights(axis, LEFT, WIDTH - RIGHT)]
-    for model, values in curves.items():
-        places = [(row.place(number), value) for number, value in enumerate(values)]
-        for is_known, piece in groupby(places, key=lambda place: place[1] is not None):
-            if is_known:
-                parts.append(draw_line([(x, axis.place(value)) for x, value in piece], colours[model]))
-        for name, (x, value) in zip(row.names, places):
-            if value is not None:
-                hint = f"<title>{escape(f'{model}, {name}: {value:.4g}')}</title>"
-                parts.append(f'<circle cx="{x:.1f}" cy="{axis.place(value):.1f}" r="3" fill="{colours[model]}">{hint}</circle>')
-    return "".join(parts)
+def _draw_map(canvas: Canvas, axes: "Axes", heat: Mapping[float, Values]) -> None:
+    """Draws a cell per layer and timestep, the largest timestep on top: transparent for the least share of all, full for 1."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
 
-
-def draw_map(row: Row, heat: Mapping[float, Values], top: float) -> str:
-    """A cell per layer and timestep, the earliest of sampling above: blank for the least share of all, full for 1."""
     timesteps = sorted(heat, reverse=True)
     timesteps = timesteps[:: -(-len(timesteps) // MAX_ROWS)]
-    height, middle = MAP / len(timesteps), top + MAP / 2
-    every, least = -(-15 // height), find_least(heat)
-    parts = [f'<g transform="rotate(-90 16 {middle})">{write(16, middle, "timestep", "middle")}</g>']
-    for line, timestep in enumerate(timesteps):
-        y = top + line * height
-        if line % every == 0:
-            parts.append(write(LEFT - 8, y + height / 2 + 4, f"{timestep:.6g}", "end"))
-        for number, share in enumerate(heat[timestep]):
-            if share is not None:
-                place = f'x="{row.place(number - 0.5):.1f}" y="{y:.1f}" width="{row.pitch:.2f}" height="{height:.2f}"'
-                parts.append(f'<rect {place} fill="{COLOURS[0]}" fill-opacity="{shade(share, least):.2f}"/>')
-    box = f'x="{LEFT}" y="{top}" width="{WIDTH - LEFT - RIGHT}" height="{MAP}"'
-    return "".join([*parts, f'<rect {box} fill="none" stroke="currentColor"/>'])
+    shares = [[math.nan if share is None else share for share in heat[timestep]] for timestep in timesteps]
+    least = min((share for line in shares for share in line if not math.isnan(share)), default=0.0)
+    scale = Normalize(least if least < 1 else 0.0, 1.0)
+    colours = LinearSegmentedColormap.from_list("share", [COLOURS[0] + "00", COLOURS[0] + "ff"])
+    axes.imshow(shares, cmap=colours, norm=scale, aspect="auto", interpolation="none")
+    every = -(-len(timesteps) // 10)
+    axes.set_yticks(range(0, len(timesteps), every), [f"{timestep:g}" for timestep in timesteps[::every]])
+    axes.set_ylabel("timestep")
+    axes.grid(visible=False)
+    bar = canvas.figure.colorbar(ScalarMappable(scale, colours.resampled(10)), ax=axes, pad=0.01)
+    bar.ax.set_ylabel("range / widest range")
 
 
-def find_least(heat: Mapping[float, Values]) -> float:
-    return min((share for shares in heat.values() for share in shares if share is not None), default=0.0)
+def _draw_roles(canvas: Canvas, axes: "Axes", row: Row) -> None:
+    """Draws a strip with a colour per role over the names of as many layers as have room, and the legend of the roles."""
+    from matplotlib.patches import Patch
+
+    roles = dict.fromkeys(row.roles)
+    colours = {role: ROLE_COLOURS[number % len(ROLE_COLOURS)] for number, role in enumerate(roles)}
+    count = len(row.names)
+    axes.bar(range(count), [1] * count, width=0.9, color=[colours[role] for role in row.roles])
+    axes.set(xlim=(-0.5, count - 0.5), ylim=(0, 1), yticks=[])
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    every = max(1, -(-MIN_PITCH * count // WIDTH))
+    axes.set_xticks(range(0, count, every), row.names[::every], rotation=90)
+    axes.tick_params(length=0)
+    patches = [Patch(color=colour) for colour in colours.values()]
+    canvas.figure.legend(patches, colours, loc="outside lower left", ncols=len(colours), handlelength=1, columnspacing=1.5)
 
 
-def shade(share: float, least: float) -> float:
-    """Opacity of a share: 0 for the least, 1 for 1."""
-    return (share - least) / (1 - least) if least < 1 else 1.0
-
-
-def draw_scale(heat: Mapping[float, Values], top: float) -> tuple[str, float]:
-    """What the shades of the map mean."""
-    least, said = find_least(heat), "range of a layer's input, as a share of its widest:"
-    x = LEFT + LETTER * len(said)
-    cells = [
-        f'<rect x="{x + 44 + 14 * step:.0f}" y="{top + 4}" width="14" height="12" fill="{COLOURS[0]}"'
-        f' fill-opacity="{step / 9:.2f}"/>'
-        for step in range(10)
-    ]
-    ends = write(x + 38, top + 14, f"{least:.0%}", "end") + write(x + 190, top + 14, "100%", "start")
-    return "".join([write(LEFT, top + 14, said, "start"), *cells, ends]), top + LINE + 6
-
-
-def draw_roles(row: Row, top: float) -> tuple[str, float]:
-    """A strip with a colour per role, under the layers that have it."""
-    colours = paint_roles(row)
-    return "".join(
-        f'<rect x="{row.place(number - 0.5) + 0.5:.1f}" y="{top}" width="{max(1, row.pitch - 1):.1f}" height="{STRIP}"'
-        f' fill="{colours[role]}"><title>{escape(role)}</title></rect>'
-        for number, role in enumerate(row.roles)
-    ), top + STRIP
-
-
-def paint_roles(row: Row) -> dict[str, str]:
-    return {role: GROUPS[number % len(GROUPS)] for number, role in enumerate(dict.fromkeys(row.roles))}
-
-
-def draw_names(row: Row, top: float) -> tuple[str, float]:
-    """The names of the layers, upright, of as many as have room, over the legend of their roles."""
-    every = max(1, round(-(-MIN_PITCH // row.pitch)))
-    shown = list(enumerate(row.names))[::every]
-    parts = [
-        f'<g transform="translate({row.place(number) + 4:.1f} {top + 6:.1f}) rotate(-90)">{write(0, 0, name, "end")}</g>'
-        for number, name in shown
-    ]
-    legend, bottom = draw_legend(paint_roles(row), top + 14 + LETTER * max(len(name) for _, name in shown))
-    return "".join([*parts, legend]), bottom
-
-
+@plot_style()
 def draw_bands(bands: Sequence[Band], title: str) -> str:
-    """What a layer reads from timestep to timestep: the whole range, and in it stronger the bulk."""
+    """Draws the range of a layer's input by timestep: all values in a light colour, the bulk in a strong one."""
     bands = sorted(bands, key=lambda band: band.timestep)
-    x_axis = make_axis("timestep", [band.timestep for band in bands], LEFT - 16, SMALL_WIDTH - 20, may_be_log=False)
-    ends = [value for band in bands for value in (band.least, band.largest)]
-    y_axis = make_axis("", ends, SMALL_HEIGHT - 46, 24, may_be_log=False)
-    parts = [draw_frame(x_axis, y_axis), write(LEFT - 16, 15, title, "start")]
+    timesteps = [band.timestep for band in bands]
+    canvas = Canvas(SMALL_WIDTH, SMALL_HEIGHT)
+    axes = canvas.figure.subplots()
     for low, high, opacity in (("least", "largest", 0.3), ("low", "high", 0.6)):
-        edge = [(band.timestep, getattr(band, high)) for band in bands]
-        edge += [(band.timestep, getattr(band, low)) for band in reversed(bands)]
-        path = " ".join(f"{x_axis.place(x):.1f},{y_axis.place(y):.1f}" for x, y in edge)
-        parts.append(f'<polygon points="{path}" fill="{COLOURS[0]}" fill-opacity="{opacity}"/>')
-    return wrap(parts, f"range of the input of {title}", SMALL_WIDTH, SMALL_HEIGHT)
+        lower, upper = ([getattr(band, name) for band in bands] for name in (low, high))
+        axes.fill_between(timesteps, lower, upper, color=COLOURS[0], alpha=opacity, linewidth=0)
+    axes.set_title(title, loc="left")
+    axes.set_xlabel("timestep")
+    return canvas.to_svg(f"range of the input of {title}")
+
+
+def relative_widths(layers: Sequence[LayerProfile]) -> dict[float, list[float | None]]:
+    """Returns timestep -> for each layer the width of its input's bulk, as a share of its widest at any timestep."""
+    widths = [measure_widths(layer) for layer in layers]
+    timesteps = {timestep for found in widths for timestep in found}
+    widest = [max(found.values(), default=0.0) for found in widths]
+    return {at: [found[at] / most if most and at in found else None for found, most in zip(widths, widest)] for at in timesteps}
+
+
+def measure_widths(layer: LayerProfile) -> dict[float, float]:
+    """Returns timestep -> distance between the 0.1 % and the 99.9 % quantile of the layer's input."""
+    return {float(timestep): high - low for timestep, (_, low, high, _) in layer.ranges.items()}
+
+
+def measure_variation(layer: LayerProfile) -> float:
+    """Returns the ratio of the input's widest bulk to its narrowest over the timesteps; 1 if the input is constant."""
+    widths = [width for width in measure_widths(layer).values() if width > 0]
+    return max(widths, default=1.0) / min(widths, default=1.0)

@@ -1,73 +1,129 @@
-"""Panels are SVG that a browser reads, with every layer above its name."""
+"""Plots of layers show every layer in its column."""
 
+import base64
+import io
+import re
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from dmquant.evaluation.reports.layer_plots import MAX_ROWS, WIDTH, Band, Row, draw_bands, draw_layers, draw_legend, shade
+from dmquant.evaluation.reports.layer_plots import (
+    MAX_ROWS,
+    WIDTH,
+    Band,
+    Row,
+    draw_bands,
+    draw_layers,
+    measure_variation,
+    relative_widths,
+)
+from dmquant.evaluation.reports.report import LayerProfile
+from dmquant.evaluation.reports.svg import choose_marks
 
 SVG = "{http://www.w3.org/2000/svg}"
 ROW = Row(["in", "a.<b>", "c", "out"], ["first", "body", "body", "last"])
-COLOURS = {"w4 <&>": "#111111", "w8": "#222222"}
+W4, W8 = choose_marks(["w4 <&>", "w8"]).values()
 PANELS = {
-    "alone": {"w4 <&>": [10.0, None, 30.0, 20.0], "w8": [40.0, 50.0, 45.0, None]},
-    "total": {"w4 <&>": [10.0, 5.0, 6.0, 7.0]},
+    "alone": {W4: [10.0, None, 30.0, 20.0], W8: [40.0, 50.0, 45.0, None]},
+    "total": {W4: [10.0, 5.0, 6.0, 7.0]},
 }
 HEAT = {900.0: [1.0, 0.6, 0.6, None], 20.0: [0.2, 1.0, 1.0, 1.0]}
 
 
 def draw(row=ROW, panels=PANELS, heat=HEAT):
-    return ElementTree.fromstring(draw_layers(row, panels, heat, COLOURS))
+    return ElementTree.fromstring(draw_layers(row, panels, heat))
+
+
+def texts(tree):
+    return [text.text for text in tree.iter(f"{SVG}text")]
 
 
 def marks(tree, name):
-    """Places and colours of the marks whose hint names the layer."""
-    circles = [c for c in tree.iter(f"{SVG}circle") if c.find(f"{SVG}title") is not None]
-    return [(float(c.get("cx")), c.get("fill")) for c in circles if f", {name}: " in c.find(f"{SVG}title").text]
+    """Place and style of the marks whose hint names the layer."""
+    found = [mark for mark in tree.iter(f"{SVG}use") if mark.find(f"{SVG}title") is not None]
+    return [(float(m.get("x")), m.get("style")) for m in found if f", {name}: " in m.find(f"{SVG}title").text]
+
+
+def upright(text):
+    """Where a text that reads upwards stands."""
+    x, angle = re.fullmatch(r"translate\((\S+) \S+\) rotate\((\S+)\)", text.get("transform")).groups()
+    assert float(angle) == -90
+    return float(x)
+
+
+def opacities(tree):
+    """Opacity (0 to 255) of the map's cells, as (timestep, layer)."""
+    (image,) = tree.iter(f"{SVG}image")
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(image.get("href").split(",")[1]))))[..., 3]
 
 
 def test_every_value_is_a_mark_above_its_layers_name_in_its_models_colour_whatever_the_names():
     tree = draw()
-    texts = {text.text for text in tree.iter(f"{SVG}text")}
-    assert {*ROW.names, *ROW.roles, *COLOURS, *PANELS, "900", "20"} <= texts
+    assert {*ROW.names, *ROW.roles, *PANELS, "900", "20"} <= set(texts(tree))
+    names = {text.text: text for text in tree.iter(f"{SVG}text")}
+    columns = []
     for number, name in enumerate(ROW.names):
-        shown = [model for curves in PANELS.values() for model, values in curves.items() if values[number] is not None]
-        expected = [COLOURS[model] for model in shown]
-        assert [colour for _, colour in marks(tree, name)] == expected
-        assert {x for x, _ in marks(tree, name)} == {round(ROW.place(number), 1)}
+        expected = [mark for curves in PANELS.values() for mark, values in curves.items() if values[number] is not None]
+        assert all(mark.colour in style for mark, (_, style) in zip(expected, marks(tree, name), strict=True))
+        (column,) = {x for x, _ in marks(tree, name)}
+        columns.append(column)
+    pitch = columns[1] - columns[0]
+    assert np.allclose(np.diff(columns), pitch) and pitch > 0
+    assert np.allclose([upright(names[name]) for name in ROW.names], columns, atol=5)
 
 
-def test_a_curve_breaks_where_a_layer_has_no_value():
-    lines = [len(line.get("points").split()) for line in draw(heat={}).iter(f"{SVG}polyline")]
-    assert lines == [1, 2, 3, 4]
+def test_a_curve_breaks_at_a_layer_without_a_value():
+    paths = [path.get("d") for path in draw(heat={}).iter(f"{SVG}path") if "stroke-width: 1.5" in path.get("style", "")]
+    pieces = [[piece.count("L") + 1 for piece in path.split("M")[1:]] for path in paths]
+    assert pieces == [[1, 2], [3], [4]]
 
 
-def test_the_map_is_blank_for_the_least_share_and_full_for_the_widest():
-    cells = [float(rect.get("fill-opacity")) for rect in draw(panels={}).iter(f"{SVG}rect") if rect.get("fill-opacity")]
-    assert cells[:7] == [1.0, 0.5, 0.5, 0.0, 1.0, 1.0, 1.0]  # 900 above 20; no cell where nothing is known
-    assert shade(0.7, 1.0) == 1.0
+def test_the_map_is_transparent_for_the_least_share_and_full_for_the_widest():
+    shown = opacities(draw(panels={}))
+    assert shown[0].tolist() == [255, 127, 127, 0] and shown[1].tolist() == [0, 255, 255, 255]  # 900 above 20
+    assert opacities(draw(panels={}, heat={1.0: [1.0, 1.0, 1.0, None]})).tolist() == [[255, 255, 255, 0]]
 
 
 def test_hundreds_of_layers_and_timesteps_stay_inside_with_fewer_names():
     many = Row([f"layer.{number}" for number in range(400)], ["body"] * 400)
-    tree = draw(many, {"dB": {"w8": [float(number) for number in range(400)]}}, {float(t): [1.0] * 400 for t in range(90)})
-    names = [text.text for text in tree.iter(f"{SVG}text") if text.text.startswith("layer.")]
+    panels, heat = {"dB": {W8: [float(number) for number in range(400)]}}, {float(t): [1.0] * 400 for t in range(90)}
+    tree = draw(many, panels, heat)
+    names = [text for text in texts(tree) if text.startswith("layer.")]
     assert 50 < len(names) < 120 and len(marks(tree, "layer.399")) == 1 and marks(tree, "layer.399")[0][0] < WIDTH
-    cells = [rect for rect in tree.iter(f"{SVG}rect") if rect.get("fill-opacity") == "1.00"]
-    assert 400 < len(cells) <= 400 * MAX_ROWS + 1
+    assert opacities(tree).shape[0] <= MAX_ROWS and opacities(tree).shape[1] == 400
 
 
-def test_a_legend_takes_as_many_lines_as_it_needs():
-    short, long = draw_legend({"a": "#111", "b": "#222"}, 0), draw_legend({"x" * 100: "#111", "y" * 100: "#222"}, 0)
-    assert short[1] < long[1]
+def extent(tree, opacity):
+    """Least and largest height, in pixels from below, of the area with this opacity."""
+    (area,) = [use for use in tree.iter(f"{SVG}use") if f"fill-opacity: {opacity}" in use.get("style")]
+    (path,) = [path.get("d") for path in tree.iter(f"{SVG}path") if f"#{path.get('id')}" == area.get("href")]
+    heights = [-float(y) for y in re.findall(r"[ML] \S+ (\S+)", path)]
+    return min(heights), max(heights)
 
 
-@pytest.mark.parametrize("flat", [False, True])
-def test_bands_hold_the_range_and_the_bulk_at_every_timestep(flat):
-    bands = [Band(900, -2, -1, 1, 2), Band(0, -4, -3, 3, 4)] if not flat else [Band(5, 0, 0, 0, 0)]
-    tree = ElementTree.fromstring(draw_bands(bands, "a.<b>"))
-    outer, inner = ([tuple(map(float, p.split(","))) for p in g.get("points").split()] for g in tree.iter(f"{SVG}polygon"))
-    assert len(outer) == len(inner) == 2 * len(bands) and "a.<b>" in {text.text for text in tree.iter(f"{SVG}text")}
-    assert outer[0][0] == min(x for x, _ in outer)
-    if not flat:  # the first two corners are the upper ends, from the least timestep on; up is less
-        assert outer[0][1] < inner[0][1] < inner[3][1] < outer[3][1] and outer[0][1] < outer[1][1]
+def test_bands_hold_the_range_and_the_bulk_of_all_timesteps():
+    tree = ElementTree.fromstring(draw_bands([Band(900, -2, -1, 1, 2), Band(0, -4, -3, 3, 4)], "a.<b>"))
+    assert {"a.<b>", "timestep", "−4", "4"} <= set(texts(tree)) and "a.<b>" in tree.get("aria-label")
+    (least, largest), (low, high) = extent(tree, 0.3), extent(tree, 0.6)
+    pixel = (largest - least) / 8
+    assert (low - least, largest - high) == (pytest.approx(pixel), pytest.approx(pixel))
+
+
+def test_control_characters_of_layers_are_left_out():
+    tree = draw(Row(["a\x01", "b"], ["c", "c"]), {"dB": {W4: [1.0, 2.0]}}, {})
+    assert {"a", "b"} <= set(texts(tree)) and len(marks(tree, "a")) == 1
+
+
+def test_a_band_of_one_timestep_at_which_all_is_zero_is_drawn_too():
+    assert "timestep" in texts(ElementTree.fromstring(draw_bands([Band(5, 0, 0, 0, 0)], "still")))
+
+
+def test_the_variation_and_the_relative_widths_are_of_the_bulk():
+    first = LayerProfile("a", "first", 8, 8, None, None, {"900": (-4.0, -3.0, 3.0, 4.0), "20": (-1.0, -1.0, 1.0, 1.0)})
+    other = LayerProfile("b", "body", 4, 8, 25.5, 21.25, {"900": (-2.0, -1.0, 1.0, 2.0), "20": (-2.0, -1.0, 1.5, 2.0)})
+    still = LayerProfile("c", "body", 4, 8, None, None, {"5": (0.0, 0.0, 0.0, 0.0)})
+    assert [measure_variation(layer) for layer in (first, other, still)] == [3.0, 1.25, 1.0]
+    assert relative_widths([first, other]) == {900.0: [1.0, 0.8], 20.0: [1 / 3, 1.0]}
+    assert relative_widths([still]) == {5.0: [None]}

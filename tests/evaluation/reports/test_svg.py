@@ -1,61 +1,102 @@
-"""Plots are SVG that a browser reads, with every point in its place."""
+"""matplotlib figures become SVG elements that several of them can share a page."""
 
+import re
+import sys
 from xml.etree import ElementTree
 
 import pytest
 
-from dmquant.evaluation.reports.svg import Axis, Point, find_front, lines, make_axis, nice_ticks, pale, scatter
+from dmquant.errors import MissingResource
+from dmquant.evaluation.reports.svg import COLOURS, SHAPES, Canvas, Mark, choose_marks, plot_style
 
 SVG = "{http://www.w3.org/2000/svg}"
-POINTS = [Point(10.0, 5.0, "float"), Point(2.0, 6.0, "w4"), Point(1.0, 9.0, "w1 <&>"), Point(3.0, 7.0, "beaten")]
+MARK = Mark("w4", COLOURS[1], "s")
 
 
-def test_a_scatter_plot_is_well_formed_and_labels_every_point_whatever_its_name():
-    tree = ElementTree.fromstring(scatter(POINTS, x_title="size, MB", y_title="FID"))
-    texts = [text.text for text in tree.iter(f"{SVG}text")]
-    assert {"size, MB", "FID", *(point.label for point in POINTS)} <= set(texts)
-    assert len(list(tree.iter(f"{SVG}circle"))) == len(POINTS)
+@plot_style()
+def draw(title: str = "a plot", hints: tuple[str, ...] = ("one", "<&>"), y: tuple[float, ...] = (3.0, 4.0)) -> str:
+    canvas = Canvas(300, 200)
+    axes = canvas.figure.subplots()
+    canvas.plot(axes, range(len(y)), y, MARK, hints)
+    axes.set_xlabel("$x_1$, <MB>")
+    return canvas.to_svg(title)
 
 
-def test_smaller_is_left_and_lower():
-    tree = ElementTree.fromstring(scatter(POINTS, x_title="x", y_title="y"))
-    places = [(float(c.get("cx")), float(c.get("cy"))) for c in tree.iter(f"{SVG}circle")]  # in the order of y
-    values = sorted(POINTS, key=lambda point: point.y)
-    assert [y for _, y in places] == sorted((y for _, y in places), reverse=True)
-    by_x = sorted(zip(values, places), key=lambda pair: pair[0].x)
-    assert [x for _, (x, _) in by_x] == sorted(x for x, _ in places)
+def ids(svg: str) -> set[str]:
+    return set(re.findall(r' id="([^"]*)"', svg))
 
 
-def test_the_front_is_what_nothing_beats_in_both():
-    assert [point.label for point in find_front(POINTS)] == ["w1 <&>", "w4", "float"]
-    assert find_front([Point(1.0, 1.0, "a"), Point(1.0, 2.0, "b"), Point(2.0, 1.0, "c")]) == [Point(1.0, 1.0, "a")]
+def test_an_svg_has_the_size_in_pixels_and_a_description():
+    root = ElementTree.fromstring(draw("a <title>"))
+    assert root.tag == f"{SVG}svg" and root.get("viewBox") == "0 0 300 200"
+    assert (root.get("width"), root.get("height"), root.get("role"), root.get("aria-label")) == ("300", "200", "img", "a <title>")
 
 
-def test_an_axis_holds_all_its_values_and_is_logarithmic_over_a_wide_span():
-    wide, narrow = make_axis("x", [1.0, 100.0], 0, 300), make_axis("x", [1.0, 2.0], 0, 300)
-    assert wide.is_log and not narrow.is_log
-    for axis, values in ((wide, (1.0, 100.0)), (narrow, (1.0, 2.0))):
-        assert 0 <= axis.place(values[0]) < axis.place(values[1]) <= 300 and len(axis.ticks()) > 2
-    assert wide.place(10.0) == pytest.approx(150)
+def test_text_stays_text_as_it_is_given():
+    texts = {text.text for text in ElementTree.fromstring(draw()).iter(f"{SVG}text")}
+    assert "$x_1$, <MB>" in texts and "3.0" in texts
 
 
-def test_values_that_are_all_the_same_have_an_axis_too():
-    for value in (0.0, 5.0, -3.0):
-        axis = make_axis("x", [value, value], 0, 100)
-        assert axis.place(value) == pytest.approx(50) and axis.ticks()
+def test_control_characters_of_names_are_left_out():
+    hints = [title.text for title in ElementTree.fromstring(draw(hints=("a\x1b[1m", "b"))).iter(f"{SVG}title")]
+    assert hints == ["a[1m", "b"]
 
 
-def test_ticks_are_round_and_lie_inside():
-    assert nice_ticks(0.0, 6.2) == [0, 2, 4, 6]
-    assert Axis("x", 0.9, 60, 0, 1, is_log=True).ticks() == [1, 2, 5, 10, 20, 50]
+def test_every_mark_shows_its_hint_and_a_gap_has_none():
+    for y, hints in (((3.0, 4.0), ("one", "<&>")), ((3.0, float("nan"), 4.0), ("one", "three"))):
+        marks = list(ElementTree.fromstring(draw(hints=hints, y=y)).iter(f"{SVG}use"))
+        assert [mark.find(f"{SVG}title").text for mark in marks if "d55e00" in mark.get("style")] == list(hints)
 
 
-def test_a_line_per_curve_with_its_name():
-    curves = {"a": [(1.0, 0.5), (0.0, 0.9)], "b<": [(0.0, 0.1), (1.0, 0.2)]}
-    tree = ElementTree.fromstring(lines(curves, {"a": "#111", "b<": "#222"}, x_title="t", y_title="c"))
-    assert [line.get("stroke") for line in tree.iter(f"{SVG}polyline")] == ["#111", "#222"]
-    assert {"a", "b<"} <= {text.text for text in tree.iter(f"{SVG}text")}
+def test_marks_without_a_hint_each_are_a_mistake():
+    with pytest.raises(ValueError, match="shorter"):
+        draw(hints=("one",))
 
 
-def test_a_pale_colour_is_half_way_to_white():
-    assert pale("#000000") == "#7f7f7f" and pale("#ffffff") == "#ffffff" and pale("#0072b2") == "#7fb8d8"
+def test_frame_and_text_take_the_colour_and_the_font_of_the_page():
+    svg = draw()
+    assert "#000000" not in svg and "font-family" not in svg and "stroke: currentColor" in svg
+    assert ElementTree.fromstring(svg).get("fill") == "currentColor" and COLOURS[1] in svg
+
+
+def test_the_same_figure_gives_the_same_bytes_and_two_figures_share_no_id():
+    assert draw() == draw()
+    one, other = draw("one"), draw("other")
+    assert ids(one) and not ids(one) & ids(other)
+    assert all(f"#{name}" in one for name in ids(one)), "an id that nothing refers to"
+
+
+def test_nothing_is_left_that_would_act_on_the_whole_page_or_fetch_anything():
+    svg = draw()
+    assert "<style" not in svg and "metadata" not in svg and "xlink" not in svg
+    assert svg.count("://") == 1 and svg.startswith("<svg") and SVG[1:-1] in svg  # the name of the SVG namespace
+
+
+def test_a_users_own_settings_of_matplotlib_change_nothing_and_stay():
+    import matplotlib
+
+    expected = draw()
+    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red", "svg.fonttype": "path"}):
+        assert draw() == expected
+        assert matplotlib.rcParams["font.size"] == 30 and matplotlib.rcParams["svg.hashsalt"] is None
+
+
+def test_without_matplotlib_one_line_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MissingResource) as caught:
+        draw()
+    assert "pip install 'dmquant[plots]'" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_forty_models_have_marks_that_differ_and_a_model_named_twice_has_one():
+    marks = choose_marks([*map(str, range(40)), "3"])
+    assert len({(mark.colour, mark.marker) for mark in marks.values()}) == len(marks) == 40
+    assert {mark.sign for mark in marks.values()} == set(SHAPES.values())
+
+
+def test_models_are_called_by_the_last_part_of_their_paths_if_that_tells_them_apart():
+    def names(*models: str) -> dict[str, str]:
+        return {model: mark.name for model, mark in choose_marks(models).items()}
+
+    assert names("a/x", "b/y", "a/x") == {"a/x": "x", "b/y": "y"}
+    assert names("a/x", "b/x") == {"a/x": "a/x", "b/x": "b/x"}
