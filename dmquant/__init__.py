@@ -6,7 +6,7 @@ The public names are resolved at first use, so that `import dmquant` takes no ti
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 PUBLIC = {
     "quantize": "dmquant.quantization:quantize",
