@@ -5,7 +5,7 @@ The law:  q(x) == q.encode(x).decode(), bit for bit. It makes export one functio
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dmquant.kernels.packing import check_bits
 from dmquant.kernels.rounding import quantize, widen
 
+Context = Any  # torch's FunctionCtx, which declares neither saved_tensors nor what a forward keeps in it
 SMALLEST_SCALE = 1e-8  # a learned scale that falls below stands still here, in forward and export alike
 
 
@@ -43,7 +44,8 @@ class BasisCodes:
 
     def decode(self) -> Tensor:
         """The values, in the dtype of the scale."""
-        return sum(torch.where(self.codes >> bit & 1 == 1, scale, -scale) for bit, scale in enumerate(self.scale))
+        signed = (torch.where(self.codes >> bit & 1 == 1, scale, -scale) for bit, scale in enumerate(self.scale))
+        return sum(signed, start=self.scale.new_zeros(()))
 
 
 class Quantizer(nn.Module):
@@ -76,8 +78,8 @@ class Quantizer(nn.Module):
         own = {name: parameter.detach().abs().mean().item() for name, parameter in self.named_parameters(recurse=False)}
         return {name: max(size, own.get("scale", 0.0)) for name, size in own.items()}
 
-    def freeze(self) -> "FixedGrid":
-        """The same per-tensor grid for inference: buffers only, no gradients."""
+    def freeze(self) -> nn.Module:
+        """The same grid for inference: buffers only, no gradients. Here a FixedGrid, for one grid per tensor."""
         scale, zero = self.grid()
         fixed = FixedGrid(self.bits, scale.device)
         fixed.scale.copy_(scale.detach().reshape(()))
@@ -98,6 +100,9 @@ class Float32Buffers(nn.Module):
 
 class FixedGrid(Float32Buffers):
     """A per-tensor activation quantizer for inference: scale and zero are buffers that stay float32."""
+
+    scale: Tensor
+    zero: Tensor
 
     def __init__(self, bits: int, device: torch.device | str | None = None):
         super().__init__()

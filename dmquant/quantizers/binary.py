@@ -2,10 +2,9 @@
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 
 from dmquant.kernels.rounding import widen
-from dmquant.quantizers.base import SMALLEST_SCALE, Codes, Quantizer
+from dmquant.quantizers.base import SMALLEST_SCALE, BasisCodes, Codes, Context, Quantizer
 
 
 class Binary(Quantizer):
@@ -33,7 +32,7 @@ class Binary(Quantizer):
         scale = widen(self.scale).clamp(min=SMALLEST_SCALE)
         return 2 * scale, torch.full_like(scale, 0.5)
 
-    def encode(self, x: Tensor) -> Codes:
+    def encode(self, x: Tensor) -> Codes | BasisCodes:
         scale, zero = self.grid()
         return Codes((x >= 0).to(torch.uint8), scale, zero, 1)
 
@@ -42,13 +41,13 @@ class ScaledSign(torch.autograd.Function):
     """scale * sign(x), straight-through where |x| <= 1."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, scale: Tensor) -> Tensor:
+    def forward(ctx: Context, x: Tensor, scale: Tensor) -> Tensor:
         scale = widen(scale).clamp(min=SMALLEST_SCALE)
         ctx.save_for_backward(x, scale)
         return torch.where(x >= 0, scale, -scale).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Context, gradient: Tensor) -> tuple[Tensor, Tensor]:
         x, scale = ctx.saved_tensors
         by_scale = torch.where(x >= 0, gradient, -gradient).sum_to_size(scale.shape)
         return torch.where(x.abs() <= 1, gradient * scale, 0).to(x.dtype), by_scale

@@ -7,9 +7,9 @@ DilateQuant (Liu et al., 2024), eq. 5-9.
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dmquant.quantizers.base import Codes, FixedGrid, Float32Buffers, Quantizer
+from dmquant.quantizers.base import BasisCodes, Codes, Float32Buffers, Quantizer
 from dmquant.quantizers.timestep_clock import Clock
 
 DILATED = "dilated"  # the kind of a layer whose input is divided, channel by channel, before it is quantized
@@ -18,14 +18,12 @@ DILATED = "dilated"  # the kind of a layer whose input is divided, channel by ch
 class DilatedWeight(Quantizer):
     """inner(s W): the factor is part of the codes, nothing of it is stored."""
 
+    factor: Tensor
+
     def __init__(self, inner: Quantizer, channels: int, groups: int = 1):
         super().__init__()
-        self.inner, self.groups = inner, groups
+        self.inner, self.groups, self.bits = inner, groups, inner.bits
         self.register_buffer("factor", torch.ones(channels))  # of each input channel of the layer
-
-    @property
-    def bits(self) -> int:
-        return self.inner.bits
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -40,7 +38,7 @@ class DilatedWeight(Quantizer):
     def forward(self, x: Tensor) -> Tensor:
         return self.inner(self.dilate(x))
 
-    def encode(self, x: Tensor) -> Codes:
+    def encode(self, x: Tensor) -> Codes | BasisCodes:
         return self.inner.encode(self.dilate(x))
 
 
@@ -48,6 +46,7 @@ class Divide(Float32Buffers):
     """Each channel times a reciprocal (C,). `trailing` is the number of dimensions behind the channels: 0 for a linear layer."""
 
     kinds = (DILATED,)
+    reciprocal: Tensor
 
     def __init__(self, channels: int, trailing: int, device: torch.device | str | None = None):
         super().__init__()
@@ -69,11 +68,7 @@ class DilatedInput(Quantizer):
 
     def __init__(self, inner: Quantizer, channels: int, trailing: int):
         super().__init__()
-        self.divide, self.inner = Divide(channels, trailing), inner
-
-    @property
-    def bits(self) -> int:
-        return self.inner.bits
+        self.divide, self.inner, self.bits = Divide(channels, trailing), inner, inner.bits
 
     @property
     def clock(self) -> Clock | None:
@@ -82,7 +77,7 @@ class DilatedInput(Quantizer):
     @property
     def kinds(self) -> tuple[str, ...]:
         """A layer of which no channel is dilated is stored like any other."""
-        own = (DILATED,) if bool((self.divide.reciprocal != 1).any()) else ()
+        own = (DILATED,) if bool(self.divide.reciprocal.ne(1).any()) else ()
         return (*getattr(self.inner, "kinds", ()), *own)
 
     def leaves(self, x: Tensor) -> Iterator[tuple[Quantizer, Tensor]]:
@@ -94,10 +89,10 @@ class DilatedInput(Quantizer):
     def forward(self, x: Tensor) -> Tensor:
         return self.inner(self.divide(x))
 
-    def encode(self, x: Tensor) -> Codes:
+    def encode(self, x: Tensor) -> Codes | BasisCodes:
         return self.inner.encode(self.divide(x))
 
-    def freeze(self) -> FixedGrid:
+    def freeze(self) -> nn.Module:
         """The grid of the quotient: a packed layer divides by itself."""
         return self.inner.freeze()
 

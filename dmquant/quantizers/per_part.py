@@ -5,31 +5,35 @@ The split shortcuts of Q-Diffusion (Li et al., 2023), which EDA-DM and DilateQua
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from dmquant.quantizers.base import Codes, Quantizer
+from dmquant.quantizers.base import Codes, FixedGrid, Quantizer
 from dmquant.quantizers.timestep_clock import Clock
 
 SPLIT = "split"  # the kind of an input on two grids; where the second begins is written behind it: split:128
 HEADS = "heads"  # the kind of a factor of an attention product with a grid per head
+Grid = TypeVar("Grid", Quantizer, FixedGrid)
 
 
-class Parts(nn.Module):
+class Parts(nn.Module, Generic[Grid]):
     """Slices of dimension 1, with so many `channels` each, on their own grids. All have the same number of bits."""
 
-    def __init__(self, parts: Iterable[nn.Module], channels: Sequence[int]):
+    def __init__(self, parts: Iterable[Grid], channels: Sequence[int]):
         super().__init__()
         self.parts, self.channels = nn.ModuleList(parts), tuple(channels)
         if len(self.parts) != len(self.channels) or not self.channels or min(self.channels) < 1:
             raise ValueError(f"give each part a grid and channels, got {len(self.parts)} grids for {self.channels}")
-        if len({part.bits for part in self.parts}) > 1:
-            raise ValueError(f"the parts of a tensor have equally many bits, got {[part.bits for part in self.parts]}")
+        if len({part.bits for part in self.grids}) > 1:
+            raise ValueError(f"the parts of a tensor have equally many bits, got {[part.bits for part in self.grids]}")
+        self.bits = self.grids[0].bits
 
     @property
-    def bits(self) -> int:
-        return self.parts[0].bits
+    def grids(self) -> Sequence[Grid]:
+        """The parts as what they are; torch's ModuleList knows modules only."""
+        return cast(Sequence[Grid], self.parts)
 
     @property
     def kind(self) -> str:
@@ -42,19 +46,19 @@ class Parts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([part(piece) for part, piece in self.pairs(x)], 1)
 
-    def pairs(self, x: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
+    def pairs(self, x: Tensor) -> Iterator[tuple[Grid, Tensor]]:
         """Each part with its slice (B, c, ...) of the tensor."""
-        return zip(self.parts, x.split(self.channels, 1))
+        return zip(self.grids, x.split(self.channels, 1))
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}"
 
 
-class SplitGrid(Parts):
+class SplitGrid(Parts[FixedGrid]):
     """The grids for inference."""
 
 
-class Split(Parts, Quantizer):
+class Split(Parts[Quantizer], Quantizer):
     """Quantizers for the parts of a tensor."""
 
     @property
@@ -71,7 +75,7 @@ class Split(Parts, Quantizer):
 
     def encode(self, x: Tensor) -> Codes:
         """Codes with a scale and a zero for each channel: (1 or B, C, 1, ...)."""
-        pieces = [part.encode(piece) for part, piece in self.pairs(x)]
+        pieces = [cast(Codes, part.encode(piece)) for part, piece in self.pairs(x)]
         scale, zero = (
             torch.cat([_per_channel(values, size, x.ndim) for values, size in zip(tables, self.channels)], 1)
             for tables in ([piece.scale for piece in pieces], [piece.zero for piece in pieces])
@@ -79,7 +83,11 @@ class Split(Parts, Quantizer):
         return Codes(torch.cat([piece.codes for piece in pieces], 1), scale, zero, self.bits)
 
     def freeze(self) -> SplitGrid:
-        return SplitGrid([part.freeze() for part in self.parts], self.channels)
+        return SplitGrid(self.freeze_parts(), self.channels)
+
+    def freeze_parts(self) -> list[FixedGrid]:
+        """The parts for inference: each has a grid for the whole tensor, or one per timestep."""
+        return cast(list[FixedGrid], [part.freeze() for part in self.grids])
 
 
 class HeadGrids(SplitGrid):
@@ -87,7 +95,7 @@ class HeadGrids(SplitGrid):
 
     kind = HEADS
 
-    def __init__(self, parts: Sequence[nn.Module]):
+    def __init__(self, parts: Sequence[FixedGrid]):
         super().__init__(parts, (1,) * len(parts))
 
 
@@ -100,7 +108,7 @@ class Heads(Split):
         super().__init__(parts, (1,) * len(parts))
 
     def freeze(self) -> HeadGrids:
-        return HeadGrids([part.freeze() for part in self.parts])
+        return HeadGrids(self.freeze_parts())
 
 
 def split_place(kinds: Iterable[str]) -> int | None:

@@ -6,11 +6,10 @@ one. The temporal LSQ of EfficientDM (He et al., 2024) and the temporal parallel
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 
 from dmquant.kernels.packing import check_bits
 from dmquant.kernels.rounding import quantize, widen
-from dmquant.quantizers.base import SMALLEST_SCALE, Codes, FixedGrid, Quantizer
+from dmquant.quantizers.base import SMALLEST_SCALE, Codes, Context, FixedGrid, Quantizer
 from dmquant.quantizers.timestep_clock import Clock, Timed
 from dmquant.quantizers.uniform import INIT_AFFINE, INITIALISATIONS
 
@@ -108,8 +107,8 @@ class TemporalGrid(FixedGrid, Timed):
         """Scale and zero (1,) that all samples of the running call share, if they do and that is known without waiting."""
         if torch.compiler.is_compiling():
             return None
-        scale, zero = (self.clock.read_shared(self._buffers[name]) for name in ("scale", "zero"))
-        return None if scale is None else (scale, zero.round())
+        scale, zero = self.clock.read_shared(self.scale), self.clock.read_shared(self.zero)
+        return None if scale is None or zero is None else (scale, zero.round())
 
     def forward(self, x: Tensor) -> Tensor:
         scale, zero = (per_sample(rows, x) for rows in self.rows(len(x)))
@@ -126,7 +125,7 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, log_scale: Tensor, latent_zero: Tensor, scale: Tensor, zero: Tensor, bits: int
+        ctx: Context, x: Tensor, log_scale: Tensor, latent_zero: Tensor, scale: Tensor, zero: Tensor, bits: int
     ) -> Tensor:
         column, shift = per_sample(scale, x), per_sample(zero, x)
         y = quantize(widen(x), column, shift, bits).sub_(shift).mul_(column).to(x.dtype)
@@ -135,7 +134,7 @@ class _FakeQuantize(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, y, scale, zero = ctx.saved_tensors
         inside = clip_samples(gradient, x, -zero * scale, (ctx.max_code - zero) * scale)
         by_scale = by_zero = None

@@ -9,7 +9,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ class Clock(nn.Module):
 
     Between two calibrated timesteps a table over the steps gives its nearest entry, or with lookup "linear" a mean of both.
     """
+
+    timesteps: Tensor
 
     def __init__(self, timesteps: Tensor, lookup: str = NEAREST):
         super().__init__()
@@ -122,7 +124,7 @@ class Clock(nn.Module):
         finally:
             self.step, self.neighbours = before
 
-    def read(self, denoiser: nn.Module, args: tuple, kwargs: dict) -> None:
+    def read(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: finds sample and timestep among the call's arguments."""
         arguments = inspect.signature(denoiser.forward).bind_partial(*args, **kwargs).arguments
         self.set(arguments[find_timestep_name(arguments)], next(iter(arguments.values())).shape[0])
@@ -149,7 +151,14 @@ def link(denoiser: nn.Module) -> None:
     """Makes every timed module inside follow the denoiser's own clock, be it the copy of another's."""
     for module in denoiser.modules():
         if isinstance(module, Timed):
-            module.follow(denoiser.clock)
+            module.follow(find_clock(denoiser))
+
+
+def find_clock(denoiser: nn.Module) -> Clock:
+    """Returns the clock that was attached to the denoiser."""
+    clock = denoiser.get_submodule("clock")
+    assert isinstance(clock, Clock)
+    return clock
 
 
 def detach(denoiser: nn.Module) -> None:
@@ -160,7 +169,7 @@ def detach(denoiser: nn.Module) -> None:
             del denoiser._forward_pre_hooks[key], denoiser._forward_pre_hooks_with_kwargs[key]
 
 
-def find_timestep_name(arguments: dict) -> str:
+def find_timestep_name(arguments: dict[str, Any]) -> str:
     """What a denoiser calls its timestep, among its named arguments."""
     for name in TIMESTEP_NAMES:
         if arguments.get(name) is not None:

@@ -4,11 +4,10 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 
 from dmquant.kernels.packing import check_bits
 from dmquant.kernels.rounding import quantize, widen
-from dmquant.quantizers.base import SMALLEST_SCALE, Quantizer
+from dmquant.quantizers.base import SMALLEST_SCALE, Context, Quantizer
 
 INITIALISATIONS = ("mse", "minmax", "lsq")
 SEARCH_STEPS = 48  # candidates per end of the range
@@ -22,6 +21,9 @@ class Uniform(Quantizer):
     `num_channels` gives one grid per slice of dimension 0 (weights; 1 for one grid per weight); without it the quantizer
     is one for activations, whose dimension 0 is the batch.
     """
+
+    scale: Tensor
+    offset: Tensor  # the lower end of an affine range
 
     def __init__(self, bits: int, *, num_channels: int | None = None, symmetric: bool = True, init: str = "mse", ndim: int = 4):
         super().__init__()
@@ -99,7 +101,7 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, scale: Tensor, offset: Tensor | None, grid: Uniform, gradient_scale: float
+        ctx: Context, x: Tensor, scale: Tensor, offset: Tensor | None, grid: Uniform, gradient_scale: float
     ) -> Tensor:
         scale, zero = grid.grid()
         y = quantize(widen(x), scale, zero, grid.bits).sub_(zero).mul_(scale).to(x.dtype)
@@ -108,7 +110,7 @@ class _FakeQuantize(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, y, scale, zero = ctx.saved_tensors
         inside = clip_gradient(gradient, x, -zero * scale, (ctx.max_code - zero) * scale)
         wanted = ctx.needs_input_grad
@@ -195,18 +197,21 @@ def _factors() -> list[float]:
 
 
 def _best(ranges: Iterator[tuple[Tensor, Tensor]], rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    best = least = None
-    max_code = (1 << bits) - 1
+    best_low, best_high = next(ranges)
+    least = _range_error(rows, best_low, best_high, bits)
     for low, high in ranges:
-        scale = ((high - low) / max_code).clamp(min=SMALLEST_SCALE)
-        zero = (-low / scale).round().clamp(0, max_code)
-        error = _squared_error(rows, scale, zero.unsqueeze(1), bits)
-        if best is None:
-            best, least = (low, high), error
+        error = _range_error(rows, low, high, bits)
         is_better = error < least
-        best = tuple(torch.where(is_better, new, old) for new, old in zip((low, high), best))
+        best_low, best_high = torch.where(is_better, low, best_low), torch.where(is_better, high, best_high)
         least = torch.minimum(error, least)
-    return best
+    return best_low, best_high
+
+
+def _range_error(rows: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
+    max_code = (1 << bits) - 1
+    scale = ((high - low) / max_code).clamp(min=SMALLEST_SCALE)
+    zero = (-low / scale).round().clamp(0, max_code)
+    return _squared_error(rows, scale, zero.unsqueeze(1), bits)
 
 
 def _squared_error(rows: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:

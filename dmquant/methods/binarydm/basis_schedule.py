@@ -39,7 +39,7 @@ class Evolution:
 
 def set_bases(quantizers: Sequence[EvolvableBasis], count: int) -> None:
     for quantizer in quantizers:
-        quantizer.num_bases = count
+        quantizer.bits = count
 
 
 @dataclass(frozen=True)

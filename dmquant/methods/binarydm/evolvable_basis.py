@@ -19,15 +19,11 @@ class EvolvableBasis(Binary):
     def __init__(self, *, num_channels: int, ndim: int = 4):
         super().__init__(num_channels=num_channels, ndim=ndim)
         self.second_scale = torch.nn.Parameter(torch.ones_like(self.scale))
-        self.num_bases = 2
-
-    @property
-    def bits(self) -> int:
-        return self.num_bases
+        self.bits = 2  # one per basis
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        return (BASES,) if self.num_bases > 1 else ()
+        return (BASES,) if self.bits > 1 else ()
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
@@ -37,11 +33,11 @@ class EvolvableBasis(Binary):
 
     def forward(self, x: Tensor) -> Tensor:
         first = super().forward(x)
-        return first if self.num_bases == 1 else first + ScaledSign.apply(x - first, self.second_scale)
+        return first if self.bits == 1 else first + ScaledSign.apply(x - first, self.second_scale)
 
     def encode(self, x: Tensor) -> Codes | BasisCodes:
-        if self.num_bases == 1:
+        if self.bits == 1:
             return super().encode(x)
-        signs = x >= 0, x - super().forward(x) >= 0
+        first, second = (x >= 0).to(torch.uint8), (x - super().forward(x) >= 0).to(torch.uint8)
         scales = [widen(scale).clamp(min=SMALLEST_SCALE) for scale in (self.scale, self.second_scale)]
-        return BasisCodes(sum(sign.to(torch.uint8) << bit for bit, sign in enumerate(signs)), torch.stack(scales))
+        return BasisCodes(first | second << 1, torch.stack(scales))

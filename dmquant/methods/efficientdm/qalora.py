@@ -22,14 +22,10 @@ class QALoRA(Quantizer):
 
     def __init__(self, inner: Quantizer, shape: torch.Size, rank: int):
         super().__init__()
-        self.inner = inner
+        self.inner, self.bits = inner, inner.bits
         rank = min(rank, shape[0], shape[1:].numel())  # more would say nothing new
         self.down = nn.Parameter(torch.zeros(rank, *shape[1:]))
         self.up = nn.Parameter(torch.zeros(shape[0], rank))
-
-    @property
-    def bits(self) -> int:
-        return self.inner.bits
 
     @property
     def kinds(self) -> tuple[str, ...]:

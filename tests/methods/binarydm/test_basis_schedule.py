@@ -39,7 +39,7 @@ def student(tiny_folder):
 
 def test_the_number_of_bases_is_a_function_of_the_step_in_any_order(student):
     quantizers = [q for q in student.modules() if isinstance(q, EvolvableBasis)]
-    silent = Silent(lambda _: {q.num_bases for q in quantizers})
+    silent = Silent(lambda _: {q.bits for q in quantizers})
     run(Evolution(silent, quantizers, 5, 0.09), student, [0, 4, 5, 9, 4, 5])
     assert silent.seen == [{2}, {2}, {1}, {1}, {2}, {1}]
 

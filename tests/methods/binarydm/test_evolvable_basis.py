@@ -14,7 +14,7 @@ def make(dtype=torch.float32):
 def test_two_bases_make_four_values_per_channel_and_one_makes_two():
     quantizer, x = make()
     assert all(len(channel.unique()) == 4 for channel in quantizer(x))
-    quantizer.num_bases = 1
+    quantizer.bits = 1
     assert all(len(channel.unique()) == 2 for channel in quantizer(x))
 
 
@@ -29,7 +29,7 @@ def test_scales_start_at_the_mean_magnitudes_of_the_weight_and_of_what_one_basis
 @pytest.mark.parametrize("num_bases", [1, 2])
 def test_the_law_holds_in_both_stages_and_sign_of_zero_is_plus_one(num_bases):
     quantizer, x = make()
-    quantizer.num_bases = num_bases
+    quantizer.bits = num_bases
     x[0, 0] = 0
     x[1, 0] = quantizer.scale[1]  # the residual is zero
     with torch.no_grad():
@@ -66,6 +66,6 @@ def test_two_bases_are_never_further_from_the_weight_than_one():
     quantizer, x = make()
     errors = []
     for num_bases in (1, 2):
-        quantizer.num_bases = num_bases
+        quantizer.bits = num_bases
         errors.append((quantizer(x) - x).square().mean((1, 2, 3)))
     assert (errors[1] < errors[0]).all()
