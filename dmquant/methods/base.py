@@ -14,7 +14,7 @@ from dmquant.diffusion.layer_roles import Role, find_roles
 from dmquant.diffusion.trajectories import Samples
 from dmquant.errors import InputError
 from dmquant.nn.attention import find_attentions, quantize_products
-from dmquant.nn.fake_quant_layers import quantized_layers, swap
+from dmquant.nn.fake_quant_layers import Layer, quantized_layers, swap
 from dmquant.nn.scheme import FLOAT_BITS
 from dmquant.progress import Track
 from dmquant.quantizers.base import Quantizer
@@ -136,7 +136,8 @@ class Method:
             return FLOAT_BITS, FLOAT_BITS
         if role not in self.eight_bit:
             return self.weight_bits, self.act_bits
-        return tuple(bits if bits == FLOAT_BITS else FIRST_LAST_BITS for bits in (self.weight_bits, self.act_bits))
+        weight_bits, act_bits = (bits if bits == FLOAT_BITS else FIRST_LAST_BITS for bits in (self.weight_bits, self.act_bits))
+        return weight_bits, act_bits
 
     def plan(self, denoiser: nn.Module) -> dict[str, tuple[int, int]]:
         """Weight and activation bits of every layer by name."""
@@ -146,14 +147,16 @@ class Method:
         """What a plan should say of layers beside their bits, by name; of a float denoiser, without samples."""
         return {}
 
-    def weight_quantizer(self, layer: nn.Module, bits: int) -> nn.Module:
+    def weight_quantizer(self, layer: Layer, bits: int) -> nn.Module:
         """LSQ with a step per output channel. A symmetric one-bit grid would be {-s, 0}: one bit is a sign and a scale."""
         if bits == FLOAT_BITS:
             return nn.Identity()
-        shape = dict(num_channels=len(layer.weight), ndim=layer.weight.ndim)
-        return Binary(**shape) if bits == 1 else LearnedStep(bits, **shape)
+        num_channels, ndim = layer.weight.shape[0], layer.weight.ndim
+        if bits == 1:
+            return Binary(num_channels=num_channels, ndim=ndim)
+        return LearnedStep(bits, num_channels=num_channels, ndim=ndim)
 
-    def input_quantizer(self, layer: nn.Module, bits: int, clock: Clock) -> nn.Module:
+    def input_quantizer(self, layer: Layer, bits: int, clock: Clock) -> nn.Module:
         """LSQ+ with one grid for the whole tensor."""
         return nn.Identity() if bits == FLOAT_BITS else LearnedStep(bits, symmetric=False)
 
@@ -163,7 +166,7 @@ class Method:
         """Swaps in quantized layers; looks at shapes only."""
         plan = self.plan(student)
 
-        def choose(name: str, layer: nn.Module) -> tuple[nn.Module, nn.Module] | None:
+        def choose(name: str, layer: Layer) -> tuple[nn.Module, nn.Module] | None:
             weight_bits, act_bits = plan[name]
             if weight_bits == act_bits == FLOAT_BITS:
                 return None
@@ -212,7 +215,7 @@ class Method:
         return Training(**{name: getattr(self, name) for name in shared})
 
 
-def _split(value: Any, known: dataclasses.Field) -> Any:
+def _split(value: Any, known: dataclasses.Field[Any]) -> Any:
     """Lists are written with commas on a command line; an empty text is an empty list. True is no number."""
     if isinstance(value, bool) and known.type is not bool:
         return str(value)
@@ -221,8 +224,8 @@ def _split(value: Any, known: dataclasses.Field) -> Any:
     return value
 
 
-def _type_name(known: dataclasses.Field) -> str:
+def _type_name(known: dataclasses.Field[Any]) -> str:
     if isinstance(known.default, tuple):
         return "roles"
     choices = get_args(known.type)
-    return " | ".join(map(str, choices)) if choices else known.type.__name__
+    return " | ".join(map(str, choices)) if choices else getattr(known.type, "__name__", str(known.type))

@@ -8,23 +8,13 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 from torch import Tensor, nn
 
 from dmquant.kernels.attention import LARGEST, attend, attend_op, chosen
+from dmquant.nn.fake_quant_layers import QuantInput
 from dmquant.quantizers.base import FixedGrid
 from dmquant.quantizers.per_part import HeadGrids
 from dmquant.quantizers.per_timestep import TemporalGrid
 
 PLAIN = (AttnProcessor, AttnProcessor2_0)  # the processors whose arithmetic is the one below
 FACTORS = ("query", "key", "probability", "value")
-
-
-class QuantInput(nn.Module):
-    """One factor of a product, with its quantizer."""
-
-    def __init__(self, input_quantizer: nn.Module):
-        super().__init__()
-        self.input_quantizer = input_quantizer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.input_quantizer(x)
 
 
 class QuantAttention(nn.Module):

@@ -2,35 +2,58 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeGuard
 
 from torch import Tensor, nn
 
+Layer = nn.Linear | nn.Conv1d | nn.Conv2d  # what can be quantized
 Choice = tuple[nn.Module, nn.Module]  # weight quantizer, input quantizer; Identity stands for "not quantized"
 
 
 class QuantLinear(nn.Linear):
+    weight_quantizer: nn.Module
+    input_quantizer: nn.Module
+
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight_quantizer(self.weight)
         return nn.functional.linear(self.input_quantizer(x), weight, self.bias)
 
 
 class QuantConv1d(nn.Conv1d):
+    weight_quantizer: nn.Module
+    input_quantizer: nn.Module
+
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight_quantizer(self.weight)
         return self._conv_forward(self.input_quantizer(x), weight, self.bias)
 
 
 class QuantConv2d(nn.Conv2d):
+    weight_quantizer: nn.Module
+    input_quantizer: nn.Module
+
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight_quantizer(self.weight)
         return self._conv_forward(self.input_quantizer(x), weight, self.bias)
 
 
-QUANTIZED = {nn.Linear: QuantLinear, nn.Conv1d: QuantConv1d, nn.Conv2d: QuantConv2d}
+class QuantInput(nn.Module):
+    """One factor of an attention product, with its quantizer."""
+
+    def __init__(self, input_quantizer: nn.Module):
+        super().__init__()
+        self.input_quantizer = input_quantizer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.input_quantizer(x)
+
+
+QuantLayer = QuantLinear | QuantConv1d | QuantConv2d
+QUANTIZED: dict[type[nn.Module], type[QuantLayer]] = {nn.Linear: QuantLinear, nn.Conv1d: QuantConv1d, nn.Conv2d: QuantConv2d}
 FLOAT = {quantized: plain for plain, quantized in QUANTIZED.items()}
 
 
-def swap(model: nn.Module, choose: Callable[[str, nn.Module], Choice | None]) -> None:
+def swap(model: nn.Module, choose: Callable[[str, Layer], Choice | None]) -> None:
     """Replaces the layers for which `choose(name, layer)` names quantizers. Parameters are re-pointed, not copied."""
     for name, layer in find_layers(model).items():
         choice = choose(name, layer)
@@ -39,7 +62,7 @@ def swap(model: nn.Module, choose: Callable[[str, nn.Module], Choice | None]) ->
             setattr(parent, name.rpartition(".")[2], quantized(layer, *choice))
 
 
-def quantized(layer: nn.Module, weight_quantizer: nn.Module, input_quantizer: nn.Module) -> nn.Module:
+def quantized(layer: Layer, weight_quantizer: nn.Module, input_quantizer: nn.Module) -> QuantLayer:
     """The same layer with quantizers, sharing its parameters. It takes the layer's device and mode."""
     new = QUANTIZED[type(layer)].__new__(QUANTIZED[type(layer)])
     # one copy of the attributes instead of a constructor call: every option of the float layer comes along
@@ -49,19 +72,23 @@ def quantized(layer: nn.Module, weight_quantizer: nn.Module, input_quantizer: nn
     return new.train(layer.training)
 
 
-def find_layers(model: nn.Module) -> dict[str, nn.Module]:
+def find_layers(model: nn.Module) -> dict[str, Layer]:
     """Float layers that can be quantized, by name, in module order. Subclasses with their own forward are left alone."""
-    return {name: layer for name, layer in model.named_modules() if type(layer) in QUANTIZED}
+    return {name: layer for name, layer in model.named_modules() if _can_be_quantized(layer)}
 
 
-def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
+def _can_be_quantized(module: nn.Module) -> TypeGuard[Layer]:
+    return type(module) in QUANTIZED
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantLayer]:
     """Quantized layers by name, in module order."""
-    return {name: layer for name, layer in model.named_modules() if type(layer) in FLOAT}
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantLayer)}
 
 
-def quantized_inputs(model: nn.Module) -> dict[str, nn.Module]:
+def quantized_inputs(model: nn.Module) -> dict[str, QuantLayer | QuantInput]:
     """Everything that quantizes what it reads, by name, in module order: layers, and factors of attention products."""
-    return {name: module for name, module in model.named_modules() if hasattr(module, "input_quantizer")}
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLayer | QuantInput)}
 
 
 @contextmanager

@@ -46,11 +46,14 @@ class Part(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
 
 
-class Numbered(Protocol):
+class Turn(Protocol):
+    """One step of a loop: its number, and its loss once it is done."""
+
     number: int
+    loss: float
 
 
-Step = TypeVar("Step", bound=Numbered)
+Step = TypeVar("Step", bound=Turn)
 
 
 class Run:
@@ -208,7 +211,7 @@ def _remove_store(folder: Path) -> None:
 def _hash(tensors: Iterable[Tensor]) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 

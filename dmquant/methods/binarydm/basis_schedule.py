@@ -1,6 +1,6 @@
 """What changes during a run, as functions of its step: how many bases a weight has, and which layers are binary yet."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dmquant.diffusion.blocks import Block, find_blocks, is_unet
 from dmquant.methods.binarydm.evolvable_basis import EvolvableBasis
-from dmquant.nn.fake_quant_layers import quantized_layers
+from dmquant.nn.fake_quant_layers import QuantLayer, quantized_layers
 from dmquant.training.objectives import Objective
 
 
@@ -47,7 +47,7 @@ class WarmUp:
     """Makes weights binary one group of layers after the other, `period` steps apart; until its turn a layer's are float."""
 
     objective: Objective
-    groups: Sequence[Sequence[nn.Module]]
+    groups: Sequence[Sequence[QuantLayer]]
     period: int
 
     def loss(
@@ -58,7 +58,7 @@ class WarmUp:
 
 
 @contextmanager
-def float_weights(layers: Sequence[nn.Module]) -> Iterator[None]:
+def float_weights(layers: Sequence[QuantLayer]) -> Iterator[None]:
     """The layers with their latent weights while inside."""
     kept = [layer.weight_quantizer for layer in layers]
     try:
@@ -70,7 +70,7 @@ def float_weights(layers: Sequence[nn.Module]) -> Iterator[None]:
             layer.weight_quantizer = quantizer
 
 
-def group_layers(student: nn.Module) -> list[list[nn.Module]]:
+def group_layers(student: nn.Module) -> list[list[QuantLayer]]:
     """The quantized layers of the blocks from the middle outwards.
 
     UNet: the middle block, then one resolution after the other; otherwise pairs of blocks at the same distance from the
@@ -89,6 +89,6 @@ def group_layers(student: nn.Module) -> list[list[nn.Module]]:
     return [[layer for i in ring for layer in inside(blocks[i], layers)] for _, ring in groupby(order, rank)]
 
 
-def inside(block: Block, layers: dict[str, nn.Module]) -> list[nn.Module]:
+def inside(block: Block, layers: Mapping[str, QuantLayer]) -> list[QuantLayer]:
     """Those of the layers that belong to the block."""
     return [layer for name, layer in layers.items() if f"{name}.".startswith(tuple(f"{module}." for module in block.modules))]

@@ -113,10 +113,10 @@ def watch_call(network: nn.Module) -> Iterator[dict[str, Any]]:
         hook.remove()
 
 
-def _note_output(features: dict[str, Tensor], name: str, module: nn.Module, args: tuple, output: Any) -> None:
+def _note_output(features: dict[str, Tensor], name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     # blocks with a text stream answer (text, image), others (image,)
     features[name] = output if isinstance(output, Tensor) else [part for part in output if isinstance(part, Tensor)][-1]
 
 
-def _note_call(call: dict[str, Any], network: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+def _note_call(call: dict[str, Any], network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     call.update(args=args, kwargs=kwargs)

@@ -39,8 +39,10 @@ def reconstruct(
             if is_finished and shelf.recall(block, link):
                 continue
             shelf.forget(block)
-            how = dict(shelf=shelf, cache_bytes=cache_bytes // 2, batch=training.batch)
-            with Memory(student, teacher, block, link, samples, weight, **how) as memory:
+            room = cache_bytes // 2
+            with Memory(
+                student, teacher, block, link, samples, weight, shelf=shelf, cache_bytes=room, batch=training.batch
+            ) as memory:
                 if not is_finished:
                     fit(link, Reconstruction(memory, training.max_steps), training, seed=seed, run=Leg(relay, index))
                 if is_shelved and memory.num_rounds == 1:
@@ -123,7 +125,7 @@ class Memory:
             Stack(self._shelf.folder / f"{name}-{number}", (count, *one.shape[1:]), one.dtype) for number, one in enumerate(like)
         ]
 
-    def _at(self, index: Tensor) -> AbstractContextManager:
+    def _at(self, index: Tensor) -> AbstractContextManager[None]:
         return nullcontext() if self._clock is None else self._clock.at(self.timestep[index], len(index))
 
     def _call(self, index: Tensor) -> tuple[list[Tensor], list[Tensor]]:

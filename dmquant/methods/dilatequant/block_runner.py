@@ -38,7 +38,8 @@ def find_links(student: nn.Module, samples: Samples) -> list[Block]:
     inside = tuple(f"{module}." for block in blocks for module in block.modules)
     loose = [Block(name, (name,)) for name in quantized_layers(student) if not f"{name}.".startswith(inside)]
     links = [link for link in (*blocks, *loose) if any(quantized_layers(student.get_submodule(name)) for name in link.modules)]
-    by_head, order = {student.get_submodule(link.modules[0]): link for link in links}, {}
+    by_head = {student.get_submodule(link.modules[0]): link for link in links}
+    order: dict[nn.Module, None] = {}
     with ExitStack() as hooks, torch.no_grad():
         for head in by_head:
             hooks.callback(head.register_forward_pre_hook(lambda module, args: order.setdefault(module)).remove)
@@ -68,13 +69,15 @@ def trace(network: nn.Module, link: Block, part: Samples, *, with_answers: bool 
     return calls
 
 
-def _note(calls: list[Call], is_last: bool, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+def _note(
+    calls: list[Call], is_last: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
     calls.append(Call(*tree_flatten((args, kwargs)), *tree_flatten(output)))
     if is_last:
         raise Reached
 
 
-def _halt(calls: list[Call], module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+def _halt(calls: list[Call], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     calls.append(Call(*tree_flatten((args, kwargs)), *tree_flatten(())))
     raise Reached
 
@@ -102,7 +105,9 @@ class Link(nn.Module):
         self.parts = nn.ModuleList(network.get_submodule(name) for name in link.modules)
         device = next(network.parameters()).device
         twice, thrice = (trace(network, link, samples[torch.zeros(n, dtype=torch.long)].on(device)) for n in (2, 3))
-        self._calls, self._places, before = twice, [], []
+        self._calls = twice
+        self._places: list[list[Any]] = []
+        before: list[Any] = []
         for one, other in zip(twice, thrice):
             self._places.append([_place(*pair, before, link.name) for pair in zip(one.inputs, other.inputs)])
             before = one.outputs
@@ -114,7 +119,8 @@ class Link(nn.Module):
 
     def forward(self, *rows: Tensor) -> tuple[Tensor, ...]:
         """What the last module answers, tensors with a row per sample, to rows in the order of `rows_of`."""
-        rest, outputs = iter(rows), []
+        rest = iter(rows)
+        outputs: list[Any] = []
         for part, call, places in zip(self.parts, self._calls, self._places):
             args, kwargs = tree_unflatten(list(_fill(places, rest, outputs)), call.spec)
             outputs = tree_flatten(part(*args, **kwargs))[0]

@@ -16,7 +16,7 @@ from dmquant.methods.dilatequant.block_reconstruction import reconstruct
 from dmquant.methods.dilatequant.skip_concat import find_places
 from dmquant.methods.dilatequant.weight_dilation import describe_dilation, dilate, smooth, wrap_layers
 from dmquant.nn.attention import find_attentions
-from dmquant.nn.fake_quant_layers import find_layers, quantized_inputs
+from dmquant.nn.fake_quant_layers import QuantConv1d, QuantConv2d, find_layers, quantized_inputs
 from dmquant.nn.scheme import FLOAT_BITS
 from dmquant.progress import Track
 from dmquant.quantizers.base import Quantizer
@@ -80,18 +80,21 @@ class DilateQuant(Method):
         places = find_places(student, which=self.split)
         super().prepare(student, clock)
         for name, reader in quantized_inputs(student).items():
-            if not isinstance(reader.input_quantizer, Quantizer):
+            quantizer = reader.input_quantizer
+            if not isinstance(quantizer, Quantizer):
                 continue
             if self.temporal and roles.get(name) != Role.TIME_EMBEDDING:
-                device = next(reader.input_quantizer.parameters()).device
-                reader.input_quantizer = TemporalStep(reader.input_quantizer.bits, clock).to(device)
-            if name in places:
+                device = next(quantizer.parameters()).device
+                quantizer = TemporalStep(quantizer.bits, clock).to(device)
+            if name in places and isinstance(reader, QuantConv1d | QuantConv2d):
                 sizes = (places[name], reader.in_channels - places[name])
-                reader.input_quantizer = Split(_repeat(reader.input_quantizer, 2), sizes)
+                quantizer = Split(_repeat(quantizer, 2), sizes)
+            reader.input_quantizer = quantizer
         if self.head_grids:
             for attention in find_attentions(student).values():
                 for factor in quantized_inputs(attention.processor).values():
-                    factor.input_quantizer = Heads(_repeat(factor.input_quantizer, attention.heads))
+                    if isinstance(factor.input_quantizer, Quantizer):
+                        factor.input_quantizer = Heads(_repeat(factor.input_quantizer, attention.heads))
         if self.dilation != "none":
             wrap_layers(student)
         if any(isinstance(module, Timed) for module in student.modules()):

@@ -51,7 +51,7 @@ def find_folds(network: nn.Module, among: Collection[str]) -> list[Fold]:
 
 def share(factors: Mapping[str, Tensor], folds: Collection[Fold]) -> dict[str, Tensor]:
     """Factors by layer, where those that read one tensor have the smallest of theirs."""
-    shared = {}
+    shared: dict[str, Tensor] = {}
     for fold in folds:
         smallest = torch.stack([factors[reader] for reader in fold.readers]).amin(0)
         shared |= dict.fromkeys(fold.readers, smallest)
@@ -66,8 +66,8 @@ def apply_fold(network: nn.Module, fold: Fold, factor: Tensor) -> None:
         column = factor.to(part.dtype).view(-1, *(1,) * (part.ndim - 1))
         part.copy_((part + 1) / column - 1 if rows.plus_one else part / column)
     for reader in fold.readers:
-        layer = network.get_submodule(reader)
-        layer.weight.mul_(spread(factor, layer.weight, getattr(layer, "groups", 1)))
+        weight, groups = network.get_parameter(f"{reader}.weight"), getattr(network.get_submodule(reader), "groups", 1)
+        weight.mul_(spread(factor, weight, groups))
 
 
 def _folds_of(name: str, module: nn.Module, attentions: Mapping[str, Attention]) -> Iterator[Fold]:
@@ -106,8 +106,9 @@ def _projections(name: str) -> tuple[str, ...]:
 
 def _affine(name: str, norm: nn.Module) -> tuple[Rows, ...]:
     """Weight and bias of a norm; nothing of one that has no parameters."""
-    is_known = isinstance(norm, nn.LayerNorm | nn.GroupNorm) and norm.weight is not None
-    return _rows(name, norm, 0, len(norm.weight)) if is_known else ()
+    if not isinstance(norm, nn.LayerNorm | nn.GroupNorm) or norm.weight is None:
+        return ()
+    return _rows(name, norm, 0, len(norm.weight))
 
 
 def _modulation(name: str, block: BasicTransformerBlock, place: int) -> tuple[Rows, ...]:

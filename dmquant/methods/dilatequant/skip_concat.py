@@ -1,5 +1,7 @@
 """Convolutions that read a concatenation: in the up blocks of a UNet what comes from below and, behind it, a skip."""
 
+from typing import Any
+
 from torch import nn
 
 from dmquant.diffusion.blocks import is_unet
@@ -15,8 +17,9 @@ def find_places(denoiser: nn.Module, *, which: str) -> dict[str, int]:
     """
     if which == "none" or not is_unet(denoiser):
         return {}
-    before, places = _answered(denoiser.down_blocks[-1]), {}
-    for number, level in enumerate(denoiser.up_blocks):
+    unet: Any = denoiser  # is_unet has looked at what is read here
+    before, places = _answered(unet.down_blocks[-1]), {}
+    for number, level in enumerate(unet.up_blocks):
         for index, resnet in enumerate(level.resnets):
             for leaf in (SHORTCUT,) if which == "skip" else ("conv1", SHORTCUT):
                 layer = getattr(resnet, leaf, None)
@@ -26,6 +29,6 @@ def find_places(denoiser: nn.Module, *, which: str) -> dict[str, int]:
     return places
 
 
-def _answered(level: nn.Module) -> int:
+def _answered(level: Any) -> int:
     """Channels of what a level answers; the middle keeps their number."""
     return level.resnets[-1].out_channels

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from dmquant.progress import Track
-from dmquant.training.resume import Part, Run
-from dmquant.training.trainer import Step
+from dmquant.training import trainer
+from dmquant.training.resume import Part, Run, Step
 
 
 class Relay:
@@ -19,7 +19,7 @@ class Relay:
         device = next(student.parameters()).device
         begin = run.restore(self.parts, device)  # now: the inputs of the leg to continue are those of the student as it was
         self.first = begin // length
-        steps = [Step(number) for number in range(begin, count * length)]
+        steps = [trainer.Step(number) for number in range(begin, count * length)]
         self.steps = iter(run.keep(track(steps, "fine-tune"), self.parts))
 
     def finish(self) -> None:

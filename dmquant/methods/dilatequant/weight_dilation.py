@@ -2,13 +2,14 @@
 
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dmquant.diffusion.trajectories import Samples
 from dmquant.methods.dilatequant.scale_folding import apply_fold, find_folds, share
-from dmquant.nn.fake_quant_layers import quantized_layers
+from dmquant.nn.fake_quant_layers import QuantLayer, find_layers, quantized_layers
 from dmquant.quantizers.base import Quantizer
 from dmquant.quantizers.dilated import DilatedInput, DilatedWeight
 from dmquant.training.calibration import run_float
@@ -49,7 +50,7 @@ def find_smooth_factors(weight: Tensor, magnitude: Tensor, groups: int = 1) -> T
 def wrap_layers(student: nn.Module) -> None:
     """Makes every layer of codes by codes one that can be dilated; by factors of one, to begin with."""
     for layer in quantized_layers(student).values():
-        if not all(isinstance(q, Quantizer) for q in (layer.weight_quantizer, layer.input_quantizer)):
+        if not isinstance(layer.weight_quantizer, Quantizer) or not isinstance(layer.input_quantizer, Quantizer):
             continue
         groups, device = getattr(layer, "groups", 1), layer.weight.device
         channels, trailing = layer.weight.shape[1] * groups, layer.weight.ndim - 2
@@ -57,7 +58,7 @@ def wrap_layers(student: nn.Module) -> None:
         layer.input_quantizer = DilatedInput(layer.input_quantizer, channels, trailing).to(device)
 
 
-def dilated_layers(student: nn.Module) -> dict[str, nn.Module]:
+def dilated_layers(student: nn.Module) -> dict[str, QuantLayer]:
     """The layers that can be dilated, by name, in module order."""
     return {name: layer for name, layer in quantized_layers(student).items() if isinstance(layer.weight_quantizer, DilatedWeight)}
 
@@ -77,9 +78,10 @@ def smooth(student: nn.Module, samples: Samples, *, batch: int, fold: bool) -> N
             hooks.callback(layer.register_forward_pre_hook(peaks[name].note).remove)
         run_float(student, samples.split(batch))
     # a layer that never runs has nothing to smooth
-    ran = {name: layer for name, layer in layers.items() if peaks[name].magnitude is not None}
+    read = {name: peak.magnitude for name, peak in peaks.items() if peak.magnitude is not None}
     factors = {
-        name: find_smooth_factors(layer.weight, peaks[name].magnitude, getattr(layer, "groups", 1)) for name, layer in ran.items()
+        name: find_smooth_factors(layers[name].weight, magnitude, getattr(layers[name], "groups", 1))
+        for name, magnitude in read.items()
     }
     set_all(student, factors, fold=fold)
 
@@ -90,31 +92,33 @@ def set_all(student: nn.Module, factors: Mapping[str, Tensor], *, fold: bool) ->
     shared, folded = share(factors, folds), {reader for fold in folds for reader in fold.readers}
     for each in folds:
         apply_fold(student, each, shared[each.readers[0]])
-    for name in factors:
-        if name not in folded:
-            set_factors(student.get_submodule(name), shared[name])
+    for name, layer in dilated_layers(student).items():
+        if name in factors and name not in folded:
+            set_factors(layer, shared[name])
 
 
 class Peak:
     """The largest magnitude (C,) in each channel of what a layer reads."""
 
     def __init__(self, trailing: int):
-        self._trailing, self.magnitude = trailing, None
+        self._trailing = trailing
+        self.magnitude: Tensor | None = None
 
-    def note(self, layer: nn.Module, args: tuple) -> None:
+    def note(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
         here = args[0].detach().abs().movedim(-1 - self._trailing, 0).flatten(1).amax(1)
         self.magnitude = here if self.magnitude is None else torch.maximum(self.magnitude, here)
 
 
 @torch.no_grad()
-def set_factors(layer: nn.Module, factor: Tensor) -> None:
+def set_factors(layer: QuantLayer, factor: Tensor) -> None:
+    assert isinstance(layer.weight_quantizer, DilatedWeight) and isinstance(layer.input_quantizer, DilatedInput)
     layer.weight_quantizer.factor.copy_(factor)
     layer.input_quantizer.divide.reciprocal.copy_(factor.reciprocal())
 
 
 def describe_dilation(denoiser: nn.Module, names: Collection[str], *, fold: bool) -> dict[str, str]:
     """How many input channels of these layers of a float model would be dilated, in words, by name."""
-    layers = {name: denoiser.get_submodule(name) for name in names}
+    layers = {name: layer for name, layer in find_layers(denoiser).items() if name in names}
     folds = find_folds(denoiser, names) if fold else []
     factors = share({name: find_factors(layer.weight, getattr(layer, "groups", 1)) for name, layer in layers.items()}, folds)
     counts = {name: f"{int((factor != 1).sum())} of {len(factor)} channels dilated" for name, factor in factors.items()}

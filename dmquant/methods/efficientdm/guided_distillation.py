@@ -33,7 +33,7 @@ class Following:
         rows = self.calls[self.choose(max(1, batch // len(self.shares)), step, generator)]
         part = self.samples[rows.flatten()].on(device)
         error = (part.call(student).float() - part.target.float()).unflatten(0, rows.shape)  # (B, k, ...)
-        guided = sum(share * error[:, place] for place, share in enumerate(self.shares))
+        guided = sum((share * error[:, place] for place, share in enumerate(self.shares)), start=error.new_zeros(()))
         return (self.weight[rows[:, 0]].to(device) * guided.square().flatten(1).mean(1)).mean()
 
     def choose(self, count: int, step: int, generator: torch.Generator) -> Tensor:
@@ -49,10 +49,13 @@ class Following:
 def follow(samples: Samples, weight: Tensor, *, in_sequence: bool) -> Following:
     """The objective over a recording, guided as the recording was where it was made with and without condition."""
     pairs = None if samples.guidance is None else find_pairs(samples)
-    calls = torch.arange(len(samples)).unsqueeze(1) if pairs is None else pairs
-    shares = (1.0,) if pairs is None else (1 - samples.guidance, samples.guidance)
-    if pairs is not None and has_condition_first(samples):
-        shares = shares[::-1]
+    shares: tuple[float, ...]
+    if pairs is None or samples.guidance is None:
+        calls, shares = torch.arange(len(samples)).unsqueeze(1), (1.0,)
+    else:
+        calls, shares = pairs, (1 - samples.guidance, samples.guidance)
+        if has_condition_first(samples):
+            shares = shares[::-1]
     return Following(samples, weight, calls, shares, order_calls(samples.timestep[calls[:, 0]]) if in_sequence else ())
 
 

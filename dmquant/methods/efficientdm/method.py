@@ -12,10 +12,11 @@ from torch import nn
 from dmquant.diffusion.layer_roles import Role, find_roles
 from dmquant.diffusion.trajectories import Samples
 from dmquant.errors import InputError
-from dmquant.methods.base import FLOAT_BITS, Method, setting
+from dmquant.methods.base import Method, setting
 from dmquant.methods.efficientdm.guided_distillation import follow
-from dmquant.methods.efficientdm.qalora import QALoRA, adapted_layers, halved, light_layers
+from dmquant.methods.efficientdm.qalora import QALoRA, adapted_layers, adapters_of, halved, light_layers
 from dmquant.nn.fake_quant_layers import quantized_layers
+from dmquant.nn.scheme import FLOAT_BITS
 from dmquant.progress import Track
 from dmquant.quantizers.base import Quantizer
 from dmquant.quantizers.per_timestep import TemporalStep
@@ -110,8 +111,8 @@ class EfficientDM(Method):
     ) -> None:
         """Trains adapters and grids; weights, biases and norms stay."""
         generator = torch.Generator().manual_seed(seed)
-        for layer in adapted_layers(student):
-            layer.weight_quantizer.start(generator)
+        for adapter in adapters_of(student):
+            adapter.start(generator)
         with halved(light_layers(student)) if self.half_base else nullcontext():
             fit(student, self.follow(objective), self.training(), self.groups(student), seed=seed, run=run, track=track)
 
@@ -125,7 +126,7 @@ class EfficientDM(Method):
 
     def groups(self, student: nn.Module) -> list[Group]:
         """What is trained and at which rate: adapters, weight scales, grids of inputs and attention products."""
-        adapters = [layer.weight_quantizer for layer in adapted_layers(student)]
+        adapters = adapters_of(student)
         of_weights = {part for layer in quantized_layers(student).values() for part in layer.weight_quantizer.modules()}
         grids = [part for part in student.modules() if isinstance(part, Quantizer) and part not in adapters]
         return [

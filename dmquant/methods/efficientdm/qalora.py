@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from dmquant.nn.fake_quant_layers import quantized_layers
+from dmquant.nn.fake_quant_layers import QuantLayer, quantized_layers
 from dmquant.quantizers.base import BasisCodes, Codes, Quantizer
 
 
@@ -71,19 +71,25 @@ class QALoRA(Quantizer):
         return f"rank={len(self.down)}"
 
 
-def adapted_layers(student: nn.Module) -> list[nn.Module]:
+def adapters_of(student: nn.Module) -> list[QALoRA]:
+    """The adapters, in module order."""
+    quantizers = (layer.weight_quantizer for layer in quantized_layers(student).values())
+    return [quantizer for quantizer in quantizers if isinstance(quantizer, QALoRA)]
+
+
+def adapted_layers(student: nn.Module) -> list[QuantLayer]:
     """The layers whose weights have an adapter, in module order."""
     return [layer for layer in quantized_layers(student).values() if isinstance(layer.weight_quantizer, QALoRA)]
 
 
-def light_layers(student: nn.Module) -> list[nn.Module]:
+def light_layers(student: nn.Module) -> list[QuantLayer]:
     """The adapted layers whose weights can wait in half precision: diffusers takes a model's dtype from its first parameter."""
     first = next(student.parameters())
     return [layer for layer in adapted_layers(student) if layer.weight is not first]
 
 
 @contextmanager
-def halved(layers: Sequence[nn.Module]) -> Iterator[None]:
+def halved(layers: Sequence[QuantLayer]) -> Iterator[None]:
     """The frozen weights of the layers in float16 while inside."""
     try:
         for layer in layers:

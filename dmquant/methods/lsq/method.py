@@ -5,7 +5,9 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
-from dmquant.methods.base import FLOAT_BITS, Method, setting
+from dmquant.methods.base import Method, setting
+from dmquant.nn.fake_quant_layers import Layer
+from dmquant.nn.scheme import FLOAT_BITS
 from dmquant.quantizers.binary import Binary
 from dmquant.quantizers.timestep_clock import Clock
 from dmquant.quantizers.uniform import LearnedStep
@@ -19,12 +21,14 @@ class LSQ(Method):
     per_channel: bool = setting(True, "one weight step per output channel; false: one per layer")
     act_offset: bool = setting(True, "activations have a learned offset (LSQ+); false: signed grids (LSQ)")
 
-    def weight_quantizer(self, layer: nn.Module, bits: int) -> nn.Module:
+    def weight_quantizer(self, layer: Layer, bits: int) -> nn.Module:
         if bits == FLOAT_BITS:
             return nn.Identity()
-        shape = dict(num_channels=len(layer.weight) if self.per_channel else 1, ndim=layer.weight.ndim)
+        num_channels, ndim = len(layer.weight) if self.per_channel else 1, layer.weight.ndim
         # a symmetric one-bit grid would be {-s, 0}: one bit is the learnable-scale sign that the papers compare against
-        return Binary(**shape) if bits == 1 else LearnedStep(bits, init=self.init, **shape)
+        if bits == 1:
+            return Binary(num_channels=num_channels, ndim=ndim)
+        return LearnedStep(bits, init=self.init, num_channels=num_channels, ndim=ndim)
 
-    def input_quantizer(self, layer: nn.Module, bits: int, clock: Clock) -> nn.Module:
+    def input_quantizer(self, layer: Layer, bits: int, clock: Clock) -> nn.Module:
         return nn.Identity() if bits == FLOAT_BITS else LearnedStep(bits, symmetric=not self.act_offset, init=self.init)
