@@ -16,6 +16,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from dmquant.errors import DamagedFile, DmquantError, InputError
 
@@ -85,7 +86,7 @@ def verify_manifest(folder: str | Path) -> list[str]:
     return list(files)
 
 
-def read_manifest(folder: str | Path) -> dict[str, dict]:
+def read_manifest(folder: str | Path) -> dict[str, dict[str, Any]]:
     """Name -> {"size", "sha256"} for every published file, sorted by name."""
     path = Path(folder) / MANIFEST
     if not path.is_file():
@@ -191,7 +192,7 @@ def _may_lie_beside(name: str) -> bool:
     return name == MANIFEST or path.parts[0].startswith(".") or (len(path.parts) == 1 and is_known)
 
 
-def _check_file(path: Path, entry: dict) -> None:
+def _check_file(path: Path, entry: dict[str, Any]) -> None:
     if not path.is_file():
         raise DamagedFile(f"{path} is missing")
     size_bytes = path.stat().st_size
@@ -203,8 +204,9 @@ def _check_file(path: Path, entry: dict) -> None:
 
 def _is_entry(name: str, entry: object) -> bool:
     is_inside = name and not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
-    has_keys = isinstance(entry, dict) and set(entry) == {"size", "sha256"}
-    return bool(is_inside and has_keys and type(entry["size"]) is int and isinstance(entry["sha256"], str))
+    if not is_inside or not isinstance(entry, dict) or set(entry) != {"size", "sha256"}:
+        return False
+    return type(entry["size"]) is int and isinstance(entry["sha256"], str)
 
 
 def _acquire(path: Path, folder: Path) -> int | None:

@@ -9,6 +9,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
@@ -110,7 +111,7 @@ class DmquantQuantizer(DiffusersQuantizer):
         model.dmquant_record = self.quantization_config.run
         fuse(model)
 
-    def _dequantize(self, model: nn.Module) -> nn.Module:
+    def _dequantize(self, model: ModelMixin) -> ModelMixin:
         """Plain float layers, under a config that does not call them quantized any more."""
         restore_float(model)
         unfuse(model)
@@ -130,7 +131,7 @@ def register() -> None:
             raise RuntimeError(f"quant_method 'dmquant' of diffusers belongs to {owner.__module__}.{owner.__qualname__}")
 
 
-def mark(model: nn.Module) -> None:
+def mark(model: ModelMixin) -> None:
     """Makes a model packed in this process what a loaded one is: quantized to diffusers, which saves it as such and refuses
     casts, and with fused blocks, so that both give the same floats."""
     run = dict(getattr(model, "dmquant_record", {}))
@@ -164,9 +165,9 @@ def check_tensor(module: nn.Module, leaf: str, tensor: Tensor, *, name: str) -> 
         raise DamagedFile(f"{name} holds values that are not finite")
     if is_grid and leaf in ("scale", "reciprocal") and not (tensor > 0).all():
         raise DamagedFile(f"{name} holds a {leaf} that is not positive")
-    if is_grid and leaf == "zero" and not _is_on_grid(tensor, module):
+    if isinstance(module, PackedWeight | FixedGrid) and leaf == "zero" and not _is_on_grid(tensor, module):
         raise DamagedFile(f"{name} holds a zero that is no code of {module.bits} bits")
-    if leaf == "codes" and is_grid and not _has_zero_padding(tensor, module.numel()):
+    if isinstance(module, PackedWeight) and leaf == "codes" and not _has_zero_padding(tensor, module.numel()):
         raise DamagedFile(f"{name} has bits set after its last code")
 
 

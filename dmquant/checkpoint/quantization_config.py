@@ -32,8 +32,8 @@ class DmquantConfig(QuantizationConfigMixin):
 
     def __init__(
         self, *, weight_bits: int, act_bits: int, kinds: Sequence[str] = (),
-        overrides: Mapping[str, list[int | str]] | None = None, attention_bits: int = FLOAT_BITS,
-        attention_kinds: Sequence[str] = (), timing: Mapping[str, int | str] | None = None, method: str | None = None,
+        overrides: Mapping[str, Sequence[Any]] | None = None, attention_bits: int = FLOAT_BITS,
+        attention_kinds: Sequence[str] = (), timing: Mapping[str, Any] | None = None, method: str | None = None,
         settings: Mapping[str, Any] | None = None, base_model: str | None = None, record: Mapping[str, Any] | None = None,
         producer: str = f"dmquant {__version__}", format_version: int = FORMAT_VERSION, quant_method: str = "dmquant",
     ):  # fmt: skip
@@ -60,7 +60,7 @@ class DmquantConfig(QuantizationConfigMixin):
 
     @property
     def layout(self) -> Layout:
-        overrides = {name: Format(*entry[:2], tuple(entry[2:])) for name, entry in self.overrides.items()}
+        overrides = {name: Format(entry[0], entry[1], tuple(entry[2:])) for name, entry in self.overrides.items()}
         timing = None if self.timing is None else Timing(**self.timing)
         default = Format(self.weight_bits, self.act_bits, tuple(self.kinds))
         return Layout(default, overrides, self.attention_bits, tuple(self.attention_kinds), timing)
@@ -109,9 +109,11 @@ def _is_overrides(value: object) -> bool:
 
 
 def _is_timing(value: object) -> bool:
-    is_pair = isinstance(value, dict) and set(value) == set(Timing._fields)
-    has_steps = is_pair and type(value["num_steps"]) is int and 1 <= value["num_steps"] <= MAX_STEPS
-    return value is None or (has_steps and value["lookup"] in LOOKUPS)
+    if value is None:
+        return True
+    if not isinstance(value, dict) or set(value) != set(Timing._fields):
+        return False
+    return type(value["num_steps"]) is int and 1 <= value["num_steps"] <= MAX_STEPS and value["lookup"] in LOOKUPS
 
 
 def _is_text(value: object) -> bool:

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from dmquant.checkpoint import atomic_folder, diffusers_quantizer
+from dmquant.checkpoint.quantization_config import DmquantConfig
 from dmquant.diffusion.pipeline import (
     DENOISERS,
     find_denoiser,
@@ -109,7 +110,7 @@ def pack(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     return with_denoiser(pipeline, name, packed)
 
 
-def _refuse_unreadable(denoiser: nn.Module) -> None:
+def _refuse_unreadable(denoiser: ModelMixin) -> None:
     """What is written must load again: the tensors that the config promises, no other, all finite."""
     with init_empty_weights():
         # through JSON: config in memory also holds marks of diffusers that no file has
@@ -145,7 +146,7 @@ def _recover(folder: Path) -> Path:
     return folder
 
 
-def _read_config(folder: Path) -> diffusers_quantizer.DmquantConfig:
+def _read_config(folder: Path) -> DmquantConfig:
     """The quantization_config of the denoiser in a pipeline folder."""
     for name in DENOISERS:
         path = locate(folder) / name / "config.json"
@@ -154,14 +155,14 @@ def _read_config(folder: Path) -> diffusers_quantizer.DmquantConfig:
     raise InputError(f"{folder} holds no denoiser: looked for {', '.join(DENOISERS)}")
 
 
-def _parse_config(path: Path) -> diffusers_quantizer.DmquantConfig:
+def _parse_config(path: Path) -> DmquantConfig:
     try:
         config = json.loads(path.read_text(encoding="utf-8")).get("quantization_config")
     except (ValueError, AttributeError, RecursionError) as error:
         raise DamagedFile(f"{path} is no JSON object: {error}") from error
     if config is None:
         raise InputError(f"{path.parent} is not quantized; open it with dmquant.diffusion.pipeline.open_pipeline")
-    return diffusers_quantizer.DmquantConfig.from_dict(config)
+    return DmquantConfig.from_dict(config)
 
 
 def _refuse_non_finite(path: Path) -> None:

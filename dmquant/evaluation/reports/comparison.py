@@ -124,11 +124,14 @@ def add_efforts(table: Comparison, efforts: Sequence[Effort | None]) -> Comparis
     if not any(efforts):
         raise InputError("none of these rows says what quantizing took; give folders that dmquant quantized")
     seconds, memory = (column.key for column in QUANTIZING)
-    known = [effort if effort is not None and effort.is_whole else None for effort in efforts]
-    taken = [{seconds: e and e.seconds, memory: e and e.peak_bytes and e.peak_bytes / 1e6} for e in known]
-    rows = tuple(row | extra for row, extra in zip(table.rows, taken, strict=True))
+    rows = []
+    for row, effort in zip(table.rows, efforts, strict=True):
+        is_known = effort is not None and effort.is_whole
+        peak_bytes = effort.peak_bytes if effort is not None and is_known else None
+        taken = effort.seconds if effort is not None and is_known else None
+        rows.append({**row, seconds: taken, memory: peak_bytes and peak_bytes / 1e6})
     note = "quantize: seconds of all stages, but for a recording that runs share; memory beyond what was held at the start"
-    return Comparison((*table.columns, *QUANTIZING), rows, (*table.notes, note))
+    return Comparison((*table.columns, *QUANTIZING), tuple(rows), (*table.notes, note))
 
 
 def find_differences(reports: Sequence[Report]) -> list[str]:

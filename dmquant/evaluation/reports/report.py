@@ -9,7 +9,8 @@ import math
 import os
 import re
 import secrets
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -179,13 +180,17 @@ def _complete(document: dict[str, Any], version: int, source: str) -> dict[str, 
     return whole
 
 
-def _fill(cls: type, added: dict[int, tuple[str, ...]], values: dict[str, Any], version: int, where: str) -> dict[str, Any]:
+def _fill(cls: type, added: Mapping[int, tuple[str, ...]], values: dict[str, Any], version: int, where: str) -> dict[str, Any]:
     """Defaults of the keys that were added after the version; a file that has one of them all the same is refused."""
     later = {name for number, names in added.items() if number > version for name in names}
     for name in sorted(later & values.keys()):
         raise DamagedFile(f"{where}: unknown key {name!r} in format_version {version}")
     entries = [entry for entry in fields(cls) if entry.name in later]
-    return {entry.name: entry.default if entry.default is not MISSING else entry.default_factory() for entry in entries}
+    return {entry.name: _default(entry) for entry in entries}
+
+
+def _default(entry: Field[Any]) -> Any:
+    return entry.default if entry.default_factory is MISSING else entry.default_factory()
 
 
 def _refuse_constant(name: str) -> float:
@@ -222,7 +227,7 @@ def _check(value: Any, hint: Any, where: str) -> Any:
     if is_dataclass(expected) or expected is dict:
         if type(value) is not dict:
             raise DamagedFile(f"{where}: expected an object, found {value!r:.40}")
-        if is_dataclass(expected):
+        if isinstance(expected, type) and is_dataclass(expected):
             return _build(expected, value, where)
         return {key: _check(item, get_args(hint)[1], f"{where}.{key}") for key, item in value.items()}
     if expected is tuple:
@@ -233,7 +238,7 @@ def _check(value: Any, hint: Any, where: str) -> Any:
     return _to_float(value, where) if expected is float else value
 
 
-def _check_items(value: Any, hints: tuple, where: str) -> tuple:
+def _check_items(value: Any, hints: tuple[Any, ...], where: str) -> tuple[Any, ...]:
     """The items of a list, each checked; hints as a tuple's annotation names them."""
     if type(value) not in (list, tuple):  # a tuple is a default
         raise DamagedFile(f"{where}: expected a list, found {value!r:.40}")
