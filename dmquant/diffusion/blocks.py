@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -59,7 +60,7 @@ def is_unet(denoiser: nn.Module) -> bool:
     return hasattr(denoiser, "down_blocks") and hasattr(denoiser, "up_blocks")
 
 
-def _unet_blocks(unet: nn.Module) -> Iterator[Block]:
+def _unet_blocks(unet: Any) -> Iterator[Block]:
     yield Block("conv_in", ("conv_in",))
     stride = 1
     for index, level in enumerate(unet.down_blocks):

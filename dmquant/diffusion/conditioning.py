@@ -45,7 +45,7 @@ class Conditioning:
         asked = {"condition": self.kind, "num_conditions": len(self.entries), "conditions_sha256": self.sha256}
         return {**(asked if self.entries else {}), "guidance_scale": self.guidance}
 
-    def choose(self, seeds: Sequence[int]) -> list[str] | list[int]:
+    def choose(self, seeds: Sequence[int]) -> list[str | int]:
         """The entry of each seed; none where there are none."""
         return [self.entries[seed % len(self.entries)] for seed in seeds] if self.entries else []
 

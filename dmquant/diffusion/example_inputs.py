@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from diffusers import ModelMixin
+from torch import Tensor
 
 from dmquant.errors import InputError
 
 
-def example_inputs(denoiser: nn.Module, *, batch: int = 1, device: str = "meta") -> dict[str, Any]:
+def example_inputs(denoiser: ModelMixin, *, batch: int = 1, device: str = "meta") -> dict[str, Any]:
     """Keyword arguments of one denoiser call with the sizes of its config, zeros throughout.
 
     Text is 77 tokens for UNets, 300 for PixArt, 154 for SD3 and 512 for Flux; Flux images are 1024 x 1024.
@@ -43,14 +44,14 @@ def _image(config: Mapping[str, Any], zeros: _Zeros) -> Tensor:
 
 
 def _unet_inputs(config: Mapping[str, Any], zeros: _Zeros) -> dict[str, Any]:
-    kind, projected = config["class_embed_type"], config.get("projection_class_embeddings_input_dim")
+    kind = config["class_embed_type"]
     inputs = {"sample": _image(config, zeros), "timestep": zeros.integers()}
     if kind == "timestep" or (kind is None and config["num_class_embeds"] is not None):
         inputs["class_labels"] = zeros.integers()
     elif kind == "identity":
         inputs["class_labels"] = zeros(config.get("time_embedding_dim") or 4 * config["block_out_channels"][0])
     elif kind is not None:
-        inputs["class_labels"] = zeros(projected)
+        inputs["class_labels"] = zeros(config["projection_class_embeddings_input_dim"])
     return inputs
 
 

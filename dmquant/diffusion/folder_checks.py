@@ -80,5 +80,6 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _is_class_entry(entry: object) -> bool:
     """Whether an entry of model_index.json is [library, class], or [null, null] for a component left out."""
-    is_pair = isinstance(entry, list) and len(entry) == 2
-    return is_pair and (all(isinstance(part, str) for part in entry) or entry == [None, None])
+    if not isinstance(entry, list) or len(entry) != 2:
+        return False
+    return all(isinstance(part, str) for part in entry) or entry == [None, None]

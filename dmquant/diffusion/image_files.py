@@ -103,13 +103,12 @@ def _is_picture(name: str) -> bool:
 
 
 def _decode(data: bytes, size: int | None) -> Tensor:
-    with Image.open(io.BytesIO(data)) as image:
-        if image.mode == "F":
+    with Image.open(io.BytesIO(data)) as file:
+        if file.mode == "F":
             raise ValueError("floating-point pixels have no known range; save them as 8 or 16 bits")
         # 16-bit greys are clipped by convert("RGB"): bring them to 8 bits first
-        if image.mode.startswith("I"):
-            image = image.point(lambda value: value / 256).convert("L")
-        image = image.convert("RGB")
+        grey_or_colour = file.point(lambda value: value / 256).convert("L") if file.mode.startswith("I") else file
+        image = grey_or_colour.convert("RGB")
     if size is not None:
         image = _fit(image, size)
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).contiguous()
@@ -131,7 +130,7 @@ class _Archives:
         self._open: dict[Path, zipfile.ZipFile] = {}
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         for archive in self._open.values():
             archive.close()
 

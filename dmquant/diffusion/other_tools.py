@@ -23,7 +23,7 @@ def find_tool(denoiser: nn.Module) -> str | None:
     return next((tool for layer in named_layers(denoiser).values() if (tool := _find_maker(layer))), None)
 
 
-def layer_bits(layer: nn.Module) -> tuple[int, int] | None:
+def layer_bits(layer: Any) -> tuple[int, int] | None:
     """Weight and activation bits of a layer that another tool quantized; None of any other."""
     tool = _find_maker(layer)
     if tool == "quanto":
@@ -49,9 +49,13 @@ def describe(denoiser: nn.Module) -> dict[str, Any]:
     for layer in named_layers(denoiser).values():
         bits = layer_bits(layer)
         if bits is not None:
-            weights[bits] += layer.in_features * layer.out_features if hasattr(layer, "in_features") else layer.weight.numel()
+            weights[bits] += _count_weights(layer)
     weight_bits, act_bits = weights.most_common(1)[0][0]
     return {"method": tool, "weight_bits": weight_bits, "act_bits": act_bits}
+
+
+def _count_weights(layer: Any) -> int:
+    return layer.in_features * layer.out_features if hasattr(layer, "in_features") else layer.weight.numel()
 
 
 def count_bytes(denoiser: nn.Module) -> int:

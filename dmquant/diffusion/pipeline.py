@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePath
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
@@ -97,7 +97,7 @@ def is_quantized(folder: str | Path) -> bool:
     return (Path(folder) / "model_index.json").is_file() and find_quantizer(Path(folder), DENOISERS) == "dmquant"
 
 
-def find_denoiser(pipeline: DiffusionPipeline) -> tuple[str, nn.Module]:
+def find_denoiser(pipeline: DiffusionPipeline) -> tuple[str, ModelMixin]:
     """Component name and module of the network that the sampler calls."""
     for name in DENOISERS:
         module = pipeline.components.get(name)
@@ -173,7 +173,8 @@ def _download(model: str) -> Path:
 def _ask_hub(model: str) -> list[PurePath] | None:
     """File names of a hub repository; None where the hub does not answer in time."""
     try:
-        return [PurePath(file.rfilename) for file in HfApi().model_info(model, timeout=HUB_TIMEOUT_S).siblings]
+        files = HfApi().model_info(model, timeout=HUB_TIMEOUT_S).siblings
+        return [PurePath(file.rfilename) for file in files or ()]
     except GatedRepoError as error:
         raise MissingResource(f"{model!r} is gated on the hub; accept its terms there and log in with `hf auth login`") from error
     except RepositoryNotFoundError as error:
@@ -182,7 +183,7 @@ def _ask_hub(model: str) -> list[PurePath] | None:
         return None
 
 
-def _check_size(folder: Path, denoiser: nn.Module) -> None:
+def _check_size(folder: Path, denoiser: ModelMixin) -> None:
     """Whether the config, where it speaks of sample_size, says one that images can be drawn in."""
     size = denoiser.config.get("sample_size", 1)
     sides = size if isinstance(size, list | tuple) else [size]
@@ -190,7 +191,7 @@ def _check_size(folder: Path, denoiser: nn.Module) -> None:
         raise DamagedFile(f"{folder}/config.json: sample_size cannot be {json.dumps(size)}; give a positive whole number")
 
 
-def _check_weights(folder: Path, denoiser: nn.Module) -> None:
+def _check_weights(folder: Path, denoiser: ModelMixin) -> None:
     """diffusers only warns about tensors that a file lacks (they stay on meta) or has too many, and nobody looks for NaN."""
     damaged = [key for key, value in denoiser.state_dict().items() if value.is_meta or not value.isfinite().all()]
     if damaged:
@@ -202,7 +203,7 @@ def _check_weights(folder: Path, denoiser: nn.Module) -> None:
         raise DamagedFile(f"{folder}: {len(extra)} tensors have no place in the model: {', '.join(extra[:5])}{reason}")
 
 
-def _find_extra(folder: Path, denoiser: nn.Module) -> list[str]:
+def _find_extra(folder: Path, denoiser: ModelMixin) -> list[str]:
     """Names of stored tensors that the model does not have."""
     stored: dict[str, None] = {}
     for pattern in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*-of-*.safetensors"):

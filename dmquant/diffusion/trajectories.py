@@ -6,7 +6,7 @@ The timestep is in the sample, so no training code asks which step it is.
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any, Self
 
@@ -48,8 +48,8 @@ class Samples:
 
     def __getitem__(self, index: Tensor | slice) -> Self:
         rows = {name: value[index] for name, value in self.conditioning.items()}
-        picked = {name: getattr(self, name)[index] for name in ("x", "timestep", "target")}
-        return replace(self, **picked, conditioning=rows)
+        x, timestep, target = self.x[index], self.timestep[index], self.target[index]
+        return replace(self, x=x, timestep=timestep, target=target, conditioning=rows)
 
     def spread(self, count: int) -> Self:
         """At most `count` samples, evenly over the timesteps: with at least as many as there are steps, each is among them."""
@@ -60,8 +60,9 @@ class Samples:
         return [self[slice(start, start + batch)] for start in range(0, len(self), batch)]
 
     def on(self, device: torch.device) -> Self:
-        moved = {f.name: _move(getattr(self, f.name), device) for f in fields(self) if f.name not in ("names", "guidance")}
-        return replace(self, **moved)
+        rows, shared = _move(self.conditioning, device), _move(self.shared, device)
+        x, timestep, target = self.x.to(device), self.timestep.to(device), self.target.to(device)
+        return replace(self, x=x, timestep=timestep, target=target, conditioning=rows, shared=shared)
 
     def call(self, denoiser: nn.Module) -> Tensor:
         """The denoiser's answer to these samples, in the channels of the target."""
@@ -132,7 +133,7 @@ class Recorder:
     def __init__(self) -> None:
         self._calls: list[Samples] = []
 
-    def note(self, denoiser: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    def note(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         arguments = inspect.signature(denoiser.forward).bind_partial(*args, **kwargs).arguments
         name, x = next(iter(arguments.items()))
         clock = find_timestep_name(arguments)
@@ -150,8 +151,8 @@ class Recorder:
         main = {name: [getattr(call, name) for call in calls] for name in ("x", "timestep", "target")}
         shared, names = first.shared, first.names
         del first, calls
-        joined = [{name: torch.cat(columns.pop(name)) for name in list(columns)} for columns in (main, rows)]
-        return Samples(**joined[0], conditioning=joined[1], shared=shared, names=names)
+        joined, joined_rows = ({name: torch.cat(columns.pop(name)) for name in list(columns)} for columns in (main, rows))
+        return Samples(joined["x"], joined["timestep"], joined["target"], conditioning=joined_rows, shared=shared, names=names)
 
 
 def _keep(value: Tensor) -> Tensor:
@@ -161,7 +162,7 @@ def _keep(value: Tensor) -> Tensor:
 
 def _flatten(arguments: dict[str, Any], prefix: str = "") -> dict[str, Tensor]:
     """Tensors among nested arguments, by dotted name; flags and None are the denoiser's defaults when it is called again."""
-    flat = {}
+    flat: dict[str, Tensor] = {}
     for name, value in arguments.items():
         if isinstance(value, dict):
             flat |= _flatten(value, f"{prefix}{name}.")
@@ -181,5 +182,5 @@ def _nest(flat: dict[str, Tensor]) -> dict[str, Any]:
     return nested
 
 
-def _move(value: Tensor | dict[str, Tensor], device: torch.device) -> Tensor | dict[str, Tensor]:
-    return {k: v.to(device) for k, v in value.items()} if isinstance(value, dict) else value.to(device)
+def _move(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in tensors.items()}

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -143,7 +144,7 @@ def measure_cost(
     layout = layout or _read_layout(denoiser)
     skeleton = build_skeleton(denoiser)
     num_params = sum(parameter.numel() for parameter in skeleton.parameters())
-    shapes = {name: layer.weight.shape for name, layer in named_layers(skeleton).items()}
+    shapes = {name: layer.get_parameter("weight").shape for name, layer in named_layers(skeleton).items()}
     meter, attention_macs = _run(skeleton, example_inputs(skeleton) if inputs is None else inputs)
     _pack(skeleton, layout)
     tensors = _list_tensors(skeleton, denoiser)
@@ -156,7 +157,7 @@ def measure_cost(
     return Cost(costs, num_params, size_bytes, header_bytes, attention_macs, layout.attention_bits)
 
 
-def build_skeleton(denoiser: nn.Module) -> nn.Module:
+def build_skeleton(denoiser: ModelMixin) -> ModelMixin:
     """The float architecture of a diffusers model on the meta device: shapes without memory."""
     config = {key: value for key, value in denoiser.config.items() if key != "quantization_config"}
     with torch.device("meta"):
@@ -168,20 +169,20 @@ class _Meter:
 
     def __init__(self, layers: Mapping[str, nn.Module]):
         self.layers = layers
-        self.macs, self.num_inputs, self.num_outputs = Counter(), Counter(), Counter()
+        self.macs, self.num_inputs, self.num_outputs = Counter[str](), Counter[str](), Counter[str]()
         self._names = {layer: name for name, layer in layers.items()}
 
     def __enter__(self) -> "_Meter":
         self._hooks = [layer.register_forward_hook(self.count) for layer in self.layers.values()]
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         for hook in self._hooks:
             hook.remove()
 
     def count(self, layer: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
         name = self._names[layer]
-        self.macs[name] += output.numel() * layer.weight[0].numel()
+        self.macs[name] += output.numel() * layer.get_parameter("weight")[0].numel()
         self.num_inputs[name] += arguments[0].numel()
         self.num_outputs[name] += output.numel()
 
@@ -231,7 +232,8 @@ def _list_tensors(packed: nn.Module, denoiser: nn.Module) -> dict[str, _Entry]:
 
 def _count_header(tensors: Mapping[str, _Entry]) -> int:
     """Bytes in front of the tensors of a safetensors file: its length, and their names, dtypes, shapes and places as JSON."""
-    header, begin = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begin = 0
     for name, entry in sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
         end = begin + entry.size_bytes
         header[name] = {"dtype": DTYPES.get(entry.dtype, "F32"), "shape": entry.shape, "data_offsets": [begin, end]}

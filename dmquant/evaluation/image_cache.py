@@ -147,7 +147,7 @@ def _hash_module(module: Module, digest: "hashlib._Hash") -> None:
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         for part in stored_tensors(tensor):
-            digest.update(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _public(config: Any) -> dict[str, Any]:
@@ -181,4 +181,4 @@ def read(file: Path, count: int) -> Drawn | None:
 
 
 def _hash(images: Tensor) -> str:
-    return hashlib.sha256(images.contiguous().numpy()).hexdigest()
+    return hashlib.sha256(images.contiguous().numpy().data).hexdigest()

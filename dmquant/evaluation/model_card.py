@@ -84,9 +84,10 @@ def describe(report: Report, name: str) -> ModelCardData:
         for key, value in report.metrics.items()
     ]
     base = report.base_model if is_hub_id(report.base_model) else None
+    origin: dict[str, Any] = {"base_model": base, "base_model_relation": "quantized"} if base else {}
     return ModelCardData(
         library_name="diffusers", pipeline_tag=TASK, tags=["dmquant", report.method, f"w{report.weight_bits}a{report.act_bits}"],
-        model_name=name, eval_results=results, **({"base_model": base, "base_model_relation": "quantized"} if base else {}),
+        model_name=name, eval_results=results, **origin,
     )
 
 
@@ -105,7 +106,7 @@ def write_command(report: Report, name: str) -> str:
 
 def is_hub_id(model: str | None) -> bool:
     """Whether a name is one that the hub could know: owner/name, and no folder here."""
-    return bool(model) and model.count("/") == 1 and not model.startswith(("/", ".")) and not Path(model).exists()
+    return model is not None and model.count("/") == 1 and not model.startswith(("/", ".")) and not Path(model).exists()
 
 
 def _shorten(model: str | None) -> str | None:

@@ -26,7 +26,8 @@ def draw_strips(
     reports: Sequence[Report], count: int, *, device: str | None = None, cache: Path | None = None, track: Track = plain
 ) -> list[Strip]:
     """Returns the first `count` seeds of each report, float models first; a strip says why its pipeline cannot be opened."""
-    strips, base = [], None
+    strips: list[Strip] = []
+    base: Tensor | None = None
     for report in track(sorted(reports, key=lambda report: not report.is_float), "sample sheet"):
         try:
             pipeline = serialization.open_any(report.model, device=device or choose_device())

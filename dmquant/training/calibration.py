@@ -2,14 +2,16 @@
 
 import copy
 from collections import defaultdict
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dmquant.diffusion.layer_roles import Role, find_roles
 from dmquant.diffusion.trajectories import Samples
-from dmquant.nn.fake_quant_layers import bypassed, quantized_inputs, quantized_layers
+from dmquant.nn.fake_quant_layers import QuantLayer, bypassed, quantized_inputs, quantized_layers
 from dmquant.progress import Track, plain
 from dmquant.quantizers.base import Quantizer
 
@@ -28,11 +30,12 @@ def observe_inputs(student: nn.Module, samples: Samples, *, batch: int, track: T
 
     Meanwhile the student's clock, if it has one, is at the timesteps of the samples: a temporal quantizer sets its rows.
     """
-    readers = [reader for reader in quantized_inputs(student).values() if isinstance(reader.input_quantizer, Quantizer)]
-    collectors = [Collector(seed, reader.input_quantizer) for seed, reader in enumerate(readers)]
+    collectors: list[Collector] = []
     with ExitStack() as hooks:
-        for reader, collector in zip(readers, collectors):
-            hooks.callback(reader.register_forward_pre_hook(collector.note).remove)
+        for reader in quantized_inputs(student).values():
+            if isinstance(reader.input_quantizer, Quantizer):
+                collectors.append(Collector(len(collectors), reader.input_quantizer))
+                hooks.callback(reader.register_forward_pre_hook(collectors[-1].note).remove)
         run_float(student, track(samples.split(batch), "calibrate"))
     clock = getattr(student, "clock", None)
     with nullcontext() if clock is None else clock.at(samples.timestep, len(samples)):
@@ -48,14 +51,13 @@ def correct_biases(student: nn.Module, samples: Samples, *, batch: int, track: T
     Layer by layer, each on the inputs that it has in the float model. The mean of what a denoiser's last layer answers is
     worth it: an error that is the same in all calls adds up over the steps of sampling, one that is noise does not.
     """
-    meters = {name: Shortfall(layer) for name, layer in quantized_layers(student).items() if layer.bias is not None}
+    meters = [(layer, Shortfall(layer)) for layer in quantized_layers(student).values() if layer.bias is not None]
     with ExitStack() as hooks:
-        for name, layer in quantized_layers(student).items():
-            if name in meters:
-                hooks.callback(layer.register_forward_hook(meters[name].note).remove)
+        for layer, meter in meters:
+            hooks.callback(layer.register_forward_hook(meter.note).remove)
         run_float(student, track(samples.split(batch), "correct biases"))
-    for name, meter in meters.items():
-        student.get_submodule(name).bias += meter.mean().float()
+    for layer, meter in meters:
+        layer.get_parameter("bias").add_(meter.mean().float())
 
 
 @torch.no_grad()
@@ -67,8 +69,8 @@ def correct_answers(
     Training leaves a little of it, and in an image it is a cast of colour: no step of sampling takes it away again.
     """
     names = [name for name, role in find_roles(student).items() if role == Role.LAST]
-    pairs = [tuple(network.get_submodule(name) for network in (student, teacher)) for name in names]
-    means = [(Mean(ours), Mean(theirs)) for ours, theirs in pairs if ours.bias is not None]
+    pairs = [(student.get_submodule(name), teacher.get_submodule(name)) for name in names]
+    means = [(Mean(ours), Mean(theirs)) for ours, theirs in pairs if getattr(ours, "bias", None) is not None]
     device, meters = next(student.parameters()).device, [mean for pair in means for mean in pair]
     with ExitStack() as hooks:
         for mean in meters:
@@ -79,11 +81,12 @@ def correct_answers(
             for network in (student, teacher):
                 part.on(device).call(network)
     for ours, theirs in means:
-        ours.layer.bias -= (ours.value() - theirs.value()).to(ours.layer.bias.dtype)
+        bias = ours.layer.get_parameter("bias")
+        bias.sub_((ours.value() - theirs.value()).to(bias.dtype))
 
 
 @torch.no_grad()
-def run_float(student: nn.Module, parts: list[Samples]) -> None:
+def run_float(student: nn.Module, parts: Iterable[Samples]) -> None:
     """The student in float on batches of samples: hooks see what its layers read and answer."""
     device = next(student.parameters()).device
     with bypassed(student):
@@ -99,7 +102,7 @@ class Collector:
         self._generator = torch.Generator().manual_seed(seed)
         self.rows: dict[Quantizer, list[Tensor]] = defaultdict(list)
 
-    def note(self, layer: nn.Module, args: tuple) -> None:
+    def note(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
         for quantizer, part in self._quantizer.leaves(args[0].detach().float()):
             flat = part.flatten(1)
             index = torch.randint(flat.shape[1], (min(VALUES_PER_SAMPLE, flat.shape[1]),), generator=self._generator)
@@ -111,10 +114,10 @@ class Mean:
     """What a layer answers on average over samples, as they count, and over everything but channels: (C,)."""
 
     def __init__(self, layer: nn.Module):
-        self.layer, self.weight = layer, torch.ones(0)
-        self._sum, self._total = torch.zeros(len(layer.bias), dtype=torch.float64, device=layer.bias.device), 0.0
+        self.layer, self.weight, bias = layer, torch.ones(0), layer.get_parameter("bias")
+        self._sum, self._total = torch.zeros(len(bias), dtype=torch.float64, device=bias.device), 0.0
 
-    def note(self, layer: nn.Module, args: tuple, output: Tensor) -> None:
+    def note(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         rows = output if isinstance(layer, nn.Linear) else output.movedim(1, -1)
         each = rows.flatten(1, -2).mean(1, dtype=torch.float64)  # (B, C)
         self._sum += (self.weight.unsqueeze(1) * each).sum(0)
@@ -127,14 +130,14 @@ class Mean:
 class Shortfall:
     """By how much a layer's float output exceeds its quantized one, on average over everything but channels: (C,)."""
 
-    def __init__(self, layer: nn.Module):
-        self._layer = copy.copy(layer)
+    def __init__(self, layer: QuantLayer):
+        self._layer, bias = copy.copy(layer), layer.get_parameter("bias")
         self._layer.__dict__["_modules"] = dict(layer._modules)  # its quantizers stay while the layer's step aside
-        self._sum, self._count = torch.zeros(len(layer.bias), dtype=torch.float64, device=layer.bias.device), 0
+        self._sum, self._count = torch.zeros(len(bias), dtype=torch.float64, device=bias.device), 0
 
-    def note(self, layer: nn.Module, args: tuple, output: Tensor) -> None:
-        # not a call: the twin shares the layer's hooks
-        lost = output - type(layer).forward(self._layer, *args)
+    def note(self, layer: QuantLayer, args: tuple[Any, ...], output: Tensor) -> None:
+        forward: Callable[..., Tensor] = type(layer).forward  # not a call: the twin shares the layer's hooks
+        lost = output - forward(self._layer, *args)
         rows = lost.flatten(0, -2) if isinstance(layer, nn.Linear) else lost.movedim(1, -1).flatten(0, -2)
         self._sum += rows.sum(0, dtype=torch.float64)
         self._count += len(rows)

@@ -27,7 +27,7 @@ class Denoising:
 
     images: Tensor  # uint8 (N, 3, H, W)
     scheduler: SchedulerMixin
-    vae: nn.Module | None  # turns pixels into latents where the pipeline has one
+    vae: AutoencoderKL | None  # turns pixels into latents where the pipeline has one
 
     def loss(
         self, student: nn.Module, batch: int, *, step: int, generator: torch.Generator, device: torch.device

@@ -36,11 +36,15 @@ class Meter:
             torch.cuda.synchronize(self._device)
         ended, peak = (time.perf_counter(), time.process_time()), _read_memory(self._device, peak=True)
         seconds, cpu_seconds = (end - start for end, start in zip(ended, started))
-        beyond = (None if None in (peak, before) else max(0, peak - before) for before in (self._held, held))
-        self.stages[name] = Stage(seconds, cpu_seconds, *beyond)
+        self.stages[name] = Stage(seconds, cpu_seconds, _beyond(self._held, peak), _beyond(held, peak))
 
     def sum_up(self, *, trained_params: int, trained_share: float, is_whole: bool) -> Effort:
         return Effort(dict(self.stages), self._held, self._device.type, trained_params, trained_share, is_whole)
+
+
+def _beyond(held: int | None, peak: int | None) -> int | None:
+    """Bytes at the peak beyond those that were held; None where one of them is not known."""
+    return None if held is None or peak is None else max(0, peak - held)
 
 
 def _reset_peak(device: torch.device) -> None:

@@ -176,16 +176,17 @@ class Guard:
 
     def __init__(self, trained: Sequence[Tensor], optimizer: torch.optim.Optimizer, average: EMAModel | None = None):
         self._trained, self._optimizer, self._average = trained, optimizer, average
-        self._bad_in_row, self._first_loss = 0, None
+        self._bad_in_row = 0
+        self._first_loss: float | None = None
         self.factor = 1.0
         self._copy()
 
     def refuses(self, step: int, value: float, *, is_gradient: bool = False) -> bool:
         """True if the step must be skipped. After too many in a row it rolls back; a second time it raises DmquantError."""
-        is_free = is_gradient or self._first_loss is None
-        limit = math.inf if is_free else max(DIVERGED * self._first_loss, LOSS_OF_SILENCE)
+        first = self._first_loss
+        limit = math.inf if is_gradient or first is None else max(DIVERGED * first, LOSS_OF_SILENCE)
         if math.isfinite(value) and value <= limit:
-            self._first_loss = value if self._first_loss is None else self._first_loss
+            self._first_loss = value if first is None else first
             return False
         self._bad_in_row += 1
         if self._bad_in_row >= PATIENCE:

@@ -22,6 +22,12 @@ class Batch:
     float_images: Tensor | None = None  # uint8 (P, 3, H, W), P <= B: the float model's images of the first P seeds
 
 
+def given(part: Tensor | None) -> Tensor:
+    """Returns a part of a batch that the metric has asked for, and that the evaluation therefore brings."""
+    assert part is not None
+    return part
+
+
 class Metric(ABC):
     """Accumulates over batches; a subclass says what its batches must carry."""
 

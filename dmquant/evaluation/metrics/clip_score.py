@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from dmquant.diffusion.quiet_loading import loading_quietly
 from dmquant.errors import DamagedFile, InputError, MissingResource
-from dmquant.evaluation.metrics.base import Batch, Metric
+from dmquant.evaluation.metrics.base import Batch, Metric, given
 from dmquant.evaluation.metrics.inception_weights import hash_file
 
 NAME = "clip_score"
 DEFAULT = "openai/clip-vit-large-patch14"  # torchmetrics' own
-FILES = ("*.json", "*.txt", "*.safetensors")  # pickles are not read, so not fetched
+FILES = ["*.json", "*.txt", "*.safetensors"]  # pickles are not read, so not fetched
 WEIGHTS = "model*.safetensors"
 
 
@@ -39,8 +39,9 @@ class ClipScore(Metric):
         self._count = 0
 
     def update(self, batch: Batch) -> None:
-        self._sum += batch.match.sum().item()
-        self._count += len(batch.match)
+        match = given(batch.match)
+        self._sum += match.sum().item()
+        self._count += len(match)
 
     def compute(self) -> dict[str, float]:
         return {NAME: max(self._sum / self._count, 0.0)}
@@ -49,7 +50,7 @@ class ClipScore(Metric):
 class Clip(NamedTuple):
     """A CLIP network with its tokenizer and image processor, the name it was asked for by, and the SHA-256 of its weights."""
 
-    network: nn.Module
+    network: Any  # transformers' CLIPModel, which is imported when a CLIP is loaded
     processor: Any
     name: str
     sha256: str
@@ -66,8 +67,8 @@ class Clip(NamedTuple):
         inputs = self.processor(text=list(prompts), images=pictures, **how).to(self.network.device)
         with torch.autocast(self.network.device.type, enabled=False):
             seen = self.network(**inputs)
-        embeddings = (part.cpu().double() for part in (seen.image_embeds, seen.text_embeds))
-        return 100 * nn.functional.cosine_similarity(*embeddings, dim=1)
+        ours, theirs = (part.cpu().double() for part in (seen.image_embeds, seen.text_embeds))
+        return 100 * nn.functional.cosine_similarity(ours, theirs, dim=1)
 
 
 def load_clip(model: str | Path | None = None) -> Clip:
@@ -109,7 +110,7 @@ def find_clip(name: str) -> Path:
 def fetch_clip(name: str = DEFAULT) -> Path:
     """Downloads a CLIP into the hub's cache, which checks it, and returns its folder; 1.7 GB the default."""
     try:
-        return Path(snapshot_download(name, allow_patterns=FILES, ignore_patterns=("*flax*", "*tf_*")))
+        return Path(snapshot_download(name, allow_patterns=FILES, ignore_patterns=["*flax*", "*tf_*"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise MissingResource(f"CLIP {name!r} cannot be fetched: {reason}; or give its folder by --clip") from error

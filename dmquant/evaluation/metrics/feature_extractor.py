@@ -7,7 +7,7 @@ named `fd-<name>`, never FID.
 import difflib
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -35,7 +35,7 @@ class Reading(NamedTuple):
 class Extractor(NamedTuple):
     """A network that maps uint8 images (B, 3, H, W) to features (B, D), its name, and the SHA-256 of its weights."""
 
-    network: nn.Module
+    network: Any  # a module with num_features, perhaps num_spatial, image_size and read
     name: str
     sha256: str
 
@@ -55,7 +55,8 @@ class Extractor(NamedTuple):
         self.refuse_size(*images.shape[-2:])
         with torch.autocast(device.type, enabled=False):
             seen = look(self.network, images.to(device))
-        return Reading(*(None if part is None else part.cpu().double() for part in seen))  # some devices have no float64
+        spatial, logits = (None if part is None else part.cpu().double() for part in (seen.spatial, seen.logits))
+        return Reading(seen.features.cpu().double(), spatial, logits)  # on the CPU: some devices have no float64
 
     def refuse_size(self, height: int, width: int) -> None:
         """Raises InputError where the network takes images of another size in pixels."""
@@ -64,7 +65,7 @@ class Extractor(NamedTuple):
             raise InputError(f"{self.name} takes {expected}x{expected} images, got {width}x{height}; try extractor inception")
 
 
-def look(network: nn.Module, images: Tensor) -> Reading:
+def look(network: Any, images: Tensor) -> Reading:
     """What a network gives: one that is nothing but a function gives its features."""
     return Reading(*network.read(images)) if hasattr(network, "read") else Reading(network(images))
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from dmquant.errors import DmquantError, InputError
-from dmquant.evaluation.metrics.base import Batch, Metric
+from dmquant.evaluation.metrics.base import Batch, Metric, given
 from dmquant.evaluation.metrics.reference_stats import Reference
 from dmquant.evaluation.metrics.running_moments import Moments
 
@@ -29,8 +29,8 @@ class Frechet(Metric):
         self.key = self.name(extractor_name)
         moments = self.pick_moments(reference)
         # no metric here syncs by itself: of several processes the first sees everything, and the others wait elsewhere
-        how = {"reset_real_features": False, "sync_on_compute": False}
-        self._distance = FrechetInceptionDistance(Precomputed(len(moments.mu)), **how)
+        network = Precomputed(len(moments.mu))
+        self._distance = FrechetInceptionDistance(network, reset_real_features=False, sync_on_compute=False)
         inject(self._distance, moments, reference.num_images)
 
     @staticmethod
@@ -43,7 +43,7 @@ class Frechet(Metric):
 
     @staticmethod
     def pick(batch: Batch) -> Tensor:
-        return batch.features
+        return given(batch.features)
 
     def update(self, batch: Batch) -> None:
         self._distance.update(self.pick(batch), real=False)
@@ -72,11 +72,12 @@ class SpatialFrechet(Frechet):
 
     @staticmethod
     def pick_moments(reference: Reference) -> Moments:
+        assert reference.spatial is not None  # reference_part has seen to it
         return reference.spatial
 
     @staticmethod
     def pick(batch: Batch) -> Tensor:
-        return batch.spatial
+        return given(batch.spatial)
 
 
 class Precomputed(nn.Module):

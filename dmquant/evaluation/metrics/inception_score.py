@@ -6,9 +6,10 @@ It says nothing about a reference. It is named IS with the Inception classifier 
 import warnings
 
 import torch
+from torch import Tensor
 from torchmetrics.image.inception import InceptionScore
 
-from dmquant.evaluation.metrics.base import Batch, Metric
+from dmquant.evaluation.metrics.base import Batch, Metric, given
 from dmquant.evaluation.metrics.fid import Precomputed
 from dmquant.evaluation.metrics.reference_stats import Reference
 
@@ -23,10 +24,10 @@ class ClassifierScore(Metric):
 
     def __init__(self, extractor_name: str, reference: Reference | None = None):
         self.key = "is" if extractor_name == "inception" else f"cs-{extractor_name}"
-        self._logits = []
+        self._logits: list[Tensor] = []
 
     def update(self, batch: Batch) -> None:
-        self._logits.append(batch.logits)
+        self._logits.append(given(batch.logits))
 
     def compute(self) -> dict[str, float]:
         logits = torch.cat(self._logits)

@@ -1,6 +1,6 @@
 """What images are looked at with: the extractor and its reference, and CLIP. Each runs once per batch, for all metrics."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,10 +41,13 @@ class Yardstick:
 
     def make_meters(self, chosen: Choice) -> list[Metric]:
         """The metrics themselves, which have seen nothing yet."""
-        return [kind(self.extractor.name, self.reference) if kind.needs_features else kind() for kind in chosen.kinds]
+        features = () if self.extractor is None else (self.extractor.name, self.reference)
+        kinds: list[tuple[Callable[..., Metric], bool]] = [(kind, kind.needs_features) for kind in chosen.kinds]
+        return [make(*features) if needs_features else make() for make, needs_features in kinds]
 
-    def look(self, images: Tensor, prompts: Sequence[str]) -> Batch:
-        """A batch of images as metrics want it."""
+    def look(self, images: Tensor, entries: Sequence[str | int]) -> Batch:
+        """A batch of images as metrics want it, with the prompts or class labels that were asked for."""
+        prompts = [str(entry) for entry in entries]
         seen = {} if self.extractor is None else self.extractor.read(images)._asdict()
         return Batch(images, **seen, match=None if self.clip is None else self.clip.match(images, prompts))
 

@@ -6,9 +6,10 @@ Unlike FID it is unbiased at any number of images. It is named KID in Inception 
 import warnings
 
 import torch
+from torch import Tensor
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from dmquant.evaluation.metrics.base import Batch, Metric
+from dmquant.evaluation.metrics.base import Batch, Metric, given
 from dmquant.evaluation.metrics.fid import Precomputed
 from dmquant.evaluation.metrics.reference_stats import Reference
 
@@ -25,10 +26,11 @@ class Kid(Metric):
 
     def __init__(self, extractor_name: str, reference: Reference):
         self.key = "kid" if extractor_name == "inception" else f"kd-{extractor_name}"
-        self._real, self._fake = reference.features.double(), []
+        self._real = given(reference.features).double()
+        self._fake: list[Tensor] = []
 
     def update(self, batch: Batch) -> None:
-        self._fake.append(batch.features.float())  # float32 is what the network computed
+        self._fake.append(given(batch.features).float())  # float32 is what the network computed
 
     def compute(self) -> dict[str, float]:
         fake = torch.cat(self._fake).double()
@@ -36,8 +38,8 @@ class Kid(Metric):
             warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance` will save")
             torch.manual_seed(0)
             size = min(SUBSET_SIZE, len(self._real), len(fake))
-            how = {"subsets": SUBSETS, "subset_size": size, "sync_on_compute": False}
-            distance = KernelInceptionDistance(Precomputed(fake.shape[1]), **how)
+            network = Precomputed(fake.shape[1])
+            distance = KernelInceptionDistance(network, subsets=SUBSETS, subset_size=size, sync_on_compute=False)
             distance.update(self._real, real=True)
             distance.update(fake, real=False)
             return {self.key: float(distance.compute()[0])}

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from statistics import fmean
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -60,7 +61,10 @@ class Probe:
         self._layers, self._others = named_layers(denoiser), named_layers(other)
         self._is_asking, self._timestep = False, 0.0
         self._answers: dict[str, list[Tensor]] = {}  # of the other's layers, in the call that is running
-        self._signal, self._local, self._total = (defaultdict(list) for _ in range(3))  # energies by layer, one per call
+        # energies by layer, one per call
+        self._signal: dict[str, list[float]] = defaultdict(list)
+        self._local: dict[str, list[float]] = defaultdict(list)
+        self._total: dict[str, list[float]] = defaultdict(list)
         self._ranges: dict[str, dict[float, list[Range]]] = {}
 
     @contextmanager
@@ -78,7 +82,7 @@ class Probe:
                 hook.remove()
             self._answers = {}
 
-    def _ask(self, denoiser: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _ask(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._is_asking:  # a model that is compared with itself
             return
         arguments = inspect.signature(denoiser.forward).bind_partial(*args, **kwargs).arguments
@@ -89,11 +93,13 @@ class Probe:
         finally:
             self._is_asking = False
 
-    def _keep(self, name: str, layer: nn.Module, args: tuple, output: Tensor) -> None:
+    def _keep(self, name: str, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if self._is_asking:
             self._answers[name].append(output.clone())  # models add to the outputs of layers in place
 
-    def _compare(self, name: str, layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+    def _compare(
+        self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> None:
         if self._is_asking:
             return
         x = args[0] if args else next(iter(kwargs.values()))
@@ -132,7 +138,11 @@ def measure_range(x: Tensor) -> Range:
 def merge(ranges: Sequence[Range]) -> Range:
     """The range of several calls: the outermost ends, and the mean of the quantiles; to four digits."""
     least, low, high, largest = zip(*ranges, strict=True)
-    return tuple(float(f"{value:.{DIGITS}g}") for value in (min(least), fmean(low), fmean(high), max(largest)))
+    return _round(min(least)), _round(fmean(low)), _round(fmean(high)), _round(max(largest))
+
+
+def _round(value: float) -> float:
+    return float(f"{value:.{DIGITS}g}")
 
 
 def measure_energy(x: Tensor) -> float:

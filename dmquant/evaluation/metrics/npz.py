@@ -5,7 +5,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ def read_array(path: Path, archive: zipfile.ZipFile, key: str, shape: tuple[int,
         return np.lib.format.read_array(member, allow_pickle=False)
 
 
-def read_header(member: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
+def read_header(member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
     # later format versions allow a header of 4 GiB, which no array of numbers needs
     if np.lib.format.read_magic(member) != (1, 0):
         raise ValueError("unusual npy version")

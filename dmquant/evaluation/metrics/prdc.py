@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dmquant.errors import InputError
-from dmquant.evaluation.metrics.base import Batch, Metric
+from dmquant.evaluation.metrics.base import Batch, Metric, given
 from dmquant.evaluation.metrics.reference_stats import Reference
 
 NEIGHBOURS = 3
@@ -25,10 +25,11 @@ class Prdc(Metric):
 
     def __init__(self, extractor_name: str, reference: Reference):
         self._suffix = "" if extractor_name == "inception" else f"-{extractor_name}"
-        self._real, self._fake = reference.features.double(), []
+        self._real = given(reference.features).double()
+        self._fake: list[Tensor] = []
 
     def update(self, batch: Batch) -> None:
-        self._fake.append(batch.features.float())  # float32 is what the network computed
+        self._fake.append(given(batch.features).float())  # float32 is what the network computed
 
     def compute(self) -> dict[str, float]:
         fake = torch.cat(self._fake).double()

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 
 from dmquant.errors import InputError
-from dmquant.evaluation.metrics.base import Batch, Metric
+from dmquant.evaluation.metrics.base import Batch, Metric, given
 
 PEAK = 255
 WINDOW, SIGMA = 11, 1.5  # pixels
@@ -22,9 +22,9 @@ class Psnr(Metric):
         self._count = 0
 
     def update(self, batch: Batch) -> None:
-        pairs = len(batch.float_images)
-        self._sum += psnr(batch.images[:pairs], batch.float_images).sum().item()
-        self._count += pairs
+        others = given(batch.float_images)
+        self._sum += psnr(batch.images[: len(others)], others).sum().item()
+        self._count += len(others)
 
     def compute(self) -> dict[str, float]:
         if not self._count:
@@ -43,10 +43,10 @@ class Ssim(Metric):
         self._count = 0
 
     def update(self, batch: Batch) -> None:
-        pairs = len(batch.float_images)
-        if pairs:
-            self._sum += ssim(batch.images[:pairs], batch.float_images).sum().item()
-            self._count += pairs
+        others = given(batch.float_images)
+        if len(others):
+            self._sum += ssim(batch.images[: len(others)], others).sum().item()
+            self._count += len(others)
 
     def compute(self) -> dict[str, float]:
         if not self._count:

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,7 +68,7 @@ def open_reference(
     Raises InputError where it lacks one of the `parts` ("mu", "spatial", "features").
     """
     found = _find_reference(source, extractor, size, track)
-    if "features" in parts and found.features is None and Path(str(source)).suffix == ".npz":
+    if "features" in parts and found.features is None and source is not None and Path(source).suffix == ".npz":
         found = replace(found, features=_read_image_features(Path(source), extractor, track))
     for part in parts:
         found.require(part)
@@ -106,7 +107,7 @@ def compute_reference(
     kept: int = KEPT, track: Track = plain,
 ) -> Reference:
     """Statistics of image files, streamed; `size` brings every image to size x size first."""
-    digest, pooled, spatial, features = hashlib.sha256(), Sums(), Sums(), []
+    digest, pooled, spatial, features = hashlib.sha256(), Sums(), Sums(), list[Tensor]()
     chosen = set(spread(len(files), kept))
     pixels = (image for _, image in track(read_images(files, size=size), f"reference {name}"))
     for images in _stack(pixels, batch, digest):
@@ -117,8 +118,8 @@ def compute_reference(
         if seen.spatial is not None:
             spatial.add(seen.spatial)
     mu, sigma = pooled.moments()
-    spatial = spatial.moments() if spatial.count else None
-    return Reference(name, mu, sigma, pooled.count, digest.hexdigest(), spatial, torch.cat(features))
+    in_space = spatial.moments() if spatial.count else None
+    return Reference(name, mu, sigma, pooled.count, digest.hexdigest(), in_space, torch.cat(features))
 
 
 def spread(count: int, most: int) -> list[int]:
@@ -150,10 +151,10 @@ def save_reference(
     if "features" in parts and reference.features is not None:
         arrays["features"] = reference.features
     content = io.BytesIO()
-    np.savez(
-        content, **{key: value.numpy() for key, value in arrays.items()}, n=np.int64(reference.num_images),
-        meta=np.array(json.dumps(meta, sort_keys=True)),
-    )
+    values: dict[str, Any] = {key: value.numpy() for key, value in arrays.items()}
+    if reference.num_images is not None:
+        values["n"] = np.int64(reference.num_images)
+    np.savez(content, **values, meta=np.array(json.dumps(meta, sort_keys=True)))
     _write_whole(path, content.getvalue())
 
 

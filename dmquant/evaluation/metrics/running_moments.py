@@ -19,14 +19,16 @@ class Sums:
     """Adds up float64 feature rows and their products."""
 
     def __init__(self) -> None:
-        self.count, self._total, self._products = 0, 0, 0
+        self.count = 0
+        self._total: Tensor | int = 0  # (D,) once there are rows
+        self._products: Tensor | int = 0  # (D, D)
 
     def add(self, rows: Tensor) -> None:
         self._total, self._products = self._total + rows.sum(0), self._products + rows.T @ rows
         self.count += len(rows)
 
     def moments(self) -> Moments:
-        if self.count < 2:
+        if self.count < 2 or isinstance(self._total, int):
             raise InputError(f"a reference needs at least 2 images, got {self.count}")
         mu = self._total / self.count
         return Moments(mu, (self._products - self.count * mu.outer(mu)) / (self.count - 1))
