@@ -216,7 +216,8 @@ def fetch(resource: Annotated[Literal["inception", "clip"], typer.Argument(help=
     """Download what a later command would otherwise miss."""
     from dmquant.evaluation.metrics import clip_score, inception_weights
 
-    console.show(str({"inception": inception_weights.fetch_inception, "clip": clip_score.fetch_clip}[resource]()))
+    file = inception_weights.fetch_inception() if resource == "inception" else clip_score.fetch_clip()
+    console.show(str(file))
 
 
 def _show_plan(pipeline: "DiffusionPipeline", method: "Method") -> None:

@@ -67,7 +67,8 @@ def compare(
     """Put reports side by side, the float model first; with --run or --experiments, make them before."""
     if html is not None:
         arguments.require_page(html)
-    protocol, failures = {"num_images": num_images, "steps": steps, "batch": batch}, {}
+    protocol = {"num_images": num_images, "steps": steps, "batch": batch}
+    failures: dict[str, str] = {}
     conditions = (prompts, class_labels, guidance_scale)
     order = Order(tuple(runs or ()), plan, output, model, device, metrics, protocol, conditions)
     if runs or plan:

@@ -131,4 +131,5 @@ def reference(
     found = compute_reference(files, network, name=output.stem, size=size, track=console.Tracker())
     output.parent.mkdir(parents=True, exist_ok=True)
     save_reference(found, network, output, size=size)
-    console.say(f"wrote {output}: {found.num_images} images, features of {len(found.features)}")
+    num_features = 0 if found.features is None else len(found.features)
+    console.say(f"wrote {output}: {found.num_images} images, features of {num_features}")

@@ -3,6 +3,7 @@
 import os
 import tempfile
 import traceback
+from typing import Protocol, TypeGuard
 
 from dmquant.cli import console
 from dmquant.errors import DmquantError, Interrupted, OutOfMemory
@@ -40,12 +41,21 @@ def explain(error: BaseException) -> int:
     return INTERNAL_ERROR
 
 
-def _is_usage_error(error: BaseException) -> bool:
+class _UsageError(Protocol):
+    """What typer's errors of usage can do."""
+
+    exit_code: int
+
+    def format_message(self) -> str:
+        """The error in words."""
+
+
+def _is_usage_error(error: BaseException) -> TypeGuard[_UsageError]:
     # typer keeps its copy of click private: its errors are known by what they can do
     return hasattr(error, "format_message") and hasattr(error, "exit_code")
 
 
-def _describe_usage(error: BaseException) -> str:
+def _describe_usage(error: _UsageError) -> str:
     context = getattr(error, "ctx", None)
     hint = f" (see {context.command_path} --help)" if context is not None else ""
     return error.format_message().rstrip(".") + hint

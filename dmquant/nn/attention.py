@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TypeGuard
 
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
@@ -13,8 +14,8 @@ from dmquant.quantizers.base import FixedGrid
 from dmquant.quantizers.per_part import HeadGrids
 from dmquant.quantizers.per_timestep import TemporalGrid
 
+Grid = FixedGrid | HeadGrids  # of a factor, as it is stored
 PLAIN = (AttnProcessor, AttnProcessor2_0)  # the processors whose arithmetic is the one below
-FACTORS = ("query", "key", "probability", "value")
 
 
 class QuantAttention(nn.Module):
@@ -26,7 +27,8 @@ class QuantAttention(nn.Module):
 
     def __init__(self, make: Callable[[], nn.Module], replaces: AttnProcessor | AttnProcessor2_0):
         super().__init__()
-        self.query, self.key, self.probability, self.value = (QuantInput(make()) for _ in range(4))
+        self.query, self.key = QuantInput(make()), QuantInput(make())
+        self.probability, self.value = QuantInput(make()), QuantInput(make())
         self.replaces = replaces
 
     # not `forward`: diffusers reads this signature to find out what it may pass
@@ -67,10 +69,10 @@ class QuantAttention(nn.Module):
 
     def multiply(self, query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
         """softmax(q k^T * scale + mask) v of factors (B, heads, N, C / heads): (B, N, C)."""
-        factors = [self._modules[name] for name in FACTORS]  # to ask a module for its parts by name takes its time
+        factors = (self.query, self.key, self.probability, self.value)
         is_watched = any(factor._forward_hooks or factor._forward_pre_hooks for factor in factors)
         if mask is None and not is_watched:
-            found = quantized_attention(query, key, value, [factor._modules["input_quantizer"] for factor in factors], scale)
+            found = quantized_attention(query, key, value, [factor.input_quantizer for factor in factors], scale)
             if found is not None:
                 return found
         scores = self.query(query) @ self.key(key).transpose(-1, -2) * scale
@@ -105,7 +107,7 @@ def restore_products(denoiser: nn.Module) -> None:
 def product_bits(denoiser: nn.Module) -> int | None:
     """Bits of the factors of the attention products; None where they are float."""
     grids = (module.input_quantizer for module in denoiser.modules() if isinstance(module, QuantInput))
-    return next((grid.bits for grid in grids), None)
+    return next((getattr(grid, "bits", None) for grid in grids), None)
 
 
 def quantized_attention(query: Tensor, key: Tensor, value: Tensor, grids: Sequence[nn.Module], scale: float) -> Tensor | None:
@@ -113,7 +115,7 @@ def quantized_attention(query: Tensor, key: Tensor, value: Tensor, grids: Sequen
 
     query (B, heads, N, C), key and value (B, heads, M, C); grids: of query, key, probability and value, as they are stored.
     """
-    if not is_supported(query, key, value, grids):
+    if not is_supported(grids, query, key, value):
         return None
     variant = chosen(grids[0].bits)
     if variant is None:
@@ -126,7 +128,7 @@ def quantized_attention(query: Tensor, key: Tensor, value: Tensor, grids: Sequen
     return (attend_op if is_compiling else attend)(query, key, value, scales, zeros, grids[0].bits, scale, variant)
 
 
-def is_supported(query: Tensor, key: Tensor, value: Tensor, grids: Sequence[nn.Module]) -> bool:
+def is_supported(grids: Sequence[nn.Module], query: Tensor, key: Tensor, value: Tensor) -> TypeGuard[Sequence[Grid]]:
     """Whether all factors are float32 on the CPU, without gradients, and on grids of equally many bits that nobody watches."""
     factors = (query, key, value)
     if any(x.dtype != torch.float32 or x.device.type != "cpu" or not x.numel() for x in factors):
@@ -135,23 +137,25 @@ def is_supported(query: Tensor, key: Tensor, value: Tensor, grids: Sequence[nn.M
         return False
     if key.shape[2] > LARGEST or key.shape[3] > LARGEST or value.shape[3] != key.shape[3]:
         return False
-    is_known = all(type(grid) in (FixedGrid, TemporalGrid, HeadGrids) and grid.bits == grids[0].bits for grid in grids)
+    bits = getattr(grids[0], "bits", None)
+    is_known = all(type(grid) in (FixedGrid, TemporalGrid, HeadGrids) and grid.bits == bits for grid in grids)
     return is_known and not any(grid._forward_hooks or grid._forward_pre_hooks for grid in grids)
 
 
-def tables(grids: Sequence[nn.Module], images: int, heads: int) -> tuple[Tensor, Tensor]:
+def tables(grids: Sequence[Grid], images: int, heads: int) -> tuple[Tensor, Tensor]:
     """Scales and zeros of the four factors: (4, B, heads) each."""
     if all(type(grid) is FixedGrid for grid in grids):  # in fewer steps
-        values = torch.stack([grid._buffers[name] for name in ("scale", "zero") for grid in grids])
-        return values.view(2, len(grids), 1, 1).expand(-1, -1, images, heads).contiguous().unbind()
+        values = torch.stack([getattr(grid, name) for name in ("scale", "zero") for grid in grids])
+        scales, zeros = values.view(2, len(grids), 1, 1).expand(-1, -1, images, heads).contiguous()
+        return scales, zeros
     rows = [_rows(grid, images, heads) for grid in grids]
     return torch.stack([scale for scale, _ in rows]), torch.stack([zero for _, zero in rows])
 
 
-def _rows(grid: nn.Module, images: int, heads: int) -> tuple[Tensor, Tensor]:
+def _rows(grid: Grid, images: int, heads: int) -> tuple[Tensor, Tensor]:
     if isinstance(grid, HeadGrids):
-        scale, zero = zip(*(_rows(part, images, 1) for part in grid.parts))
-        return torch.cat(scale, 1), torch.cat(zero, 1)
+        rows = [_rows(part, images, 1) for part in grid.grids]
+        return torch.cat([scale for scale, _ in rows], 1), torch.cat([zero for _, zero in rows], 1)
     pair = (grid.row() or grid.rows(images)) if isinstance(grid, TemporalGrid) else (grid.scale, grid.zero)
     scale, zero = (values.reshape(-1, 1).expand(images, heads) for values in pair)
     return scale, zero

@@ -8,23 +8,21 @@ the model computes in; a cast would move the grid.
 from collections import Counter
 from copy import deepcopy
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dmquant.nn.attention import QuantInput, product_bits, quantize_products, restore_products
-from dmquant.nn.fake_quant_layers import find_layers, quantized_layers
-from dmquant.nn.packed_layers import PACKED
+from dmquant.nn.fake_quant_layers import Layer, QuantLayer, find_layers, quantized_layers
+from dmquant.nn.packed_layers import PACKED, PackedLayer
 from dmquant.nn.packed_weight import PackedBases, PackedWeight, dense
 from dmquant.nn.scheme import BASES, FLOAT, FLOAT_BITS, KINDS, Bits, Format, Layout, Timing, generalize
 from dmquant.quantizers.base import FixedGrid, Quantizer
-from dmquant.quantizers.dilated import DILATED, Divide, spread
-from dmquant.quantizers.per_part import HEADS, HeadGrids, SplitGrid, is_split, split_place
+from dmquant.quantizers.dilated import DILATED, DilatedInput, Divide, spread
+from dmquant.quantizers.per_part import HEADS, HeadGrids, SplitGrid, split_place
 from dmquant.quantizers.per_timestep import TEMPORAL, TemporalGrid
 from dmquant.quantizers.timestep_clock import Clock, attach, detach, link
-
-# The two seams where a kernel takes over: a packed layer and its float input in, its float output out.
-
 
 CONVOLUTION = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 OPTIONS = {nn.Linear: ("in_features", "out_features"), nn.Conv1d: CONVOLUTION, nn.Conv2d: CONVOLUTION}
@@ -34,7 +32,7 @@ def read_layout(denoiser: nn.Module, bits: Bits | None = None) -> Layout:
     """The formats of a quantized or packed model. The default is the most frequent one, of those with the bits given."""
     found = {name: layer_format(layer) for name, layer in layers_of(denoiser).items()}
     frequent = Counter(format for format in found.values() if bits is None or format[:2] == tuple(bits)).most_common(1)
-    default = frequent[0][0] if frequent else Format(*bits)
+    default = frequent[0][0] if frequent else Format(*(bits or FLOAT[:2]))
     groups: dict[str, set[Format]] = {}
     for name, format in found.items():
         groups.setdefault(generalize(name), set()).add(format)
@@ -75,15 +73,15 @@ def layers_of(denoiser: nn.Module) -> dict[str, nn.Module]:
     return {name: layer for name, layer in denoiser.named_modules() if name in kinds}
 
 
-def packed_layers(denoiser: nn.Module) -> dict[str, nn.Module]:
+def packed_layers(denoiser: nn.Module) -> dict[str, PackedLayer]:
     """Packed layers by name, in module order."""
-    return {name: layer for name, layer in denoiser.named_modules() if type(layer) in PACKED.values()}
+    return {name: layer for name, layer in denoiser.named_modules() if isinstance(layer, PackedLayer)}
 
 
 def pack_model(denoiser: nn.Module) -> nn.Module:
     """A copy with packed layers. It shares the memory of everything that stays in float; the model given is not touched."""
     # deepcopy takes what the memo holds for an object instead of copying it
-    memo = {id(tensor): _share(tensor) for tensor in chain(denoiser.parameters(), denoiser.buffers())}
+    memo: dict[int, Any] = {id(tensor): _share(tensor) for tensor in chain(denoiser.parameters(), denoiser.buffers())}
     memo |= {id(layer): pack_layer(layer) for layer in quantized_layers(denoiser).values()}
     grids = (module.input_quantizer for module in denoiser.modules() if isinstance(module, QuantInput))
     memo |= {id(grid): grid.freeze() for grid in grids if isinstance(grid, Quantizer)}
@@ -93,21 +91,21 @@ def pack_model(denoiser: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def pack_layer(layer: nn.Module) -> nn.Module:
+def pack_layer(layer: QuantLayer) -> Layer | PackedLayer:
     """The packed layer of a quantized one; a float layer if neither its weight nor its input is quantized."""
     format = layer_format(layer)
     clock = getattr(layer.input_quantizer, "clock", None)
     packed = empty_layer(layer, format, dtype=layer.weight.dtype, device=layer.weight.device, clock=clock)
-    if format.weight_bits == FLOAT_BITS:
-        packed.weight = _share(layer.weight)
-    else:
+    if isinstance(packed.weight, PackedWeight) and isinstance(layer.weight_quantizer, Quantizer):
         packed.weight.fill(layer.weight_quantizer.encode(layer.weight))
-    if format.act_bits != FLOAT_BITS:
+    else:
+        packed.weight = nn.Parameter(layer.weight.detach(), requires_grad=False)
+    if isinstance(packed, PackedLayer) and isinstance(layer.input_quantizer, Quantizer):
         packed.input = layer.input_quantizer.freeze()
-    if DILATED in format.kinds:
-        packed.divide.load_state_dict(layer.input_quantizer.divide.state_dict())
+        if isinstance(packed.divide, Divide) and isinstance(layer.input_quantizer, DilatedInput):
+            packed.divide.load_state_dict(layer.input_quantizer.divide.state_dict())
     if layer.bias is not None:
-        packed.bias = _share(layer.bias)
+        packed.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
     return packed.train(layer.training)
 
 
@@ -144,18 +142,20 @@ def restore_float(denoiser: nn.Module) -> None:
 
 
 def empty_layer(
-    layer: nn.Module, format: Format, *, dtype: torch.dtype, device: torch.device | str, clock: Clock | None = None
-) -> nn.Module:
+    layer: Layer | PackedLayer, format: Format, *, dtype: torch.dtype, device: torch.device | str, clock: Clock | None = None
+) -> Layer | PackedLayer:
     """A layer with the options of the one given, its parameters on the meta device: packed, or plain where all is float."""
     kind = next(kind for kind in PACKED if isinstance(layer, kind))
-    options = {name: getattr(layer, name) for name in OPTIONS[kind]}
-    new = (kind if format == FLOAT else PACKED[kind])(**options, bias=layer.bias is not None, dtype=dtype, device="meta")
-    if format != FLOAT:
-        channels, trailing = new.weight.shape[1] * getattr(layer, "groups", 1), new.weight.ndim - 2
-        new.input = empty_grid(format, device=device, clock=clock, channels=channels)
-        new.divide = Divide(channels, trailing, device) if DILATED in format.kinds else nn.Identity()
+    options: dict[str, Any] = {name: getattr(layer, name) for name in OPTIONS[kind]}
+    options |= {"bias": layer.bias is not None, "dtype": dtype, "device": "meta"}
+    if format == FLOAT:
+        return kind(**options)
+    new = PACKED[kind](**options)
+    shape = new.weight.shape
+    channels = shape[1] * getattr(layer, "groups", 1)
+    new.input = empty_grid(format, device=device, clock=clock, channels=channels)
+    new.divide = Divide(channels, len(shape) - 2, device) if DILATED in format.kinds else nn.Identity()
     if format.weight_bits != FLOAT_BITS:
-        shape = new.weight.shape
         del new.weight
         holder = PackedBases if BASES in format.kinds else PackedWeight
         new.weight = holder(shape, format.weight_bits, dtype=dtype, device=device)
@@ -167,12 +167,20 @@ def empty_grid(format: Format, *, device: torch.device | str, clock: Clock | Non
     if format.act_bits == FLOAT_BITS:
         return nn.Identity()
     place = split_place(format.kinds)
-    whole = format._replace(kinds=tuple(kind for kind in format.kinds if kind != HEADS and not is_split(kind)))
     if HEADS in format.kinds:
-        return HeadGrids([empty_grid(whole, device=device, clock=clock) for _ in range(channels)])
+        return HeadGrids([_whole_grid(format, device, clock) for _ in range(channels)])
     if place is not None:
-        return SplitGrid([empty_grid(whole, device=device, clock=clock) for _ in range(2)], (place, channels - place))
-    return TemporalGrid(format.act_bits, clock, device) if TEMPORAL in format.kinds else FixedGrid(format.act_bits, device)
+        return SplitGrid([_whole_grid(format, device, clock) for _ in range(2)], (place, channels - place))
+    return _whole_grid(format, device, clock)
+
+
+def _whole_grid(format: Format, device: torch.device | str, clock: Clock | None) -> FixedGrid:
+    """One grid for a whole tensor, or for one of its parts."""
+    if TEMPORAL not in format.kinds:
+        return FixedGrid(format.act_bits, device)
+    if clock is None:
+        raise ValueError("a grid per timestep needs the clock that it follows")
+    return TemporalGrid(format.act_bits, clock, device)
 
 
 def _share(tensor: Tensor) -> Tensor:

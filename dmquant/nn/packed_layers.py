@@ -10,6 +10,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from dmquant.kernels.packing import pack, unpack
 from dmquant.nn import dispatch
+from dmquant.nn.fake_quant_layers import Layer
 from dmquant.nn.packed_weight import PackedWeight, dense
 from dmquant.quantizers.dilated import Divide
 from dmquant.quantizers.per_part import SplitGrid
@@ -18,16 +19,28 @@ SLICES = WeakTensorKeyDictionary()  # codes of a weight whose input is split -> 
 
 
 class PackedLinear(nn.Linear):
+    weight: PackedWeight | nn.Parameter  # type: ignore[assignment]  # torch's layers declare a tensor
+    input: nn.Module
+    divide: nn.Module
+
     def forward(self, x: Tensor) -> Tensor:
         return linear(self, x)
 
 
 class PackedConv1d(nn.Conv1d):
+    weight: PackedWeight | nn.Parameter  # type: ignore[assignment]  # torch's layers declare a tensor
+    input: nn.Module
+    divide: nn.Module
+
     def forward(self, x: Tensor) -> Tensor:
         return convolve(self, x)
 
 
 class PackedConv2d(nn.Conv2d):
+    weight: PackedWeight | nn.Parameter  # type: ignore[assignment]  # torch's layers declare a tensor
+    input: nn.Module
+    divide: nn.Module
+
     def forward(self, x: Tensor) -> Tensor:
         return convolve(self, x)
 
@@ -62,6 +75,7 @@ def run_parts(layer: PackedConv1d | PackedConv2d, pieces: Sequence[Tensor]) -> T
 
 def slices_of(layer: PackedConv1d | PackedConv2d) -> list[nn.Module]:
     """A layer for each part of its input, made once; what is stored stays whole."""
+    assert isinstance(layer.weight, PackedWeight) and isinstance(layer.input, SplitGrid)
     codes = layer.weight.codes
     version = 0 if codes.is_inference() else codes._version
     known = SLICES.get(codes)
@@ -73,6 +87,7 @@ def slices_of(layer: PackedConv1d | PackedConv2d) -> list[nn.Module]:
 
 
 def _slice(layer: PackedConv1d | PackedConv2d, number: int, place: int, codes: Tensor) -> nn.Module:
+    assert isinstance(layer.weight, PackedWeight) and isinstance(layer.input, SplitGrid)
     weight = type(layer.weight)(codes.shape, layer.weight.bits, dtype=layer.weight.dtype, device=codes.device)
     weight._buffers |= {**layer.weight._buffers, "codes": pack(codes.contiguous(), weight.bits)}
     part = copy(layer)
@@ -83,4 +98,5 @@ def _slice(layer: PackedConv1d | PackedConv2d, number: int, place: int, codes: T
     return part
 
 
-PACKED = {nn.Linear: PackedLinear, nn.Conv1d: PackedConv1d, nn.Conv2d: PackedConv2d}
+PackedLayer = PackedLinear | PackedConv1d | PackedConv2d
+PACKED: dict[type[Layer], type[PackedLayer]] = {nn.Linear: PackedLinear, nn.Conv1d: PackedConv1d, nn.Conv2d: PackedConv2d}

@@ -59,6 +59,10 @@ class BlockedCodes(Float32Buffers):
 class PackedWeight(BlockedCodes):
     """Bit planes with one scale and one zero per slice of dimension 0: value = (code - zero) * scale."""
 
+    codes: Tensor  # uint8 (bits, bytes)
+    scale: Tensor  # float32 (O,)
+    zero: Tensor  # float32 (O,)
+
     def __init__(self, shape: torch.Size, bits: int, *, dtype: torch.dtype, device: torch.device | str | None = None):
         super().__init__()
         check_bits(bits)
@@ -81,8 +85,9 @@ class PackedWeight(BlockedCodes):
         values = unpack(self.codes, self.shape).to(torch.float32)
         return values.sub_(self.zero.view(column)).mul_(self.scale.view(column)).to(dtype or self.dtype)
 
-    def fill(self, codes: Codes) -> None:
+    def fill(self, codes: Codes | BasisCodes) -> None:
         """One grid per tensor is written as the same grid for each slice, so that the shapes follow from the layer alone."""
+        assert isinstance(codes, Codes)
         self.codes.copy_(pack(codes.codes, codes.bits))
         for target, value in ((self.scale, codes.scale), (self.zero, codes.zero)):
             if value.numel() not in (1, len(target)):
@@ -107,7 +112,8 @@ class PackedBases(PackedWeight):
         scale = self.scale.view(self.bits, -1, *(1,) * (len(self.shape) - 1))
         return BasisCodes(unpack(self.codes, self.shape), scale).decode().to(dtype or self.dtype)
 
-    def fill(self, codes: BasisCodes) -> None:
+    def fill(self, codes: Codes | BasisCodes) -> None:
+        assert isinstance(codes, BasisCodes)
         self.codes.copy_(pack(codes.codes, codes.bits))
         self.scale.copy_(codes.scale.reshape(self.scale.shape))
 
