@@ -7,13 +7,13 @@ matplotlib (the extra `plots`) is imported when a plot is drawn.
 import io
 import re
 import warnings
+import xml.etree.ElementTree as ET
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
-from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
 from dmquant.errors import MissingResource
@@ -98,12 +98,12 @@ class Canvas:
         with rc_context({"svg.hashsalt": title}), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser's fonts draw the text
             self.figure.savefig(text, format="svg", metadata={"Date": None})
-        root = ElementTree.fromstring(CONTROL.sub("", text.getvalue()))
+        root = ET.fromstring(CONTROL.sub("", text.getvalue()))
         _add_hints(root, self._hints)
         _fit_into_page(root)
         width, height = (f"{float(side):g}" for side in root.attrib["viewBox"].split()[2:])
         root.attrib |= {"xmlns": SVG[1:-1], "width": width, "height": height, "role": "img", "aria-label": title}
-        return ElementTree.tostring(root, encoding="unicode")
+        return ET.tostring(root, encoding="unicode")
 
 
 def _add_hints(root: Element, hints: dict[str, Sequence[str]]) -> None:
@@ -111,7 +111,7 @@ def _add_hints(root: Element, hints: dict[str, Sequence[str]]) -> None:
     for group in root.iter(f"{SVG}g"):
         marks = group.iter(f"{SVG}use")
         for mark, hint in zip(marks, hints.get(group.get("id", ""), ()), strict=group.get("id") in hints):
-            ElementTree.SubElement(mark, f"{SVG}title").text = CONTROL.sub("", hint)
+            ET.SubElement(mark, f"{SVG}title").text = CONTROL.sub("", hint)
 
 
 def _fit_into_page(root: Element) -> None:

@@ -5,6 +5,7 @@ import re
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import chain
 
 import pytest
 from hypothesis import given
@@ -43,7 +44,7 @@ STRIPS = [Strip("embedded", (b"a", b"b"), **SAMPLES), Strip("out", (b"c", b"d"),
 class Parser(HTMLParser):
     """Tags with their attributes, and all text, of a page whose tags must match."""
 
-    VOID = {"meta", "img", "br", "link"}
+    VOID = frozenset({"meta", "img", "br", "link"})
 
     def __init__(self, text: str):
         super().__init__()
@@ -88,7 +89,7 @@ def whole() -> str:
 
 def test_every_cell_and_note_of_the_table_is_on_the_page():
     page, comparison = parse(FLOAT, QUANTIZED, OTHER), compare([FLOAT, QUANTIZED, OTHER])
-    for text in (*comparison.headings(), *sum(comparison.cells(), [])):
+    for text in (*comparison.headings(), *chain(*comparison.cells())):
         assert text in page.text, text
     assert all(note in "".join(page.text) for note in comparison.notes)
     best = [attributes for tag, attributes in page.tags if tag == "td" and "best" in (attributes.get("class") or "")]

@@ -3,7 +3,7 @@
 import base64
 import io
 import re
-from xml.etree import ElementTree
+import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ HEAT = {900.0: [1.0, 0.6, 0.6, None], 20.0: [0.2, 1.0, 1.0, 1.0]}
 
 
 def draw(row=ROW, panels=PANELS, heat=HEAT):
-    return ElementTree.fromstring(draw_layers(row, panels, heat))
+    return ET.fromstring(draw_layers(row, panels, heat))
 
 
 def texts(tree):
@@ -104,7 +104,7 @@ def extent(tree, opacity):
 
 
 def test_bands_hold_the_range_and_the_bulk_of_all_timesteps():
-    tree = ElementTree.fromstring(draw_bands([Band(900, -2, -1, 1, 2), Band(0, -4, -3, 3, 4)], "a.<b>"))
+    tree = ET.fromstring(draw_bands([Band(900, -2, -1, 1, 2), Band(0, -4, -3, 3, 4)], "a.<b>"))
     assert {"a.<b>", "timestep", "−4", "4"} <= set(texts(tree)) and "a.<b>" in tree.get("aria-label")
     (least, largest), (low, high) = extent(tree, 0.3), extent(tree, 0.6)
     pixel = (largest - least) / 8
@@ -117,7 +117,7 @@ def test_control_characters_of_layers_are_left_out():
 
 
 def test_a_band_of_one_timestep_at_which_all_is_zero_is_drawn_too():
-    assert "timestep" in texts(ElementTree.fromstring(draw_bands([Band(5, 0, 0, 0, 0)], "still")))
+    assert "timestep" in texts(ET.fromstring(draw_bands([Band(5, 0, 0, 0, 0)], "still")))
 
 
 def test_the_variation_and_the_relative_widths_are_of_the_bulk():

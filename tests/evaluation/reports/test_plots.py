@@ -1,6 +1,6 @@
 """Plots show every point, in its place, in its model's colour."""
 
-from xml.etree import ElementTree
+import xml.etree.ElementTree as ET
 
 import pytest
 
@@ -13,17 +13,17 @@ VALUES = {"float": (10.0, 5.0), "w4": (2.0, 6.0), "w1 <&>": (1.0, 9.0), "beaten"
 POINTS = [Point(x, y, MARKS[name], "4/8") for name, (x, y) in VALUES.items()]
 
 
-def draw(points: list[Point] = POINTS) -> ElementTree.Element:
-    return ElementTree.fromstring(scatter(points, x_title="size, MB", y_title="FID"))
+def draw(points: list[Point] = POINTS) -> ET.Element:
+    return ET.fromstring(scatter(points, x_title="size, MB", y_title="FID"))
 
 
-def marks(tree: ElementTree.Element) -> dict[str, tuple[float, float, str]]:
+def marks(tree: ET.Element) -> dict[str, tuple[float, float, str]]:
     """Hint of each mark -> its place in pixels, y downwards, and its style."""
     found = [mark for mark in tree.iter(f"{SVG}use") if mark.find(f"{SVG}title") is not None]
     return {m.find(f"{SVG}title").text: (float(m.get("x")), float(m.get("y")), m.get("style")) for m in found}
 
 
-def ticks(tree: ElementTree.Element) -> set[str]:
+def ticks(tree: ET.Element) -> set[str]:
     return {text.text for text in tree.iter(f"{SVG}text")}
 
 
@@ -70,7 +70,7 @@ def test_points_that_are_all_in_one_place_have_axes_too(value):
 
 def test_a_line_per_curve_with_its_name_and_values():
     curves = {MARKS["float"]: [(1.0, 0.5), (0.0, 0.9)], MARKS["w1 <&>"]: [(0.0, 0.1), (1.0, 0.2)]}
-    tree = ElementTree.fromstring(lines(curves, x_title="t", y_title="c"))
+    tree = ET.fromstring(lines(curves, x_title="t", y_title="c"))
     found = marks(tree)
     assert list(found) == ["float, t 0: 0.9", "float, t 1: 0.5", "w1 <&>, t 0: 0.1", "w1 <&>, t 1: 0.2"]
     assert [x for x, _, _ in found.values()] == [x for x, _, _ in list(found.values())[:2]] * 2

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from xml.etree import ElementTree
+import xml.etree.ElementTree as ET
 
 import pytest
 
@@ -27,24 +27,24 @@ def ids(svg: str) -> set[str]:
 
 
 def test_an_svg_has_the_size_in_pixels_and_a_description():
-    root = ElementTree.fromstring(draw("a <title>"))
+    root = ET.fromstring(draw("a <title>"))
     assert root.tag == f"{SVG}svg" and root.get("viewBox") == "0 0 300 200"
     assert (root.get("width"), root.get("height"), root.get("role"), root.get("aria-label")) == ("300", "200", "img", "a <title>")
 
 
 def test_text_stays_text_as_it_is_given():
-    texts = {text.text for text in ElementTree.fromstring(draw()).iter(f"{SVG}text")}
+    texts = {text.text for text in ET.fromstring(draw()).iter(f"{SVG}text")}
     assert "$x_1$, <MB>" in texts and "3.0" in texts
 
 
 def test_control_characters_of_names_are_left_out():
-    hints = [title.text for title in ElementTree.fromstring(draw(hints=("a\x1b[1m", "b"))).iter(f"{SVG}title")]
+    hints = [title.text for title in ET.fromstring(draw(hints=("a\x1b[1m", "b"))).iter(f"{SVG}title")]
     assert hints == ["a[1m", "b"]
 
 
 def test_every_mark_shows_its_hint_and_a_gap_has_none():
     for y, hints in (((3.0, 4.0), ("one", "<&>")), ((3.0, float("nan"), 4.0), ("one", "three"))):
-        marks = list(ElementTree.fromstring(draw(hints=hints, y=y)).iter(f"{SVG}use"))
+        marks = list(ET.fromstring(draw(hints=hints, y=y)).iter(f"{SVG}use"))
         assert [mark.find(f"{SVG}title").text for mark in marks if "d55e00" in mark.get("style")] == list(hints)
 
 
@@ -56,7 +56,7 @@ def test_marks_without_a_hint_each_are_a_mistake():
 def test_frame_and_text_take_the_colour_and_the_font_of_the_page():
     svg = draw()
     assert "#000000" not in svg and "font-family" not in svg and "stroke: currentColor" in svg
-    assert ElementTree.fromstring(svg).get("fill") == "currentColor" and COLOURS[1] in svg
+    assert ET.fromstring(svg).get("fill") == "currentColor" and COLOURS[1] in svg
 
 
 def test_the_same_figure_gives_the_same_bytes_and_two_figures_share_no_id():
@@ -73,12 +73,12 @@ def test_nothing_is_left_that_would_act_on_the_whole_page_or_fetch_anything():
 
 
 def test_a_users_own_settings_of_matplotlib_change_nothing_and_stay():
-    import matplotlib
+    import matplotlib as mpl
 
     expected = draw()
-    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red", "svg.fonttype": "path"}):
+    with mpl.rc_context({"font.size": 30, "axes.facecolor": "red", "svg.fonttype": "path"}):
         assert draw() == expected
-        assert matplotlib.rcParams["font.size"] == 30 and matplotlib.rcParams["svg.hashsalt"] is None
+        assert mpl.rcParams["font.size"] == 30 and mpl.rcParams["svg.hashsalt"] is None
 
 
 def test_without_matplotlib_one_line_says_how_to_get_it(monkeypatch):
