@@ -232,9 +232,9 @@ def count_kernels(model: nn.Module) -> dict[str, int]:
 
 def profile(run: Callable[[], object]) -> dict[str, float]:
     """Milliseconds of one call by operator, without what an operator calls in turn; packed layers show by their own time."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as record:
-        with torch.profiler.record_function("python and kernels"):
-            run()
+    activities, whole = [torch.profiler.ProfilerActivity.CPU], torch.profiler.record_function("python and kernels")
+    with torch.profiler.profile(activities=activities) as record, whole:
+        run()
     events = sorted(record.key_averages(), key=lambda event: -event.self_cpu_time_total)[:14]
     return {event.key: round(event.self_cpu_time_total / 1e3, 2) for event in events}
 

@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from itertools import groupby, product
+from itertools import groupby, pairwise, product
 from pathlib import Path
 
 import torch
@@ -135,7 +135,7 @@ def time_calls(run: Callable[[], object], repeats: int) -> list[float]:
         run()
         event.record()
     torch.cuda.synchronize()
-    return [before.elapsed_time(after) for before, after in zip(events, events[1:])]
+    return [before.elapsed_time(after) for before, after in pairwise(events)]
 
 
 def describe(taken_ms: list[float], denoiser: nn.Module) -> dict[str, object]:

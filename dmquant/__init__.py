@@ -18,7 +18,7 @@ PUBLIC = {
     "Conditioning": "dmquant.diffusion.conditioning:Conditioning",
 }
 
-__all__ = ["__version__", *PUBLIC]
+__all__ = ["__version__", *PUBLIC]  # noqa: PLE0604  the keys are strings
 
 
 def __getattr__(name: str) -> Any:

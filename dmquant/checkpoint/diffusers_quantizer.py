@@ -1,4 +1,4 @@
-"""Registration with diffusers: after `import dmquant.checkpoint.diffusers_quantizer`, DiffusionPipeline.from_pretrained reads our folders.
+"""Registration with diffusers: after `import dmquant.hf`, DiffusionPipeline.from_pretrained reads our folders.
 
 diffusers looks `quant_method` up in two module-level tables and has no other way in; SDNQ took the same road. Its loader only
 warns about missing, extra or mistyped tensors, so the strictness is in the hooks here: every tensor is claimed and checked.

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from enum import Enum
+from enum import StrEnum
 from itertools import chain
 from typing import Any
 
@@ -17,7 +17,7 @@ from dmquant.quantizers.timestep_clock import LOOKUPS
 FORMAT_VERSION = 1
 
 
-class QuantMethod(str, Enum):
+class QuantMethod(StrEnum):
     """diffusers reads `.value`, so a plain string would not do."""
 
     DMQUANT = "dmquant"

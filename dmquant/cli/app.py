@@ -46,7 +46,7 @@ def run(line: list[str] | None = None) -> int:
     try:
         arguments.refuse_empty(line)
         code = app(args=line, prog_name="dmquant", standalone_mode=False, obj=line) or 0
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  whatever it is becomes one line and an exit code
         return explain(error)
     if code == INTERRUPTED:
         console.say("interrupted")

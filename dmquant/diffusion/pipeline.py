@@ -84,7 +84,7 @@ def load_folder(folder: Path, *, dtype: torch.dtype | None = None) -> DiffusionP
 
 def choose_device() -> str:
     """This process's CUDA device where there is one, else the CPU."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
 def place(pipeline: DiffusionPipeline, device: str | None) -> DiffusionPipeline:

@@ -176,7 +176,7 @@ def run_plan(
             reports[experiment.name] = run_experiment(experiment, bench)
         except Interrupted:
             raise
-        except Exception as error:  # whatever it was, the other experiments are not to blame
+        except Exception as error:  # noqa: BLE001  whatever it was, the other experiments are not to blame
             failures[experiment.name] = str(error) if isinstance(error, DmquantError) else f"{type(error).__name__}: {error}"
             tell(f"{experiment.name} failed: {failures[experiment.name]}")
             continue

@@ -133,7 +133,7 @@ def is_supported(grids: Sequence[nn.Module], query: Tensor, key: Tensor, value: 
     factors = (query, key, value)
     if any(x.dtype != torch.float32 or x.device.type != "cpu" or not x.numel() for x in factors):
         return False
-    if torch.is_autocast_enabled("cpu") or torch.is_grad_enabled() and any(x.requires_grad for x in factors):
+    if torch.is_autocast_enabled("cpu") or (torch.is_grad_enabled() and any(x.requires_grad for x in factors)):
         return False
     if key.shape[2] > LARGEST or key.shape[3] > LARGEST or value.shape[3] != key.shape[3]:
         return False

@@ -29,7 +29,7 @@ FLOAT = Format(FLOAT_BITS, FLOAT_BITS)
 
 def is_kind(text: object) -> bool:
     """Whether this is a kind that layers are stored in."""
-    return isinstance(text, str) and (is_split(text) or text in KINDS and text != SPLIT)
+    return isinstance(text, str) and (is_split(text) or (text in KINDS and text != SPLIT))
 
 
 class Timing(NamedTuple):

@@ -77,7 +77,7 @@ def test_an_exception_inside_leaves_no_trace_and_keeps_the_old_result(tmp_path):
 class Faulty:
     """The os module and open, failing at the n-th use of a function that changes the disk."""
 
-    CHANGING = {"open", "write", "truncate", "fsync", "chmod", "rename"}
+    CHANGING = frozenset({"open", "write", "truncate", "fsync", "chmod", "rename"})
 
     def __init__(self, fail_at: int):
         self.left, self.path = fail_at, os.path
@@ -108,7 +108,7 @@ def test_the_old_or_the_new_result_is_there_whichever_operation_fails(tmp_path, 
             try:
                 write(folder, "new", force=True)
             except (DmquantError, OSError) as error:
-                assert "Input/output error" in str(error) and str(folder.parent) in str(error)
+                assert "Input/output error" in str(error) and str(folder.parent) in str(error)  # noqa: PT017  it need not fail
         outcomes.append(read(folder))
         if faulty.left > 0:
             break

@@ -230,7 +230,7 @@ def test_tensors_that_no_loader_expects_are_never_saved(pipeline, tmp_path):
 
 def test_a_setting_that_json_cannot_hold_is_never_saved(pipeline, tmp_path):
     pipeline.unet.dmquant_record = {**RECORD, "settings": {"lr": float("nan")}}
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="JSON compliant"):
         serialization.save(pipeline, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

@@ -150,7 +150,7 @@ def test_doctor_reports_versions_as_table_and_json(capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    "arguments, message",
     [
         (["quantize", "--wbits", "x"], "--wbits"),
         (["quantize", "--wbits", "9"], "weight_bits must be 1 to 8, or 32"),

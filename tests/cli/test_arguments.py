@@ -63,7 +63,7 @@ def test_a_folder_of_folders_stands_for_the_reports_in_them(tmp_path):
 MISTAKES = [("a.txt", "must end in .npz"), ("taken.npz", "is there already"), ("f/x.npz", "is a file")]
 
 
-@pytest.mark.parametrize(("name", "message"), MISTAKES)
+@pytest.mark.parametrize("name, message", MISTAKES)
 def test_a_new_file_is_one_that_can_be_made(tmp_path, name, message):
     (tmp_path / "taken.npz").touch()
     (tmp_path / "f").touch()

@@ -145,7 +145,7 @@ def test_an_interrupt_says_that_the_same_command_goes_on(tiny_folder, capsys, mo
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    "arguments, message",
     [
         ([], "nothing to compare"),
         (["--run", "lsq:4/8"], "folder of the experiments with -o"),

@@ -37,7 +37,7 @@ def test_text_in_brackets_and_emoji_names_are_not_markup(capsys):
 
 @given(st.text())
 def test_clean_text_has_no_control_characters(text):
-    assert not [char for char in console.clean(text) if ord(char) < 32 and char not in "\n\t" or 127 <= ord(char) < 160]
+    assert not [char for char in console.clean(text) if (ord(char) < 32 and char not in "\n\t") or 127 <= ord(char) < 160]
 
 
 def test_escape_sequences_reach_neither_stream(capsys):

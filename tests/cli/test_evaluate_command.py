@@ -133,7 +133,7 @@ def test_a_reference_is_made_and_compared_with(folder, pictures, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "message"),
+    "arguments, code, message",
     [
         (["reference", "nowhere", "-o", "x.npz"], 2, "nowhere does not exist"),
         (["reference", ".", "-o", "x.txt"], 2, "must end in .npz"),
@@ -217,7 +217,7 @@ def test_a_text_pipeline_is_quantized_along_its_prompts_and_stands_beside_the_fl
 
 @pytest.mark.filterwarnings("ignore")  # from inside transformers
 @pytest.mark.parametrize(
-    ("arguments", "code", "message"),
+    "arguments, code, message",
     [
         (["--prompts", "nowhere.txt"], 2, "nowhere.txt cannot be read"),
         ([], 2, "draws from text; give it prompts (--prompts FILE"),

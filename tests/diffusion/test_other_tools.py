@@ -97,7 +97,7 @@ def test_a_float_denoiser_and_one_of_ours_come_from_no_other_tool(pipeline):
     assert other_tools.count_bytes(pipeline.unet) == sum(value.nbytes for value in pipeline.unet.state_dict().values())
 
 
-@pytest.mark.parametrize(("weight_bits", "act_bits"), [(8, None), (4, None), (2, 8)])
+@pytest.mark.parametrize("weight_bits, act_bits", [(8, None), (4, None), (2, 8)])
 def test_a_pipeline_by_quanto_is_a_row_with_its_bits_and_its_bytes(weight_bits, act_bits, pipeline):
     base, whole = DDIMPipeline(UNet2DModel(**TINY_UNET), DDIMScheduler()), other_tools.count_bytes(pipeline.unet)
     saved = by_quanto(pipeline.unet, weight_bits, act_bits)
@@ -110,7 +110,7 @@ def test_a_pipeline_by_quanto_is_a_row_with_its_bits_and_its_bytes(weight_bits, 
 
 
 @pytest.mark.parametrize(
-    ("notes", "bits"),
+    "notes, bits",
     [({}, (8, 32)), ({"act_quant_kwargs": object()}, (8, 8)), ({"target_dtype": torch.int4}, (4, 32)),
      ({"target_dtype": torch.int2, "activation_quantization": "int8"}, (2, 8))],
 )  # fmt: skip

@@ -11,7 +11,7 @@ CATS = ("a red cat", 'two cats, "big" ones', "a cat\u00e9")
 
 
 @pytest.mark.parametrize(
-    ("name", "text"),
+    "name, text",
     [
         ("lines.txt", 'a red cat\n\n  two cats, "big" ones  \na cat\u00e9'),
         ("lines", '\ufeffa red cat\r\ntwo cats, "big" ones\r\na cat\u00e9\r\n'),
@@ -35,7 +35,7 @@ def test_of_the_captions_of_one_image_the_first_stands(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    "name, content, message",
     [
         ("empty.txt", b"\n \n", "holds no prompt"),
         ("bytes.txt", b"\xff\xfe\x00", "is no file of prompts"),

@@ -132,7 +132,7 @@ def test_a_saved_pipeline_is_as_large_as_its_file(tmp_path, images):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    "arguments, message",
     [
         ({"metrics": ["fdi"]}, "did you mean 'fid'"),
         ({"metrics": ["beauty"]}, "known: fid, sfid, kid, is, prdc, psnr, ssim, clip_score, cosine, layers"),
@@ -282,7 +282,8 @@ def test_operations_stand_in_the_report_with_attention_apart(pipeline):
 def count_draws(monkeypatch) -> list[list[int]]:
     """The seeds of every call of the sampler."""
     calls, real = [], image_cache.generate
-    monkeypatch.setattr(image_cache, "generate", lambda model, seeds, **how: calls.append(list(seeds)) or real(model, seeds, **how))
+    noted = lambda model, seeds, **how: calls.append(list(seeds)) or real(model, seeds, **how)  # noqa: E731
+    monkeypatch.setattr(image_cache, "generate", noted)
     return calls
 
 

@@ -177,7 +177,7 @@ def test_a_file_holds_protocol_seeds_and_runs(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    "text, message",
     [
         ("", "is no list of experiments"),
         ("[]", "is no list of experiments"),

@@ -26,7 +26,7 @@ def test_codes_come_back_from_every_layout(kernel, bits, outputs, channels, taps
 def test_totals_are_sums_of_levels_and_levels_are_signed_bytes(bits):
     codes = torch.randint(0, 1 << bits, (5, 33, 4), dtype=torch.uint8)
     step, least = levels(bits)
-    assert -128 <= least and step * ((1 << bits) - 1) + least <= 127
+    assert least >= -128 and step * ((1 << bits) - 1) + least <= 127
     blocked = arrange(codes, bits, torch.zeros(5), "scalar")
     assert torch.equal(blocked.total[0].long(), (codes.long() * step + least).sum((1, 2)))
 

@@ -71,7 +71,7 @@ def convolution(case: tuple, weight_bits: int, act_bits: int, **options) -> tupl
     return layer, torch.randn(images, channels, *size)
 
 
-@pytest.mark.parametrize("kernel", (*KERNELS, *attention.VARIANTS), ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("kernel", [*KERNELS, *attention.VARIANTS], ids=lambda kernel: kernel.name)
 def test_a_kernel_is_missing_for_want_of_instructions_only(kernel):
     assert "cannot compile" not in registry.state(kernel)
 

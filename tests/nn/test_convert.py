@@ -79,9 +79,9 @@ def run(unet: nn.Module) -> torch.Tensor:
 @torch.no_grad()
 def test_every_pair_of_bits_and_every_kind_of_layer_gives_the_output_of_the_quantized_layer(weight_bits, act_bits):
     torch.manual_seed(0)
-    for layer, shape in LAYERS.values():
+    for plain, shape in LAYERS.values():
         x = torch.randn(shape)
-        layer = quantized(layer, *quantizers(layer, weight_bits, act_bits, x))
+        layer = quantized(plain, *quantizers(plain, weight_bits, act_bits, x))
         packed = pack_layer(layer)
         assert layer_bits(packed) == layer_bits(layer) == (weight_bits, act_bits)
         assert torch.equal(packed(x), layer(x))

@@ -92,7 +92,9 @@ def test_a_layer_whose_fused_product_fails_is_not_fused(monkeypatch):
     self_check.check_fusion.cache_clear()
 
 
-@pytest.mark.parametrize("wanted, found", [("auto", triton_support.NAME), ("triton", triton_support.NAME), ("c", "torch"), ("onednn", "torch")])
+@pytest.mark.parametrize(
+    "wanted, found", [("auto", triton_support.NAME), ("triton", triton_support.NAME), ("c", "torch"), ("onednn", "torch")]
+)
 def test_what_is_wanted_on_a_gpu(monkeypatch, wanted, found):
     monkeypatch.setenv("DMQUANT_KERNELS", wanted)
     monkeypatch.setattr(self_check, "check", lambda *_: "")

@@ -66,7 +66,7 @@ def test_in_float_factors_cancel(name):
 @every_layer
 @torch.no_grad()
 def test_a_layer_made_float_again_reads_undivided_inputs(name):
-    layer, x = dilated(name)
+    layer, _x = dilated(name)
     model = nn.Sequential(pack_layer(layer))
     weight = layer.weight_quantizer(layer.weight) / spread(FACTOR, layer.weight, getattr(layer, "groups", 1))
     restore_float(model)
@@ -74,7 +74,7 @@ def test_a_layer_made_float_again_reads_undivided_inputs(name):
 
 
 def test_a_layer_without_a_dilated_channel_is_stored_like_any_other():
-    layer, x = dilated("conv2d", torch.ones(8))
+    layer, _x = dilated("conv2d", torch.ones(8))
     assert layer_format(layer) == (4, 4, ())
     assert sorted(pack_layer(layer).state_dict()) == [
         "bias", "input.scale", "input.zero", "weight.codes", "weight.scale", "weight.zero"

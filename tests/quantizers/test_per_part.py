@@ -77,7 +77,7 @@ def test_a_packed_layer_computes_the_same_and_says_where_the_second_part_begins(
 
 @every_layer
 @pytest.mark.parametrize(
-    ("temporal", "factor"), [(False, None), (True, None), (True, FACTOR)], ids=["static", "temporal", "dilated"]
+    "temporal, factor", [(False, None), (True, None), (True, FACTOR)], ids=["static", "temporal", "dilated"]
 )
 @torch.no_grad()
 def test_kernels_multiply_each_part_by_its_own_codes(name, temporal, factor, monkeypatch, has_compiler):

@@ -147,7 +147,7 @@ def test_calibration_gives_each_step_the_grid_of_its_own_samples():
     scale, zero = quantizer.tables()
     for row, timestep in ((0, 900), (2, 300), (3, 0)):
         alone = LearnedStep(4, symmetric=False)
-        alone.observe(x[MIXED == timestep])
+        alone.observe(x[timestep == MIXED])
         assert torch.allclose(scale[row], alone.grid()[0], rtol=1e-5) and zero[row] == alone.grid()[1]
     assert scale[1] == scale[0] and zero[1] == zero[0]  # nobody was at 600: the nearest step's, the first of two
 

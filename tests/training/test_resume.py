@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 import torch
@@ -69,7 +70,7 @@ def after(count):
 # Continuing
 
 
-@pytest.mark.parametrize(("stops", "settings"), [((3,), {}), ((0, 1, 4), {"ema_decay": 0.9})], ids=["once", "thrice"])
+@pytest.mark.parametrize("stops, settings", [((3,), {}), ((0, 1, 4), {"ema_decay": 0.9})], ids=["once", "thrice"])
 def test_a_stopped_run_ends_with_the_weights_of_one_that_never_stopped(stops, settings, pipeline, whole, tmp_path):
     expected = weights(quantize(pipeline, **QUICK, **settings)) if settings else whole
     for taken in stops:
@@ -137,10 +138,8 @@ def test_the_guard_remembers_what_it_saw_before_the_stop(stop, tmp_path):
     for line, should_stop in ((stopped, after(stop)), (continued, after(99))):
         run = SavedRun(tmp_path / "run", should_stop=should_stop)
         run.open({}, {})
-        try:
+        with suppress(Interrupted):
             rest = fit(line, Faulty(), training, seed=0, run=run)
-        except Interrupted:
-            pass
     assert_equal(continued.state_dict(), whole.state_dict())
     assert len(rest) == 12 - stop and rest[3:] == losses[stop + 3 :]
 

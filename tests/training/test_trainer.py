@@ -192,7 +192,7 @@ def test_many_bad_steps_roll_back_once_and_the_run_goes_on(start):
 
 def test_a_student_that_starts_almost_perfect_is_not_taken_for_one_that_diverges():
     # one batch's first loss may be thousands of times below the next one's: both are tiny against an answer of zero
-    student, samples = make()
+    student, _samples = make()
     losses = [1e-9] + [1e-5] * 20
     guard = Guard(list(student.parameters()), torch.optim.SGD(student.parameters()))
     assert not any(guard.refuses(step, loss) for step, loss in enumerate(losses))

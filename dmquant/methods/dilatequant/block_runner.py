@@ -4,7 +4,7 @@ What a link reads is taken from a call of the whole network, skips and embedding
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -62,10 +62,8 @@ def trace(network: nn.Module, link: Block, part: Samples, *, with_answers: bool 
             else:
                 hook = module.register_forward_hook(partial(_note, calls, is_last), with_kwargs=True)
             hooks.callback(hook.remove)
-        try:
+        with suppress(Reached):
             part.call(network)
-        except Reached:
-            pass
     return calls
 
 

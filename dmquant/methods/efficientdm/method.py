@@ -72,7 +72,7 @@ class EfficientDM(Method):
         if self.policy == "strict":
             return plan
         left = [name for name, role in find_roles(denoiser).items() if role == Role.SKIP or LEFT_BY_PAPER.search(name)]
-        return plan | {name: (FLOAT_BITS, FLOAT_BITS) for name in left}
+        return plan | dict.fromkeys(left, (FLOAT_BITS, FLOAT_BITS))
 
     def prepare(self, student: nn.Module, clock: Clock) -> None:
         """LSQ's layers; then an adapter for each weight that is not kept at 8 bits, and a grid per timestep for each input.

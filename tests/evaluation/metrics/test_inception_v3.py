@@ -21,7 +21,7 @@ def resize_by_definition(image: torch.Tensor, size: int) -> torch.Tensor:
     return result
 
 
-@pytest.mark.parametrize(("height", "width", "size"), [(5, 5, 13), (4, 9, 7), (16, 11, 6), (1, 1, 5), (8, 8, 8)])
+@pytest.mark.parametrize("height, width, size", [(5, 5, 13), (4, 9, 7), (16, 11, 6), (1, 1, 5), (8, 8, 8)])
 def test_the_resize_is_that_of_tensorflow_1(height, width, size):
     image = torch.rand(2, 3, height, width, dtype=torch.float64) * 255
     expected = torch.stack([resize_by_definition(one, size) for one in image])
@@ -46,7 +46,7 @@ def test_it_has_the_parameters_of_torchvision_without_auxiliary_classifier_at_10
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"),
+    "name, shape",
     [
         ("Conv2d_1a_3x3.conv.weight", (32, 3, 3, 3)), ("Conv2d_4a_3x3.bn.running_var", (192,)),
         ("Mixed_5b.branch1x1.conv.weight", (64, 192, 1, 1)), ("Mixed_5b.branch5x5_2.conv.weight", (64, 48, 5, 5)),

@@ -33,7 +33,7 @@ def naive(real: torch.Tensor, fake: torch.Tensor, k: int) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize(("shift", "k"), [(0.0, 3), (0.5, 3), (1.5, 5)])
+@pytest.mark.parametrize("shift, k", [(0.0, 3), (0.5, 3), (1.5, 5)])
 def test_it_equals_the_definitions_whatever_the_slabs(monkeypatch, shift, k):
     real, fake = draw(40, seed=1), draw(30, seed=2, shift=shift)
     expected = naive(real, fake, k)

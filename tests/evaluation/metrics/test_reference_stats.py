@@ -142,7 +142,7 @@ def test_files_of_the_other_tools_are_read(tmp_path, extractor):
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "message"),
+    "change, error, message",
     [
         ({"mu": np.zeros(7)}, InputError, r"mu has shape \(7,\), the extractor needs \(6,\)"),
         ({"sigma": np.eye(7)}, InputError, r"sigma has shape \(7, 7\)"),
@@ -267,7 +267,7 @@ def test_features_of_clean_fid_are_read(tmp_path, extractor):
 
 
 @pytest.mark.parametrize(
-    ("arrays", "error", "message"),
+    "arrays, error, message",
     [
         ({"features": np.zeros((5, 7))}, InputError, r"features has shape \(5, 7\), the extractor needs \(5, 6\)"),
         ({"features": np.zeros(6)}, InputError, r"features has shape \(6,\)"),
@@ -296,7 +296,7 @@ def test_features_of_adms_images_are_taken_when_asked_for(tmp_path, extractor, m
 
 
 @pytest.mark.parametrize(
-    ("images", "error", "message"),
+    "images, error, message",
     [
         (np.zeros((5, 4, 4, 3)), InputError, "arr_0 is float64 .*, not images"),
         (np.zeros((5, 3, 4, 4), np.uint8), InputError, "not images"),

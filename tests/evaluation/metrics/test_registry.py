@@ -22,7 +22,7 @@ def test_every_metric_can_be_chosen_alone():
 
 
 @pytest.mark.parametrize(
-    ("names", "count", "message"),
+    "names, count, message",
     [(["sidf"], 9, "did you mean 'sfid'"), (["beauty"], 9, "known: fid, sfid"), ([], 9, "no metric asked for"),
      (["psnr", "prdc"], 3, "at least 4 for psnr, prdc, got 3"), (["psnr"], 0, "at least 1")],
 )  # fmt: skip
@@ -32,7 +32,7 @@ def test_what_cannot_be_measured_is_refused(names, count, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "unused"),
+    "name, unused",
     [("psnr", ["extractor", "reference"]), ("is", ["reference", "float_pipeline"]), ("fid", ["float_pipeline"]),
      ("cosine", ["inception_weights"])],
 )  # fmt: skip

@@ -6,7 +6,7 @@ from dmquant.evaluation.reports.columns import METRICS, is_distance, name_metric
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "extractor"),
+    "name, kind, extractor",
     [("fid", "fid", ""), ("fd-resnet-cifar10", "fid", "resnet-cifar10"), ("sfd-x", "sfid", "x"), ("kd-x", "kid", "x"),
      ("cs-x", "is", "x"), ("recall-x", "recall", "x"), ("psnr", "psnr", ""), ("odd-x", "odd", "x")],
 )  # fmt: skip

@@ -89,7 +89,7 @@ def whole() -> str:
 
 def test_every_cell_and_note_of_the_table_is_on_the_page():
     page, comparison = parse(FLOAT, QUANTIZED, OTHER), compare([FLOAT, QUANTIZED, OTHER])
-    for text in (*comparison.headings(), *chain(*comparison.cells())):
+    for text in (*comparison.headings(), *chain.from_iterable(comparison.cells())):
         assert text in page.text, text
     assert all(note in "".join(page.text) for note in comparison.notes)
     best = [attributes for tag, attributes in page.tags if tag == "td" and "best" in (attributes.get("class") or "")]
@@ -199,7 +199,7 @@ def test_plots_set_the_first_distance_against_size_operations_and_bits_and_show_
     assert not [tag for tag, _ in parse(replace(FLOAT, metrics={"psnr": 3.0}), has_plots=True).tags if tag == "svg"]
 
 
-@pytest.mark.parametrize(("metrics", "chosen"), [({"kd-x": 1.0, "sfd-x": 1.0}, "sfd-x"), ({"psnr": 1.0}, None)])
+@pytest.mark.parametrize("metrics, chosen", [({"kd-x": 1.0, "sfd-x": 1.0}, "sfd-x"), ({"psnr": 1.0}, None)])
 def test_a_model_is_judged_by_the_first_metric_of_which_less_is_better(metrics, chosen):
     found = choose_metric(compare([replace(FLOAT, metrics=metrics)]))
     assert (found and found.key) == chosen

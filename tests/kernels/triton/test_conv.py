@@ -103,7 +103,7 @@ def test_the_floats_of_a_gpu_are_those_of_c():
 
 
 def test_a_check_on_a_gpu_runs_every_tile():
-    shapes = [(shape[-1], shape[1] * shape[2]) for shape in self_check.LARGE] + [(self_check.ODD[-1], self_check.ODD[1] * self_check.ODD[2])]
+    shapes = [(shape[-1], shape[1] * shape[2]) for shape in (*self_check.LARGE, self_check.ODD)]
     assert [TILE_OF(*shape) for shape in shapes] == list(conv.TILES)
 
 
@@ -143,7 +143,8 @@ def test_the_operator_tells_its_shape_and_dtype_without_computing():
     layer.weight.block(triton_support.NAME)
     blocked, weight = layer.weight.blocked, layer.weight
     arguments = (
-        x, blocked.weight, blocked.total, weight.scale, None, layer.bias, layer.input.scale, layer.input.zero, triton_support.NAME,
+        x, blocked.weight, blocked.total, weight.scale, None, layer.bias, layer.input.scale, layer.input.zero,
+        triton_support.NAME,
         (blocked.bits, int(blocked.halves), 4), dispatch.window_of(layer),
     )  # fmt: skip
     torch.library.opcheck(ops.multiply_op, arguments, test_utils=("test_schema", "test_faketensor"))

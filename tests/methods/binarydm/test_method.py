@@ -76,7 +76,7 @@ def test_of_one_basis_all_binary_weights_are_plain(deep):
     assert not any(isinstance(quantizer, EvolvableBasis) for quantizer in weights(student).values())
 
 
-@pytest.mark.parametrize(("max_steps", "switch"), [(0, 0.5), (1, 0), (1, 0.5), (1, 1), (3, 0), (3, 0.5), (3, 1)])
+@pytest.mark.parametrize("max_steps, switch", [(0, 0.5), (1, 0), (1, 0.5), (1, 1), (3, 0), (3, 0.5), (3, 1)])
 def test_an_evolved_pipeline_has_one_bit_per_weight_however_short_the_run(deep, samples, switch, max_steps, tmp_path):
     settings = {**QUICK, "max_steps": max_steps, "switch": switch, "act_bits": 32}
     quantized = quantize(deep, "binarydm", samples=samples, **settings)
