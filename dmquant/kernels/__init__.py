@@ -14,6 +14,5 @@ Attention whose factors are quantized is multiplied by codes as well (attention.
 On a CUDA device Triton's kernels (gpu/) take float32, bfloat16 and float16. They were never run on one: see there.
 
 A pipeline that is loaded also gets its blocks fused (fusion.py): norm, activation, residual, enlargement and padding are done by
-the kernels on the way, what comes over skips is read where it lies (skips.py), and what a timestep adds to a block is kept for
-the next batch (times.py).
+the kernels on the way, and what comes over skips is read where it lies (skips.py).
 """

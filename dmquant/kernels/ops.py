@@ -36,12 +36,12 @@ def multiply(
     """Quantizes x (N, H, W, C) and convolves it with a blocked weight: (N, H', W', O), in the dtype of x.
 
     format: bits of a plane, whether scales are halved, bits of activations. window: kernel, stride (both height, width) and
-    padding (top, bottom, left, right). act_scale and act_zero hold one value, or one for each image; bias may be (N, O) or (1,
-    O). With gain and offset (N, C), f(x * gain + offset) * factor is quantized instead of x: f is an activation of normal.py,
-    factor (C) may be None; with an activation or a factor the others may be None. GATED reads x (N, H, W, 2 C). With an epsilon
-    each pixel of x is normalized over its channels first, and nothing activates it. residual, of the output's shape, is added
-    to it. Each pixel is read zoom times zoom times. The channels of `beside` (N, H, W, C') count as if they lay behind those of
-    x, which must not be GATED. oneDNN knows none of these, Triton SiLU alone. x is float32, for Triton half as well.
+    padding (top, bottom, left, right). act_scale and act_zero hold one value, or one for each image; bias may be (N, O).
+    With gain and offset (N, C), f(x * gain + offset) * factor is quantized instead of x: f is an activation of normal.py, factor
+    (C) may be None; with an activation or a factor the others may be None. GATED reads x (N, H, W, 2 C). With an epsilon each
+    pixel of x is normalized over its channels first, and nothing activates it. residual, of the output's shape, is added to it.
+    Each pixel is read zoom times zoom times. The channels of `beside` (N, H, W, C') count as if they lay behind those of x, which
+    must not be GATED. oneDNN knows none of these, Triton SiLU alone. x is float32, for Triton half as well.
     """
     _, halves, act_bits = format
     if kernel == onednn.NAME:

@@ -155,7 +155,7 @@ class Around(NamedTuple):
     offset: Tensor | None = None
     activate: int = 0  # an activation of normal.py
     factor: Tensor | None = None  # (C,)
-    bias: Tensor | None = None  # (N, O) or (1, O), instead of the layer's
+    bias: Tensor | None = None  # (N, O), instead of the layer's
     residual: Tensor | None = None  # of the shape of the output
     zoom: int = 1
     window: tuple[int, ...] | None = None  # instead of the layer's

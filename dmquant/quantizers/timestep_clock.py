@@ -74,20 +74,17 @@ class Clock(nn.Module):
 
         None if they read several, and on a GPU, whose answer would have to be waited for.
         """
-        place = self.shared()
+        if self._shared[0] is not self.step:
+            self._shared = self.step, self._find_shared()
+        place = self._shared[1]
         if place is None:
             return None
         before, after, share = place
         entry = table[before : before + 1]
         return entry if before == after else torch.lerp(entry, table[after : after + 1], share)
 
-    def shared(self) -> Place | None:
-        """Where in a table all samples of the running call read, if they do so at one place and no GPU has to be asked."""
-        if self._shared[0] is not self.step:
-            self._shared = self.step, self._find_shared()
-        return self._shared[1]
-
     def _find_shared(self) -> Place | None:
+        """Where in a table all samples of the running call read, if they do so at one place and no GPU has to be asked."""
         before, after, share = parts = self.neighbours or (self.step, self.step, torch.zeros(1))
         if self.step.device.type != "cpu" or any(bool((part != part[0]).any()) for part in parts):
             return None

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from dmquant.kernels.norm import SILU, moments_of
 from dmquant.nn.dispatch import Around, can_fuse, run_fused, window_of
 from dmquant.nn.fused.base import LAST, Fused, images, is_free, is_training, is_watched
-from dmquant.nn.fused.time_embedding_cache import recall
 from dmquant.nn.fused.transformer import FusedBasicTransformerBlock, FusedTransformer2DModel, has_plain_products, multiply
 from dmquant.nn.fused.up_blocks import FusedAttnUpBlock2D, FusedCrossAttnUpBlock2D, FusedUpBlock2D
 from dmquant.quantizers.per_part import SplitGrid
@@ -37,7 +36,7 @@ class FusedResnetBlock2D(Fused, ResnetBlock2D):
     ) -> Tensor:
         x = input_tensor.contiguous(memory_format=LAST)
         own = self._modules  # to ask a module for its parts by name takes its time
-        time = None if self.time_emb_proj is None else recall(self, temb, lambda: self._embed(temb))
+        time = None if self.time_emb_proj is None else self._embed(temb)
         is_scaled = self.time_embedding_norm == "scale_shift"
         gain, offset = moments_of(own["norm1"], x, skip)
         bias = None if is_scaled else time
