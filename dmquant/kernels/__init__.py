@@ -13,6 +13,6 @@ Attention whose factors are quantized is multiplied by codes as well (attention.
 
 On a CUDA device Triton's kernels (gpu/) take float32, bfloat16 and float16. They were never run on one: see there.
 
-A pipeline that is loaded also gets its blocks fused (fusion.py): norm, activation, residual, enlargement and padding are done by
-the kernels on the way, and what comes over skips is read where it lies (skips.py).
+A pipeline that is loaded also gets its blocks fused (nn/fused): norm, activation, residual, enlargement and padding are done by
+the kernels on the way.
 """

@@ -44,11 +44,6 @@ class PackedConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         return convolve(self, x)
 
-    def join(self, *pieces: Tensor) -> Tensor:
-        """The output for these pieces of an input that is split, each with the channels of its grid."""
-        y = run_parts(self, pieces)
-        return self(torch.cat(pieces, 1)) if y is None else y
-
 
 def linear(layer: PackedLinear, x: Tensor) -> Tensor:
     x = layer.divide(x)

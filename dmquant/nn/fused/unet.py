@@ -13,7 +13,6 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from diffusers.models.unets.unet_2d_blocks import AttnUpBlock2D, CrossAttnUpBlock2D, UpBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
@@ -21,31 +20,24 @@ from dmquant.kernels.norm import SILU, moments_of
 from dmquant.nn.dispatch import Around, can_fuse, run_fused, window_of
 from dmquant.nn.fused.base import LAST, Fused, images, is_free, is_training, is_watched
 from dmquant.nn.fused.transformer import FusedBasicTransformerBlock, FusedTransformer2DModel, has_plain_products, multiply
-from dmquant.nn.fused.up_blocks import FusedAttnUpBlock2D, FusedCrossAttnUpBlock2D, FusedUpBlock2D
-from dmquant.quantizers.per_part import SplitGrid
 
 
 class FusedResnetBlock2D(Fused, ResnetBlock2D):
-    """Two kernel calls: each normalizes, activates and quantizes what it reads, the second adds the residual.
+    """Two kernel calls: each normalizes, activates and quantizes what it reads, the second adds the residual."""
 
-    Channels that come over a skip may be given by themselves (skips.py), if `can_join` says so.
-    """
-
-    def run(
-        self, input_tensor: Tensor, temb: Tensor | None, *args: object, skip: Tensor | None = None, **kwargs: object
-    ) -> Tensor:
+    def run(self, input_tensor: Tensor, temb: Tensor | None, *args: object, **kwargs: object) -> Tensor:
         x = input_tensor.contiguous(memory_format=LAST)
         own = self._modules  # to ask a module for its parts by name takes its time
         time = None if self.time_emb_proj is None else self._embed(temb)
         is_scaled = self.time_embedding_norm == "scale_shift"
-        gain, offset = moments_of(own["norm1"], x, skip)
+        gain, offset = moments_of(own["norm1"], x)
         bias = None if is_scaled else time
-        hidden = run_fused(own["conv1"], x, Around(gain, offset, SILU, bias=bias, beside=skip))
+        hidden = run_fused(own["conv1"], x, Around(gain, offset, SILU, bias=bias))
         gain, offset = moments_of(own["norm2"], hidden)
         if time is not None and is_scaled:
             scale, shift = time.chunk(2, dim=1)
             gain, offset = gain * (1 + scale), offset * (1 + scale) + shift
-        residual = x if self.conv_shortcut is None else self._cut_short(x, skip)
+        residual = x if self.conv_shortcut is None else self.conv_shortcut(x)
         out = run_fused(own["conv2"], hidden, Around(gain, offset, SILU, residual=residual))
         return out if self.output_scale_factor == 1 else out / self.output_scale_factor
 
@@ -54,18 +46,6 @@ class FusedResnetBlock2D(Fused, ResnetBlock2D):
         is_plain &= self.time_embedding_norm in ("default", "scale_shift") and not is_training(self.dropout)
         layers = (self.conv1, self.conv2)
         return is_plain and is_free(self.norm1, self.norm2) and all(can_fuse(layer, input_tensor) for layer in layers)
-
-    def can_join(self, x: Tensor, skip: Tensor) -> bool:
-        """Whether x and what comes over a skip need not be put together for `run`."""
-        is_known = self.conv_shortcut is not None and x.shape[2:] == skip.shape[2:] and x.device.type == "cpu"
-        is_known &= x.dtype == skip.dtype and x.device == skip.device and not is_watched(self)
-        return is_known and self.can_fuse(x) and (can_fuse(self.conv_shortcut, x) or takes_parts(self.conv_shortcut, x, skip))
-
-    def _cut_short(self, x: Tensor, skip: Tensor | None) -> Tensor:
-        if skip is None:
-            return self.conv_shortcut(x)
-        is_cut = isinstance(self.conv_shortcut.input, SplitGrid)
-        return self.conv_shortcut.join(x, skip) if is_cut else run_fused(self.conv_shortcut, x, Around(beside=skip))
 
     def _embed(self, temb: Tensor) -> Tensor:
         """The bias of the first convolution with what the time adds to it (N, O), or scales and shifts of the second (N, 2 O)."""
@@ -77,12 +57,6 @@ class FusedResnetBlock2D(Fused, ResnetBlock2D):
         else:
             time = run_fused(layer, temb, Around(activate=SILU))
         return time if bias is None or self.time_embedding_norm == "scale_shift" else bias + time
-
-
-def takes_parts(layer: nn.Module, x: Tensor, skip: Tensor) -> bool:
-    """Whether a layer has a grid for what comes from below and one for what comes over a skip, and nobody watches it."""
-    grid = getattr(layer, "input", None)
-    return isinstance(grid, SplitGrid) and grid.channels == (x.shape[1], skip.shape[1]) and not is_watched(layer)
 
 
 class FusedAttention(Fused, Attention):
@@ -139,7 +113,6 @@ class FusedDownsample2D(Fused, Downsample2D):
 FUSED = {
     ResnetBlock2D: FusedResnetBlock2D, Attention: FusedAttention, Upsample2D: FusedUpsample2D, Downsample2D: FusedDownsample2D,
     BasicTransformerBlock: FusedBasicTransformerBlock, Transformer2DModel: FusedTransformer2DModel,
-    UpBlock2D: FusedUpBlock2D, AttnUpBlock2D: FusedAttnUpBlock2D, CrossAttnUpBlock2D: FusedCrossAttnUpBlock2D,
 }  # fmt: skip
 PLAIN = {fused: plain for plain, fused in FUSED.items()}
 
