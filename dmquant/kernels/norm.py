@@ -20,37 +20,32 @@ from dmquant.kernels.triton.norm import moments as moments_on_gpu
 NAME, SOURCE = "norm", "norm/norm"
 VARIANTS = (Kernel(NAME, AVX512, FLAGS_512), Kernel(NAME, AVX2, FLAGS_256), Kernel(NAME))  # best first
 ACTIVATIONS = NONE, SILU, GELU, TANH_GELU, GATED = range(5)  # as in csrc/norm/norm.h
-POINTERS = ("x", "skip", "weight", "bias", "gain", "offset", "sums", "factor", "out")
-NUMBERS = ("images", "pixels", "channels", "skip_channels", "groups", "activation", "threads")
+POINTERS = ("x", "weight", "bias", "gain", "offset", "sums", "factor", "out")
+NUMBERS = ("images", "pixels", "channels", "groups", "activation", "threads")
 NORM = struct.Struct(f"{len(POINTERS)}P{len(NUMBERS)}qd")  # the structure of csrc/norm/norm.c; the last is epsilon
 
 
 def moments(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, epsilon: float, beside: Tensor | None = None
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    """Gain and offset (N, C) of a group norm over x (N, H, W, C): x * gain + offset is what it gives.
-
-    The channels of `beside` (N, H, W, C') are counted as if they lay behind those of x; on a GPU there are none.
-    """
+    """Gain and offset (N, C) of a group norm over x (N, H, W, C): x * gain + offset is what it gives."""
     if x.is_cuda:
         return moments_on_gpu(x, weight, bias, groups, epsilon)
-    x, beside = x.contiguous(), None if beside is None else beside.contiguous()
-    return measure(x, beside, x.shape[-1], weight, bias, groups, epsilon)
+    return measure(x.contiguous(), x.shape[-1], weight, bias, groups, epsilon)
 
 
 def measure(
-    x: Tensor, beside: Tensor | None, channels: int, weight: Tensor | None, bias: Tensor | None, groups: int, epsilon: float
+    x: Tensor, channels: int, weight: Tensor | None, bias: Tensor | None, groups: int, epsilon: float
 ) -> tuple[Tensor, Tensor]:
     """The same by C for x of N images with so many channels: shapes say nothing else here, memory is channels last."""
     images = x.shape[0]
     pixels = x.numel() // max(1, images * channels)
-    others = 0 if beside is None else beside.numel() // max(1, images * pixels)
-    shape = (images, channels + others)
+    shape = (images, channels)
     gain, offset, sums = torch.empty(shape), torch.empty(shape), torch.empty((2, *shape), dtype=torch.float64)
     if x.numel():
         job = NORM.pack(
-            x.data_ptr(), place(beside), place(weight), place(bias), gain.data_ptr(), offset.data_ptr(), sums.data_ptr(), 0, 0,
-            images, pixels, channels + others, others, groups, NONE, torch.get_num_threads(), epsilon,
+            x.data_ptr(), place(weight), place(bias), gain.data_ptr(), offset.data_ptr(), sums.data_ptr(), 0, 0,
+            images, pixels, channels, groups, NONE, torch.get_num_threads(), epsilon,
         )  # fmt: skip
         library().dmquant_group_norm(job)
     return gain, offset
@@ -69,8 +64,8 @@ def normalize(
     out = x.new_empty(*x.shape[:-1], channels)
     if x.numel():
         job = NORM.pack(
-            x.data_ptr(), 0, 0, 0, place(gain), place(offset), 0, place(factor), out.data_ptr(),
-            len(x), x.numel() // (len(x) * x.shape[-1]), channels, 0, 1, activate, torch.get_num_threads(), epsilon,
+            x.data_ptr(), 0, 0, place(gain), place(offset), 0, place(factor), out.data_ptr(),
+            len(x), x.numel() // (len(x) * x.shape[-1]), channels, 1, activate, torch.get_num_threads(), epsilon,
         )  # fmt: skip
         library().dmquant_normalize(job)
     return out
@@ -101,27 +96,25 @@ def place(tensor: Tensor | None) -> int:
 
 @torch.library.custom_op("dmquant::moments", mutates_args=())
 def moments_op(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, epsilon: float, beside: Tensor | None = None
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    return moments(x, weight, bias, groups, epsilon, beside)
+    return moments(x, weight, bias, groups, epsilon)
 
 
 @moments_op.register_fake
 def _(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, epsilon: float, beside: Tensor | None = None
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    channels = x.shape[-1] + (0 if beside is None else beside.shape[-1])
-    return tuple(x.new_empty(len(x), channels, dtype=torch.float32) for _ in range(2))
+    return tuple(x.new_empty(len(x), x.shape[-1], dtype=torch.float32) for _ in range(2))
 
 
-def moments_of(norm: nn.GroupNorm, x: Tensor, beside: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Gain and offset (N, C) of a layer over images (N, C, H, W), and over what lies beside them, or over tokens (N, T, C)."""
+def moments_of(norm: nn.GroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Gain and offset (N, C) of a layer over images (N, C, H, W), or over tokens (N, T, C)."""
     weight, bias = norm._parameters["weight"], norm._parameters["bias"]
     is_image = x.dim() == 4
     if x.is_cuda or torch.compiler.is_compiling():
         act = moments_op if torch.compiler.is_compiling() else moments
-        x, beside = (x.permute(0, 2, 3, 1), beside) if is_image else (x.unsqueeze(1), beside)
-        return act(x, weight, bias, norm.num_groups, norm.eps, None if beside is None else beside.permute(0, 2, 3, 1))
+        x = x.permute(0, 2, 3, 1) if is_image else x.unsqueeze(1)
+        return act(x, weight, bias, norm.num_groups, norm.eps)
     order = torch.channels_last if is_image else torch.contiguous_format
-    x, beside = x.contiguous(memory_format=order), None if beside is None else beside.contiguous(memory_format=order)
-    return measure(x, beside, x.shape[1 if is_image else 2], weight, bias, norm.num_groups, norm.eps)
+    return measure(x.contiguous(memory_format=order), x.shape[1 if is_image else 2], weight, bias, norm.num_groups, norm.eps)

@@ -17,12 +17,12 @@ from dmquant.kernels.registry import BY_NAME, library
 
 POINTERS = (
     "x", "out", "weight", "weight_sums", "scale", "zero", "bias", "act_scale", "act_zero", "gain", "offset", "factor",
-    "residual", "skip",
+    "residual",
 )  # fmt: skip
 NUMBERS = (
     "activation", "upsample", "bias_stride", "act_stride", "act_max", "bits", "planes", "plane_bytes", "half_scale",
-    "channel_block", "images", "height", "width", "channels", "outputs", "skip_channels", "last_width", "kernel_h", "kernel_w",
-    "stride_h", "stride_w", "pad_top", "pad_left", "out_height", "out_width", "threads",
+    "channel_block", "images", "height", "width", "channels", "outputs", "last_width", "kernel_h", "kernel_w", "stride_h", "stride_w",
+    "pad_top", "pad_left", "out_height", "out_width", "threads",
 )  # fmt: skip
 JOB = struct.Struct(f"{len(POINTERS)}P{len(NUMBERS)}qd")  # as in csrc/conv/params.h; the last is epsilon
 
@@ -31,7 +31,7 @@ def multiply(
     x: Tensor, weight: Tensor, total: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None,
     act_scale: Tensor, act_zero: Tensor, kernel: str, format: Sequence[int], window: Sequence[int], gain: Tensor | None = None,
     offset: Tensor | None = None, factor: Tensor | None = None, residual: Tensor | None = None, activate: int = 0,
-    zoom: int = 1, epsilon: float = 0.0, beside: Tensor | None = None,
+    zoom: int = 1, epsilon: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """Quantizes x (N, H, W, C) and convolves it with a blocked weight: (N, H', W', O), in the dtype of x.
 
@@ -40,8 +40,8 @@ def multiply(
     With gain and offset (N, C), f(x * gain + offset) * factor is quantized instead of x: f is an activation of normal.py, factor
     (C) may be None; with an activation or a factor the others may be None. GATED reads x (N, H, W, 2 C). With an epsilon each
     pixel of x is normalized over its channels first, and nothing activates it. residual, of the output's shape, is added to it.
-    Each pixel is read zoom times zoom times. The channels of `beside` (N, H, W, C') count as if they lay behind those of x, which
-    must not be GATED. oneDNN knows none of these, Triton SiLU alone. x is float32, for Triton half as well.
+    Each pixel is read zoom times zoom times. oneDNN knows none of these, Triton SiLU alone. x is float32, for Triton half as
+    well.
     """
     _, halves, act_bits = format
     if kernel == onednn.NAME:
@@ -52,11 +52,11 @@ def multiply(
 
         return conv.multiply(*arguments, bool(activate), zoom)
     if kernel == reference.NAME:
-        return reference.multiply(*arguments, activate, zoom, epsilon, beside)
-    x, residual, beside = (None if tensor is None else tensor.contiguous() for tensor in (x, residual, beside))
+        return reference.multiply(*arguments, activate, zoom, epsilon)
+    x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     out = buffer_pool.empty((len(x), *output_size(x, window, zoom), total.shape[1]))
     arguments = (weight, total, scale, zero, bias, act_scale, act_zero, kernel, format, tuple(window), gain, offset, factor)
-    write(out, out.shape[1:3], x, x.shape, *arguments, residual, activate, zoom, epsilon, beside)
+    write(out, out.shape[1:3], x, x.shape, *arguments, residual, activate, zoom, epsilon)
     return out
 
 
@@ -64,15 +64,14 @@ def write(
     out: Tensor, out_size: Sequence[int], x: Tensor, size: Sequence[int], weight: Tensor, total: Tensor, scale: Tensor,
     zero: Tensor | None, bias: Tensor | None, act_scale: Tensor, act_zero: Tensor, kernel: str, format: Sequence[int],
     window: tuple[int, ...], gain: Tensor | None, offset: Tensor | None, factor: Tensor | None, residual: Tensor | None,
-    activate: int, zoom: int, epsilon: float, beside: Tensor | None,
+    activate: int, zoom: int, epsilon: float,
 ) -> None:  # fmt: skip
     """The same by a kernel of C, to where it belongs. size is (N, H, W, C) of x and out_size (H', W'): shapes say nothing here,
     memory is channels last without gaps. A call costs as much as it touches, for products left nothing of Python in caches."""
     if out.numel() == 0:
         return
     (images, height, width, channels), (out_height, out_width) = size, out_size
-    others = 0 if beside is None else beside.numel() // (images * height * width)
-    channels = channels // 2 if activate == GATED else channels + others
+    channels = channels // 2 if activate == GATED else channels
     bits, halves, act_bits = format
     (planes, plane_bytes), outputs = weight.shape, total.shape[1]
     bias_stride, act_stride = outputs if bias is not None and bias.numel() > outputs else 0, act_scale.numel() > 1
@@ -85,9 +84,9 @@ def write(
     run, block = entry(kernel, channels)
     job = JOB.pack(
         x.data_ptr(), out.data_ptr(), weight.data_ptr(), total.data_ptr(), scale.data_ptr(), place(zero), place(bias),
-        act_scale.data_ptr(), act_zero.data_ptr(), place(gain), place(offset), place(factor), place(residual), place(beside),
+        act_scale.data_ptr(), act_zero.data_ptr(), place(gain), place(offset), place(factor), place(residual),
         activate, zoom, bias_stride, act_stride, (1 << act_bits) - 1, bits, planes, plane_bytes, halves, block, images,
-        height, width, channels, outputs, others, last_width, *window[:5], window[6], out_height, out_width,
+        height, width, channels, outputs, last_width, *window[:5], window[6], out_height, out_width,
         torch.get_num_threads(), epsilon,
     )  # fmt: skip
     failed = run(job)
@@ -108,10 +107,10 @@ def multiply_op(
     x: Tensor, weight: Tensor, total: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None,
     act_scale: Tensor, act_zero: Tensor, kernel: str, format: Sequence[int], window: Sequence[int], gain: Tensor | None = None,
     offset: Tensor | None = None, factor: Tensor | None = None, residual: Tensor | None = None, activate: int = 0,
-    zoom: int = 1, epsilon: float = 0.0, beside: Tensor | None = None,
+    zoom: int = 1, epsilon: float = 0.0,
 ) -> Tensor:  # fmt: skip
     arguments = (x, weight, total, scale, zero, bias, act_scale, act_zero, kernel, format, window)
-    return multiply(*arguments, gain, offset, factor, residual, activate, zoom, epsilon, beside)
+    return multiply(*arguments, gain, offset, factor, residual, activate, zoom, epsilon)
 
 
 @multiply_op.register_fake
@@ -119,6 +118,6 @@ def _(
     x: Tensor, weight: Tensor, total: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None,
     act_scale: Tensor, act_zero: Tensor, kernel: str, format: Sequence[int], window: Sequence[int], gain: Tensor | None = None,
     offset: Tensor | None = None, factor: Tensor | None = None, residual: Tensor | None = None, activate: int = 0,
-    zoom: int = 1, epsilon: float = 0.0, beside: Tensor | None = None,
+    zoom: int = 1, epsilon: float = 0.0,
 ) -> Tensor:  # fmt: skip
     return x.new_empty(x.shape[0], *output_size(x, window, zoom), total.shape[1])

@@ -21,10 +21,8 @@ def multiply(
     x: Tensor, weight: Tensor, total: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, act_scale: Tensor,
     act_zero: Tensor, format: Sequence[int], window: Sequence[int], gain: Tensor | None = None, offset: Tensor | None = None,
     factor: Tensor | None = None, residual: Tensor | None = None, activate: int = NONE, zoom: int = 1, epsilon: float = 0.0,
-    beside: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """As ops.multiply; weights are laid out as for plain C."""
-    x = x if beside is None else torch.cat([x, beside], -1)
     if gain is not None or factor is not None or activate or epsilon > 0:
         x = norm.normalize(x, gain, offset, factor=factor, activate=activate, epsilon=epsilon)
     act_scale, act_zero = (each.view(-1, 1, 1, 1) for each in (act_scale, act_zero))

@@ -160,7 +160,6 @@ class Around(NamedTuple):
     zoom: int = 1
     window: tuple[int, ...] | None = None  # instead of the layer's
     epsilon: float = 0.0  # of a layer norm before the gain; 0: none
-    beside: Tensor | None = None  # (N, C', H, W): the channels behind those of the input
 
 
 NOTHING = Around()
@@ -198,7 +197,7 @@ def apply(layer: nn.Module, blocked: Blocked, x: Tensor, around: Around = NOTHIN
     weight, grid = layer._modules["weight"], layer._modules["input"]
     act_scale, act_zero = grid_of(grid, x)
     bias = layer._parameters["bias"] if around.bias is None else around.bias
-    outputs, residual, beside = blocked.total.shape[1], around.residual, around.beside
+    outputs, residual = blocked.total.shape[1], around.residual
     if isinstance(layer, nn.Linear):
         x, residual, window = x.contiguous(), residual if residual is None else residual.contiguous(), ops.POINT
         channels = x.shape[-1]
@@ -206,7 +205,8 @@ def apply(layer: nn.Module, blocked: Blocked, x: Tensor, around: Around = NOTHIN
         size, out_size = (images, 1, x.numel() // (images * channels), channels), (1, x.numel() // (images * channels))
         out = buffer_pool.empty((*x.shape[:-1], outputs)) if out is None else out
     else:
-        x, residual, beside = (part if part is None else part.contiguous(memory_format=torch.channels_last) for part in (x, residual, beside))
+        x = x.contiguous(memory_format=torch.channels_last)
+        residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
         (images, channels, height, width), window = x.shape, around.window or window_of(layer)
         size, out_size = (images, height, width, channels), size_behind(height, width, window, around.zoom)
         out = buffer_pool.empty((images, outputs, *out_size), torch.channels_last)
@@ -214,7 +214,7 @@ def apply(layer: nn.Module, blocked: Blocked, x: Tensor, around: Around = NOTHIN
         out, out_size, x, size, blocked.weight, blocked.total, weight._buffers["scale"],
         weight._buffers["zero"] if blocked.is_shifted else None, bias, act_scale, act_zero, blocked.kernel,
         (blocked.bits, blocked.halves, grid.bits), window, around.gain, around.offset, around.factor, residual,
-        around.activate, around.zoom, around.epsilon, beside,
+        around.activate, around.zoom, around.epsilon,
     )  # fmt: skip
     return out
 
@@ -228,12 +228,12 @@ def apply_operator(layer: nn.Module, blocked: Blocked, x: Tensor, around: Around
     format = (blocked.bits, blocked.halves, grid.bits)
     count, around = share(around, act_scale.numel()) if isinstance(layer, nn.Linear) else (1, around)
     images = as_images(layer, x, count)
-    residual, beside = (None if x is None else as_images(layer, x) for x in (around.residual, around.beside))
+    residual = None if around.residual is None else as_images(layer, around.residual)
     bias = layer.bias if around.bias is None else around.bias
     out = multiply(
         images, blocked.weight, blocked.total, weight.scale, zero, bias, act_scale, act_zero, blocked.kernel, format,
         around.window or window_of(layer), around.gain, around.offset, around.factor, residual, around.activate, around.zoom,
-        around.epsilon, beside,
+        around.epsilon,
     )  # fmt: skip
     if isinstance(layer, nn.Linear):
         return out.view(*x.shape[:-1], -1)

@@ -39,40 +39,24 @@ INLINE void prefetch_share(const float *next, int64_t count, int64_t k) {
 static void quantize_blocks(const ConvParams *conv, const Plan *plan, int64_t n, const float *x, int64_t count, uint8_t *cells,
                             int32_t *sums) {
     for (int64_t k = 0; k * conv->channel_block < conv->channels; k++, cells += plan->block_bytes) {
-        if (!is_staged(conv)) prefetch_share(x + count * conv->channels, conv->channel_block * count, k);
+        if (!has_prologue(conv)) prefetch_share(x + count * conv->channels, conv->channel_block * count, k);
         quantize_pixels(conv, n, k, x + k * conv->channel_block, count, cells, sums);
     }
 }
 
-/* Quantizes `count` pixels from `pixel` on, where x and skip have whole blocks of channels each. */
-static void quantize_parts(const ConvParams *conv, const Plan *plan, int64_t n, int64_t pixel, int64_t count, uint8_t *cells,
-                           int32_t *sums) {
-    ConvParams part = *conv;
-    part.channels = x_channels(conv), part.skip = NULL;
-    quantize_blocks(&part, plan, n, conv->x + pixel * part.channels, count, cells, sums);
-    cells += part.channels / conv->channel_block * plan->block_bytes;
-    part.channels = conv->skip_channels;
-    if (conv->skip) quantize_blocks(&part, plan, n, conv->skip + pixel * part.channels, count, cells, sums);
-}
-
-/* The prologue of image n for the channels from `channel` on. */
-INLINE Prologue prologue_of(const ConvParams *conv, int64_t n, int64_t channel) {
-    Prologue prologue = {.activation = conv->activation, .epsilon = conv->epsilon, .stride = conv->channels};
-    int64_t first = n * conv->channels + channel;
-    if (conv->gain) prologue.gain = conv->gain + first, prologue.offset = conv->offset + first;
-    if (conv->factor) prologue.factor = conv->factor + channel;
+INLINE Prologue prologue_of(const ConvParams *conv, int64_t n) {
+    Prologue prologue = {.activation = conv->activation, .factor = conv->factor, .epsilon = conv->epsilon};
+    if (conv->gain) prologue.gain = conv->gain + n * conv->channels, prologue.offset = conv->offset + n * conv->channels;
     return prologue;
 }
 
-/* Applies the prologue to `count` pixels from `pixel` on and quantizes them, staged_pixels() at a time. */
-static void quantize_staged(const ConvParams *conv, const Plan *plan, int64_t n, int64_t pixel, int64_t count, uint8_t *cells,
+/* Applies the prologue to `count` pixels x of image n and quantizes them, staged_pixels() at a time. */
+static void quantize_staged(const ConvParams *conv, const Plan *plan, int64_t n, const float *x, int64_t count, uint8_t *cells,
                             int32_t *sums, float *staged) {
-    int64_t in_x = x_channels(conv), in_skip = conv->skip_channels;
-    Prologue of_x = prologue_of(conv, n, 0), of_skip = prologue_of(conv, n, in_x);
+    Prologue prologue = prologue_of(conv, n);
     for (int64_t p = 0, step = staged_pixels(conv); p < count; p += step) {
-        int64_t pixels = min(step, count - p), at = pixel + p;
-        apply_prologue(&of_x, conv->x + at * input_channels(conv->activation, in_x), pixels, in_x, staged);
-        if (in_skip) apply_prologue(&of_skip, conv->skip + at * in_skip, pixels, in_skip, staged + in_x);
+        int64_t pixels = min(step, count - p);
+        apply_prologue(&prologue, x + p * input_channels(conv->activation, conv->channels), pixels, conv->channels, staged);
         quantize_blocks(conv, plan, n, staged, pixels, cells + p * plan->cell_bytes, sums ? sums + p : NULL);
     }
 }
@@ -84,12 +68,12 @@ static void quantize_row(const ConvParams *conv, const Plan *plan, int64_t n, in
     int64_t left = width ? conv->pad_left : 0, right = plan->row_cells - left - width, read = width / conv->upsample;
     int32_t *sums = needs_pixel_sums(conv) ? scratch->pixel_sums + slot * plan->row_cells : NULL;
     uint8_t *row = scratch->cells + slot * plan->row_cells * plan->cell_bytes, *first = row + left * plan->cell_bytes;
-    int64_t pixel = first_input_pixel(conv, n, h);
+    const float *x = conv->x + first_input_pixel(conv, n, h) * input_channels(conv->activation, conv->channels);
     if (sums) memset(sums, 0, plan->row_cells * 4);
-    if (width && is_staged(conv))
-        quantize_staged(conv, plan, n, pixel, read, first, sums ? sums + left : NULL, scratch->staged);
+    if (width && has_prologue(conv))
+        quantize_staged(conv, plan, n, x, read, first, sums ? sums + left : NULL, scratch->staged);
     else if (width)
-        quantize_parts(conv, plan, n, pixel, read, first, sums ? sums + left : NULL);
+        quantize_blocks(conv, plan, n, x, read, first, sums ? sums + left : NULL);
     for (int64_t k = 0; k < plan->channel_blocks; k++, row += plan->block_bytes) {
         fill_padding(conv, zero, k, left, row);
         upsample_row(row + left * plan->cell_bytes, plan->cell_bytes, width, conv->upsample);

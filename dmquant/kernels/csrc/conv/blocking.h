@@ -31,14 +31,8 @@
 #define GROUP_BYTES (1 << 20)
 #endif
 
+/* Pixels with a prologue are written to scratch->staged before they are quantized. */
 INLINE int has_prologue(const ConvParams *conv) { return conv->gain || conv->factor || conv->activation || conv->epsilon > 0; }
-INLINE int64_t x_channels(const ConvParams *conv) { return conv->channels - conv->skip_channels; }
-
-/* Whether pixels are written to scratch->staged before they are quantized: for a prologue, or because a block of channels lies
- * partly in x and partly in skip. */
-INLINE int is_staged(const ConvParams *conv) {
-    return has_prologue(conv) || (conv->skip && x_channels(conv) % conv->channel_block);
-}
 
 /* How many pixels are staged at a time. */
 INLINE int64_t staged_pixels(const ConvParams *conv) { return max(4, STAGED_BYTES / (4 * conv->channels)); }
@@ -112,7 +106,7 @@ static int alloc_scratch(const ConvParams *conv, const Plan *plan, Scratch *scra
     int64_t window_sums = whole_lines(plan->band_rows * conv->out_width * 4);
     int64_t input_rows = whole_lines(plan->band_rows * 4), tap_offsets = whole_lines(plan->channel_blocks * plan->taps * 4);
     int64_t tile_buffer = whole_lines(tile_buffer_bytes(conv, plan));
-    int64_t staged = is_staged(conv) ? whole_lines(staged_pixels(conv) * conv->channels * 4) : 0;
+    int64_t staged = has_prologue(conv) ? whole_lines(staged_pixels(conv) * conv->channels * 4) : 0;
     uint8_t *next = alloc(cells + weights + pixel_sums + window_sums + input_rows + tap_offsets + tile_buffer + staged);
     if (!next) return 1;
     scratch->cells = carve(&next, cells);

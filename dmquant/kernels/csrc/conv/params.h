@@ -19,7 +19,7 @@
 
 /* Python packs the fields in this order: pointers, int64, one double. */
 typedef struct {
-    const float *x;             /* (B, H, W, C - skip_channels); H and W before upsampling */
+    const float *x;             /* (B, H, W, C), or 2 C for GATED; H and W before upsampling */
     float *out;                 /* (B, H', W', O) */
     const uint8_t *weight;      /* (planes, plane_bytes), (O, C, K) in the layouts above */
     const int32_t *weight_sums; /* (planes, O): levels summed over C and K */
@@ -31,9 +31,8 @@ typedef struct {
     const float *gain, *offset; /* (B, C): prologue, see norm/norm.h; both NULL: none */
     const float *factor;        /* (C), of the prologue, or NULL */
     const float *residual;      /* (B, H', W', O), added to out; or NULL */
-    const float *skip;          /* (B, H, W, skip_channels): the last channels of the input; or NULL */
-    int64_t activation;         /* of the prologue; GATED reads 2 * channels from x and takes no skip */
-    int64_t upsample;           /* nearest-neighbour factor; x and skip have height / upsample rows of width / upsample pixels */
+    int64_t activation;         /* of the prologue; GATED reads 2 * channels from x */
+    int64_t upsample;           /* nearest-neighbour factor; x has height / upsample rows of width / upsample pixels */
     int64_t bias_stride;        /* outputs if each image has its own bias, else 0 */
     int64_t act_stride;         /* 1 if each image has its own grid, else 0 */
     int64_t act_max;            /* largest activation code, 2^bits - 1 */
@@ -41,8 +40,7 @@ typedef struct {
     int64_t planes, plane_bytes;
     int64_t half_scale;         /* 1 if a step of codes is two steps of levels (1 and 2 bits): scale is multiplied by 0.5 */
     int64_t channel_block;      /* channels of a block, 32 or 64; the last one may be partly filled */
-    int64_t images, height, width, channels, outputs;       /* B, H, W, C (with those of skip), O */
-    int64_t skip_channels;
+    int64_t images, height, width, channels, outputs;       /* B, H, W, C, O */
     int64_t last_width;         /* width of the last row of an image: shorter where pixels of a linear layer do not fill it */
     int64_t kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, out_height, out_width;
     int64_t threads;

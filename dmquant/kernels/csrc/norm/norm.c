@@ -9,42 +9,25 @@
 
 /* Arguments of both functions; Python packs the fields in this order. */
 typedef struct {
-    const float *x;                 /* (B, P, C - skip_channels), or (B, P, 2 C) for GATED */
-    const float *skip;              /* (B, P, skip_channels): the last channels of a concatenation; or NULL */
+    const float *x;                 /* (B, P, C), or (B, P, 2 C) for GATED */
     const float *weight, *bias;     /* (C), of the group norm, or NULL: 1 and 0 */
     float *gain, *offset;           /* (B, C): written by dmquant_group_norm, read by dmquant_normalize */
     double *sums;                   /* (B, 2, C), scratch: sums over P of d and d^2, with d = x - its value at pixel 0 */
     const float *factor;            /* (C), of the prologue, or NULL */
     float *out;                     /* (B, P, C), written by dmquant_normalize */
     int64_t images, pixels, channels;               /* B, P, C */
-    int64_t skip_channels, groups, activation, threads;
+    int64_t groups, activation, threads;
     double epsilon;                 /* of the group norm, or of the prologue's layer norm (0: none) */
 } NormParams;
 
-/* Up to SLICE channels of one image that lie in one of the two tensors. */
-typedef struct {
-    const float *x;                 /* of pixel 0 */
-    int64_t stride;                 /* floats from one pixel to the next */
-    int64_t first, count;           /* channels, counted through both tensors */
-} Slice;
-
-INLINE int64_t count_slices(int64_t channels) { return (channels + SLICE - 1) / SLICE; }
-
-INLINE Slice slice_of(const NormParams *norm, int64_t n, int64_t number) {
-    int64_t in_x = norm->channels - norm->skip_channels, slices_in_x = count_slices(in_x);
-    int is_skip = number >= slices_in_x;
-    int64_t stride = is_skip ? norm->skip_channels : in_x, first = (is_skip ? number - slices_in_x : number) * SLICE;
-    const float *x = (is_skip ? norm->skip : norm->x) + n * norm->pixels * stride + first;
-    return (Slice){x, stride, first + (is_skip ? in_x : 0), min(SLICE, stride - first)};
-}
-
-/* Adds d and d^2 of pixels from..to of a slice to the sums of its channels. `count` is slice->count, as a constant where it is
- * SLICE. */
-INLINE void sum_run(const Slice *slice, int64_t from, int64_t to, double *sums, double *squares, const int64_t count) {
+/* Adds d and d^2 of pixels from..to of `count` <= SLICE channels to their sums. pivot: x of pixel 0; stride: floats from one
+ * pixel to the next. `count` is a constant where it is SLICE. */
+INLINE void sum_run(const float *pivot, int64_t stride, int64_t from, int64_t to, double *sums, double *squares,
+                    const int64_t count) {
     float sum[SLICE] = {0}, square[SLICE] = {0};
-    const float *pivot = slice->x, *x = pivot + from * slice->stride;
-    for (int64_t i = from; i < to; i++, x += slice->stride) {
-        for (int64_t c = 0; c < count; c += 16) __builtin_prefetch(x + AHEAD * slice->stride + c);
+    const float *x = pivot + from * stride;
+    for (int64_t i = from; i < to; i++, x += stride) {
+        for (int64_t c = 0; c < count; c += 16) __builtin_prefetch(x + AHEAD * stride + c);
         for (int64_t c = 0; c < count; c++) {
             float d = x[c] - pivot[c];
             sum[c] += d;
@@ -56,36 +39,30 @@ INLINE void sum_run(const Slice *slice, int64_t from, int64_t to, double *sums, 
 
 /* Sums of slices from..to of image n. All slices of a run come before the next run: memory is read in its order. */
 static void sum_slices(const NormParams *norm, int64_t n, int64_t from, int64_t to) {
+    const float *x = norm->x + n * norm->pixels * norm->channels;
     double *sums = norm->sums + 2 * n * norm->channels, *squares = sums + norm->channels;
     for (int64_t p = 0; p < norm->pixels; p += RUN)
-        for (int64_t number = from; number < to; number++) {
-            Slice slice = slice_of(norm, n, number);
-            int64_t first = slice.first;
-            for (int64_t c = first; p == 0 && c < first + slice.count; c++) sums[c] = squares[c] = 0;
-            int64_t end = min(p + RUN, norm->pixels);
-            if (slice.count == SLICE) sum_run(&slice, p, end, sums + first, squares + first, SLICE);
-            else sum_run(&slice, p, end, sums + first, squares + first, slice.count);
+        for (int64_t c = from * SLICE; c < min(to * SLICE, norm->channels); c += SLICE) {
+            int64_t count = min(SLICE, norm->channels - c), end = min(p + RUN, norm->pixels);
+            for (int64_t i = c; p == 0 && i < c + count; i++) sums[i] = squares[i] = 0;
+            if (count == SLICE) sum_run(x + c, norm->channels, p, end, sums + c, squares + c, SLICE);
+            else sum_run(x + c, norm->channels, p, end, sums + c, squares + c, count);
         }
-}
-
-/* Channel c of pixel 0 of image n. */
-INLINE float pivot_of(const NormParams *norm, int64_t n, int64_t c) {
-    int64_t in_x = norm->channels - norm->skip_channels;
-    return c < in_x ? norm->x[n * norm->pixels * in_x + c] : norm->skip[n * norm->pixels * norm->skip_channels + c - in_x];
 }
 
 /* Sums of image n -> gain = weight / sqrt(variance + epsilon) and offset = bias - mean * gain of its channels, in float64. The
  * variance of a group is the mean over its channels of (their variance + their mean's squared distance to the group's mean). */
 static void write_gains(const NormParams *norm, int64_t n) {
     const double *sums = norm->sums + 2 * n * norm->channels, *squares = sums + norm->channels;
+    const float *pivot = norm->x + n * norm->pixels * norm->channels;
     int64_t size = norm->channels / norm->groups;
     double pixels = (double)norm->pixels;
     for (int64_t g = 0; g < norm->groups; g++) {
         double mean = 0, variance = 0;
-        for (int64_t c = g * size; c < (g + 1) * size; c++) mean += pivot_of(norm, n, c) + sums[c] / pixels;
+        for (int64_t c = g * size; c < (g + 1) * size; c++) mean += pivot[c] + sums[c] / pixels;
         mean /= (double)size;
         for (int64_t c = g * size; c < (g + 1) * size; c++) {
-            double shift = sums[c] / pixels, distance = pivot_of(norm, n, c) + shift - mean;
+            double shift = sums[c] / pixels, distance = pivot[c] + shift - mean;
             variance += squares[c] / pixels - shift * shift + distance * distance;
         }
         double inverse = 1 / sqrt((variance > 0 ? variance : 0) / (double)size + norm->epsilon);
@@ -97,10 +74,10 @@ static void write_gains(const NormParams *norm, int64_t n) {
     }
 }
 
-/* Writes gain and offset of a group norm over x and skip. Threads share images and slices of channels, and each channel is summed
- * up in the order of its pixels: the number of threads changes no bit. Returns 0. */
+/* Writes gain and offset of a group norm over x. Threads share images and slices of channels, and each channel is summed up in
+ * the order of its pixels: the number of threads changes no bit. Returns 0. */
 int dmquant_group_norm(const NormParams *norm) {
-    int64_t slices = count_slices(norm->channels - norm->skip_channels) + count_slices(norm->skip_channels);
+    int64_t slices = (norm->channels + SLICE - 1) / SLICE;
     int64_t shares = max(1, min(slices, norm->threads)), count = norm->images * shares;
 #pragma omp parallel num_threads((int)norm->threads) if (norm->threads > 1)
     {
@@ -118,9 +95,7 @@ int dmquant_normalize(const NormParams *norm) {
     int64_t step = norm->pixels * norm->channels, read = norm->pixels * input_channels(norm->activation, norm->channels);
 #pragma omp parallel for num_threads((int)norm->threads) if (norm->threads > 1)
     for (int64_t n = 0; n < norm->images; n++) {
-        Prologue prologue = {
-            .factor = norm->factor, .activation = norm->activation, .stride = norm->channels, .epsilon = norm->epsilon,
-        };
+        Prologue prologue = {.factor = norm->factor, .activation = norm->activation, .epsilon = norm->epsilon};
         int64_t first = n * norm->channels;
         if (norm->gain) prologue.gain = norm->gain + first, prologue.offset = norm->offset + first;
         apply_prologue(&prologue, norm->x + n * read, norm->pixels, norm->channels, norm->out + n * step);

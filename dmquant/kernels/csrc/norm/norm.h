@@ -6,12 +6,11 @@
 #define DMQUANT_NORM_H
 #include "norm/activation.h"
 
-/* For the channels of one image, or for a part of them. */
+/* For the channels of one image. */
 typedef struct {
     const float *gain, *offset;     /* (C), or both NULL: 1 and 0 */
     const float *factor;            /* (C), or NULL: 1 */
     int64_t activation;             /* NONE, SILU, ...; GATED takes neither gain nor offset */
-    int64_t stride;                 /* floats from one output pixel to the next */
     double epsilon;                 /* > 0: a layer norm comes first, and activation is NONE; 0: none */
 } Prologue;
 
@@ -19,7 +18,7 @@ INLINE void affine_pixels(const Prologue *prologue, const float *restrict x, int
                           float *restrict out, const int64_t activation) {
     const float *restrict gain = prologue->gain, *restrict offset = prologue->offset, *restrict factor = prologue->factor;
     int64_t read = input_channels(activation, channels);
-    for (int64_t p = 0; p < pixels; p++, x += read, out += prologue->stride) {
+    for (int64_t p = 0; p < pixels; p++, x += read, out += channels) {
         for (int64_t c = 0; c < read; c += 16) __builtin_prefetch(x + pixels * read + c, 0, 2);     /* for the next call */
         if (activation == GATED)
             for (int64_t c = 0; c < channels; c++) out[c] = x[c] * gelu(x[channels + c]);
@@ -33,7 +32,7 @@ INLINE void affine_pixels(const Prologue *prologue, const float *restrict x, int
 }
 
 /* Applies a prologue without a layer norm to x (pixels, input_channels(activation, channels)), one image channels last; writes
- * (pixels, channels), `stride` floats apart. Compiled once for each activation. */
+ * (pixels, channels). Compiled once for each activation. */
 static inline void apply_affine(const Prologue *prologue, const float *x, int64_t pixels, int64_t channels, float *out) {
     if (prologue->activation == SILU) affine_pixels(prologue, x, pixels, channels, out, SILU);
     else if (prologue->activation == GELU) affine_pixels(prologue, x, pixels, channels, out, GELU);
