@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image
 from torch import Tensor
 
 import dmquant
@@ -31,7 +30,7 @@ def main() -> None:
     pipelines = [dmquant.load(), *(dmquant.load(folder) for folder in args.quantized)]
     rows = {describe(pipeline): draw(pipeline, args.num_images, args.side) for pipeline in pipelines}
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    shrink(generation.beside(rows)).save(args.output, optimize=True)
+    generation.beside(rows).save(args.output, optimize=True)
 
 
 def describe(pipeline: DiffusionPipeline) -> str:
@@ -48,11 +47,6 @@ def draw(pipeline: DiffusionPipeline, count: int, side: int) -> Tensor:
     images = torch.cat(list(generation.generate(pipeline, range(count), steps=STEPS, batch=count)))
     zoom = -(-side // images.shape[-1])
     return images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
-
-
-def shrink(picture: Image.Image) -> Image.Image:
-    """Returns the picture with 256 colours: a third of the bytes, and no difference that shows in tiles of 32 pixels."""
-    return picture.quantize(256, dither=Image.Dither.NONE)
 
 
 if __name__ == "__main__":
