@@ -1,5 +1,7 @@
 """Draws the picture of the README: the same seeds by the embedded float pipeline and by quantized ones, a row each.
 
+Takes folders that were quantized by the default settings:
+
     dmquant quantize --method lsq --wbits 4 --abits 4 -o runs/readme/w4a4
     dmquant quantize --method binarydm --wbits 1 --abits 4 -o runs/readme/w1a4
     python benchmarks/readme_picture.py runs/readme/w4a4 runs/readme/w1a4 -o docs/images/samples.png
@@ -13,9 +15,10 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 import dmquant
-from dmquant import generation
-from dmquant.cost import measure_cost
-from dmquant.denoiser import find_denoiser
+from dmquant.diffusion.pipeline import find_denoiser
+from dmquant.diffusion.sampling import generate
+from dmquant.evaluation.cost import measure_cost
+from dmquant.evaluation.image_grid import beside
 
 STEPS = 20  # as in the evaluations of benchmarks/results
 
@@ -30,7 +33,7 @@ def main() -> None:
     pipelines = [dmquant.load(), *(dmquant.load(folder) for folder in args.quantized)]
     rows = {describe(pipeline): draw(pipeline, args.num_images, args.side) for pipeline in pipelines}
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    generation.beside(rows).save(args.output, optimize=True)
+    beside(rows).save(args.output, optimize=True)
 
 
 def describe(pipeline: DiffusionPipeline) -> str:
@@ -44,7 +47,7 @@ def describe(pipeline: DiffusionPipeline) -> str:
 
 def draw(pipeline: DiffusionPipeline, count: int, side: int) -> Tensor:
     """Returns images of seeds 0 to count - 1, uint8 (N, 3, H, W), enlarged without smoothing to `side` pixels or more."""
-    images = torch.cat(list(generation.generate(pipeline, range(count), steps=STEPS, batch=count)))
+    images = torch.cat(list(generate(pipeline, range(count), steps=STEPS, batch=count)))
     zoom = -(-side // images.shape[-1])
     return images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
 

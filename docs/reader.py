@@ -1,7 +1,8 @@
 """Reads the weights of a quantized denoiser with torch and safetensors alone. file-format.md specifies what it reads.
 
-    weights = read_weights("out/unet", shapes)    # shapes of the float model's parameters: {"conv_in.weight": (48, 3, 3, 3), ...}
-    float_model.load_state_dict(weights)
+The shapes are those of the float model's parameters, {"conv_in.weight": (48, 3, 3, 3), ...}:
+
+    float_model.load_state_dict(read_weights("out/unet", shapes))
 """
 
 import json
@@ -54,4 +55,4 @@ def decode(stored: dict[str, Tensor], traits: list[str], name: str, shape: tuple
 def unpack(planes: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Returns the bits (bits, *shape) of codes from their bit planes (bits, bytes), lowest bit first."""
     bits = planes.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8) & 1
-    return bits.flatten(1)[:, :torch.Size(shape).numel()].reshape(-1, *shape)
+    return bits.flatten(1)[:, : torch.Size(shape).numel()].reshape(-1, *shape)

@@ -4,6 +4,7 @@ import functools
 import re
 import shlex
 import shutil
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from dmquant.cli.app import run
 from dmquant.kernels.registry import BY_NAME, CHOICES
 from tests.conftest import TINY_UNET
 from tests.pages import CARDS, DOCS, PAGES, README, ROOT, anchors, cheap_commands, commands, links, name, parse, read, snippets
+from tests.test_floors import FLOOR_OF
 
-CHEAP = dict(max_steps=0, trajectories=2, sampling_steps=2, calibration_samples=2, batch=2, clip_images=0)
+CHEAP = {"max_steps": 0, "trajectories": 2, "sampling_steps": 2, "calibration_samples": 2, "batch": 2, "clip_images": 0}
 COMMANDS = [(name(page), line) for page in PAGES for line in commands(page)]
 DOCUMENTED = [README, ROOT / "docs" / "getting-started.md", ROOT / "docs" / "file-format.md"]  # pages whose snippets are run here
 
@@ -83,7 +85,7 @@ def test_snippets_run_one_after_the_other(page, saved, small_dmquant, tmp_path, 
         shutil.copytree(saved, "out")
     assert snippets(page)
     for code in snippets(page):
-        exec(compile(code, name(page), "exec"), {})
+        exec(compile(code, name(page), "exec"), {})  # noqa: S102  # the pages are ours
 
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.parent.name)
@@ -129,6 +131,15 @@ def test_every_room_is_in_the_architecture():
         path.name + "/" * path.is_dir() for path in (ROOT / "dmquant").iterdir() if not path.name.startswith(("__", "py.typed"))
     }
     assert listed == there
+
+
+def test_the_drawing_of_the_floors_is_the_tested_one():
+    drawing = read(ROOT / "docs" / "architecture.md").partition("```mermaid")[2].partition("```")[0]
+    chains = [re.findall(r"\w+(?=\[| -->|$)", line) for line in drawing.splitlines() if "-->" in line]
+    arrows = [(below, above) for chain in chains for below, above in pairwise(chain)]
+    assert all(FLOOR_OF[{"base": "errors"}.get(below, below)] < FLOOR_OF[above] for below, above in arrows)
+    drawn = {room for arrow in arrows for room in arrow} - {"base"} | {"errors", "progress"}
+    assert drawn == set(FLOOR_OF) - {"__init__", "__main__", "assets", "hf"}
 
 
 @pytest.mark.parametrize("page", DOCS, ids=name)

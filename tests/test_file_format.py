@@ -14,14 +14,14 @@ from dmquant.checkpoint.quantization_config import _IS_VALID, LATER
 from tests.pages import ROOT, read, tables
 
 PAGE = ROOT / "docs" / "file-format.md"
-CHEAP = dict(max_steps=1, trajectories=2, sampling_steps=2, calibration_samples=2, batch=2, clip_images=0)
+CHEAP = {"max_steps": 1, "trajectories": 2, "sampling_steps": 2, "calibration_samples": 2, "batch": 2, "clip_images": 0}
 SETTINGS = {
-    "lsq": ("lsq", dict(weight_bits=4, act_bits=8)),
-    "lsq at 3 bits, some layers float": ("lsq", dict(weight_bits=3, act_bits=32, keep="skip,attention")),
-    "binarydm": ("binarydm", dict(weight_bits=1, act_bits=4)),
-    "binarydm, two bases": ("binarydm", dict(weight_bits=1, act_bits=4, basis="multi")),
-    "efficientdm": ("efficientdm", dict(weight_bits=4, act_bits=4, attention_bits=8)),
-    "dilatequant": ("dilatequant", dict(weight_bits=4, act_bits=4, attention_bits=4, head_grids=True)),
+    "lsq": ("lsq", {"weight_bits": 4, "act_bits": 8}),
+    "lsq at 3 bits, some layers float": ("lsq", {"weight_bits": 3, "act_bits": 32, "keep": "skip,attention"}),
+    "binarydm": ("binarydm", {"weight_bits": 1, "act_bits": 4}),
+    "binarydm, two bases": ("binarydm", {"weight_bits": 1, "act_bits": 4, "basis": "multi"}),
+    "efficientdm": ("efficientdm", {"weight_bits": 4, "act_bits": 4, "attention_bits": 8}),
+    "dilatequant": ("dilatequant", {"weight_bits": 4, "act_bits": 4, "attention_bits": 4, "head_grids": True}),
 }
 GOLDEN = sorted(path for path in (ROOT / "tests" / "golden").glob("*/*") if path.is_dir())
 
