@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+from dmquant.formats import KINDS
 from safetensors import safe_open
 
 import dmquant
 from dmquant import checkpoint, methods, storage
-from dmquant.formats import KINDS
 from tests.golden import make
 
 SETS = Path(__file__).parent / "golden"

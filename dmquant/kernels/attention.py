@@ -57,7 +57,7 @@ def chosen(bits: int) -> int | None:
 def candidates() -> tuple[Kernel, ...]:
     """The variants that may be used: plain C saves memory, not time, and has to be asked for."""
     wanted = choice()
-    return tuple(kernel for kernel in VARIANTS if wanted == "c" or wanted in ("auto", EXACT.name) and not kernel.is_portable)
+    return tuple(kernel for kernel in VARIANTS if wanted == "c" or (wanted in ("auto", EXACT.name) and not kernel.is_portable))
 
 
 def survey() -> str:

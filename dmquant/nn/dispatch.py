@@ -128,7 +128,7 @@ def candidates(format: self_check.Format, window: tuple[int, ...]) -> Iterator[s
 def rivals(layer: nn.Module, format: self_check.Format, *, is_alone: bool) -> Iterator[str]:
     """What else may multiply a layer: oneDNN by bytes, unless fewer are stored and somebody reads those; the reference."""
     wanted = choice()
-    is_wanted = wanted == "onednn" or wanted == "auto" and (is_alone or format.bits == 8)
+    is_wanted = wanted == "onednn" or (wanted == "auto" and (is_alone or format.bits == 8))
     is_known = format.planes == 1 and type(layer.input) is FixedGrid and onednn.is_centered(layer.weight)
     if is_wanted and is_known and not onednn.state() and not self_check.check(onednn.NAME, format):
         yield onednn.NAME
