@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
-from dmquant.formats import KINDS
 from safetensors import safe_open
 
 import dmquant
-from dmquant import checkpoint, methods, storage
+from dmquant import methods
+from dmquant.checkpoint import atomic_folder, serialization
+from dmquant.nn.scheme import KINDS
 from tests.golden import make
 
 SETS = Path(__file__).parent / "golden"
@@ -35,7 +36,7 @@ def test_weights_and_outputs_are_those_of_the_version_that_wrote_them(folder):
 @every_folder
 def test_every_file_verifies(folder):
     written = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    assert set(checkpoint.verify(folder)) == written - {storage.MANIFEST}
+    assert set(serialization.verify(folder)) == written - {atomic_folder.MANIFEST}
 
 
 def test_this_version_has_a_folder_of_every_method_and_every_kind_of_grid():
@@ -59,7 +60,7 @@ def test_another_weight_or_another_grid_is_noticed(tmp_path):
     for name, change in (("conv_out.weight.codes", lambda codes: codes ^ 1), ("conv_out.input.scale", lambda scale: scale * 2)):
         changed = tensors | {name: change(tensors[name])}
         safetensors.torch.save_file(changed, file, metadata={"format": "pt"})
-        (folder / storage.MANIFEST).unlink()
-        storage.seal(folder)
+        (folder / atomic_folder.MANIFEST).unlink()
+        atomic_folder.seal(folder)
         with pytest.raises(AssertionError):
             check(folder)

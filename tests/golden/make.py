@@ -18,11 +18,11 @@ from typing import Any
 import safetensors.torch
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
-from dmquant.packed import packed_layers
-from dmquant.weights import dense
 from torch import Tensor, nn
 
 import dmquant
+from dmquant.nn.convert import packed_layers
+from dmquant.nn.packed_weight import dense
 
 # 2,947 parameters: two thirds of a file are the names of its tensors
 TINY_UNET: dict[str, Any] = {
