@@ -55,7 +55,7 @@ def test_pages_show_commands():
     assert {name(page) for page in (README, *CARDS)} <= shown and len(COMMANDS) > 30
 
 
-@pytest.mark.parametrize(("page", "line"), COMMANDS)
+@pytest.mark.parametrize("page, line", COMMANDS)
 def test_a_command_line_parses(page, line):
     given = parse(line)
     method = given.get("method") or given.get("name")

@@ -1,4 +1,4 @@
-"""The file format is what docs/file-format.md specifies: its reader decodes every weight, its tables name every key and tensor."""
+"""The file format is what docs/file-format.md specifies: its reader decodes all weights, its tables name all keys and tensors."""
 
 import importlib.util
 import json

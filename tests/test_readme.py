@@ -98,7 +98,7 @@ def test_the_speed_of_the_readmes_table_is_in_a_record():
         assert_says(row["faster"], read_latency("denoiser_latency", "embedded", f"W{weights}A{acts}"))
 
 
-@pytest.mark.parametrize(("text", "file", "model", "variant"), [
+@pytest.mark.parametrize("text, file, model, variant", [
     ("CIFAR DDPM (36 M parameters) is {}x", "denoiser_latency", "cifar", "W4A4"),
     ("LDM-4 (274 M) {}x", "denoiser_latency_ldm4", "ldm4", "W4A4"),
     ("attention at 8 bits LDM-4 is {}x", "denoiser_latency_ldm4", "ldm4", "W4A4 A8 attention"),
@@ -110,7 +110,7 @@ def test_the_speed_of_larger_models_is_in_a_record(text, file, model, variant):
     assert_says(found.group(1), read_latency(file, model, variant))
 
 
-@pytest.mark.parametrize(("text", "file", "model"), [
+@pytest.mark.parametrize("text, file, model", [
     ("1/{} of the time of the float one for a DDPM", "denoiser_latency", "cifar"),
     ("1/{} for LDM-4", "denoiser_latency_ldm4", "ldm4"),
     ("1/{} for Stable Diffusion 1.5", "denoiser_latency_sd15", "sd15"),

@@ -12,7 +12,7 @@ POINT = (1, 1, 1, 1, 0, 0, 0, 0)  # the window of a linear layer
 
 def output_size(x: Tensor, window: Sequence[int], zoom: int = 1) -> tuple[int, int]:
     """Height and width of the output for x (N, H, W, C)."""
-    return size_behind(*x.shape[1:3], window, zoom)
+    return size_behind(x.shape[1], x.shape[2], window, zoom)
 
 
 def size_behind(height: int, width: int, window: Sequence[int], zoom: int) -> tuple[int, int]:

@@ -6,6 +6,8 @@ channel j of output o. Weights of eight bits are signed bytes instead. nibbles: 
 byte h * 32 + o having groups 2 h (low) and 2 h + 1 (high) of output o.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -31,7 +33,7 @@ def from_planes(blocked: Tensor, shape: tuple[int, int, int], bits: int, block: 
         cells = blocked ^ 128
     else:
         planes = blocked.view(-1, bits, 8)
-        cells = sum(_unpack(planes[:, bit]) << bit for bit in range(bits))
+        cells = sum((_unpack(planes[:, bit]) << bit for bit in range(bits)), start=blocked.new_zeros(()))
     cells = cells.view(num_outputs // OUTPUTS, channels // block, taps, block // 4, 2, 16, 4)
     return _unblock(cells.permute(0, 4, 5, 1, 3, 6, 2), shape)
 
@@ -49,7 +51,8 @@ def from_nibbles(blocked: Tensor, shape: tuple[int, int, int], bits: int, block:
     num_outputs, channels, taps = _sizes(shape, block)
     order = NIBBLES_BY_GROUP if by_group else NIBBLES
     sizes = (num_outputs // OUTPUTS, 2, 16, channels // block, block // 16, 2, 2, 4, taps)
-    cells = sum(_unpack(plane) << bit for bit, plane in enumerate(blocked.view(bits, -1)))
+    planes = enumerate(blocked.view(bits, -1))
+    cells = sum((_unpack(plane) << bit for bit, plane in planes), start=blocked.new_zeros(()))
     cells = cells.view([sizes[place] for place in order])
     return _unblock(cells.permute([order.index(place) for place in range(len(order))]).flatten(4, 6), shape)
 
@@ -71,7 +74,7 @@ def _unblock(cells: Tensor, shape: tuple[int, int, int]) -> Tensor:
     return whole[:num_outputs, :channels].contiguous()
 
 
-def _sizes(shape: tuple[int, int, int], block: int) -> tuple[int, int, int]:
+def _sizes(shape: Sequence[int], block: int) -> tuple[int, int, int]:
     return fill_up(shape[0], OUTPUTS), fill_up(shape[1], block), shape[2]
 
 

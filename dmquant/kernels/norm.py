@@ -105,7 +105,8 @@ def moments_op(
 def _(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    return tuple(x.new_empty(len(x), x.shape[-1], dtype=torch.float32) for _ in range(2))
+    gain = x.new_empty(len(x), x.shape[-1], dtype=torch.float32)
+    return gain, torch.empty_like(gain)
 
 
 def moments_of(norm: nn.GroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,9 +5,10 @@ twice: as they were stored, and as oneDNN wants them.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dmquant.kernels.rounding import quantize
@@ -29,10 +30,10 @@ def levels(bits: int) -> tuple[int, int]:
     return (2, -1) if bits == 1 else (1, -(1 << (bits - 1)))
 
 
-def is_centered(weight: nn.Module) -> bool:
+def is_centered(weight: Any) -> bool:
     """Whether the zeros of codes are those of signed bytes: oneDNN knows no other."""
     zero = weight._buffers.get("zero")
-    return zero is not None and bool((zero == (0.5 if weight.bits == 1 else 1 << (weight.bits - 1))).all())
+    return zero is not None and bool(zero.eq(0.5 if weight.bits == 1 else 1 << (weight.bits - 1)).all())
 
 
 def arrange(levels: Tensor) -> Tensor:

@@ -5,9 +5,10 @@ All of C give the same floats bit for bit (csrc/conv/params.h says why), so whic
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import Any
 
 from torch import Tensor
 
@@ -57,7 +58,7 @@ class Kernel:
     def is_made_for(self, window: Sequence[int]) -> bool:
         return not self.windows or tuple(window[:4]) in self.windows
 
-    @cache
+    @cache  # noqa: B019  kernels are few and live as long as the process
     def block_for(self, channels: int) -> int:
         """The largest block of channels among those that are filled up the least."""
         return min(self.blocks, key=lambda block: (layouts.fill_up(channels, block), -block))
@@ -71,14 +72,14 @@ class Kernel:
         return LAYOUTS[self.layout][1](blocked, shape, bits, self.block_for(shape[1]))
 
 
-LAYOUTS = {
+LAYOUTS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {  # codes -> blocked bytes, and back
     "planes": (layouts.to_planes, layouts.from_planes),
     "nibbles": (layouts.to_nibbles, layouts.from_nibbles),
     "nibbles by group": (partial(layouts.to_nibbles, by_group=True), partial(layouts.from_nibbles, by_group=True)),
     "steps": (layout.to_steps, layout.from_steps),
 }
-LUT = {"max_weight_bits": 2, "max_act_bits": 6}
-WINOGRAD = {"max_weight_bits": 4, "max_act_bits": 5, "windows": ((3, 3, 1, 1),), "blocks": (64,)}
+LUT: dict[str, Any] = {"max_weight_bits": 2, "max_act_bits": 6}
+WINOGRAD: dict[str, Any] = {"max_weight_bits": 4, "max_act_bits": 5, "windows": ((3, 3, 1, 1),), "blocks": (64,)}
 OF_256 = ("winograd2", "avxvnni", "avx2")
 KERNELS = (
     Kernel("amx", AVX512 | AMX, FLAGS_AMX, blocks=(64,), outdoes=("winograd", "lut2", *OF_256, "scalar"), must_ask=True),

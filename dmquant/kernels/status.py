@@ -8,7 +8,9 @@ from dmquant.kernels.registry import EXACT, KERNELS, choice
 
 def survey() -> dict[str, str]:
     """Each kernel by name, with an empty text if it is in use or why it is not. Compiles what has not been compiled yet."""
-    wanted, found, outdone = choice(), {}, {}
+    wanted = choice()
+    found: dict[str, str] = {}
+    outdone: dict[str, str] = {}  # kernels by name, and by which one
     for kernel in KERNELS:
         if wanted not in ("auto", "c"):
             found[kernel.name] = f"DMQUANT_KERNELS={wanted}"
@@ -31,4 +33,7 @@ def survey() -> dict[str, str]:
 
 def survey_gpu() -> str:
     """Empty if Triton's kernels are in use on this process's GPU, otherwise why they are not."""
-    return triton_support.state() or self_check.check(triton_support.NAME, self_check.Format(1, 1, 4), torch.device("cuda", torch.cuda.current_device()))
+    if triton_support.state():
+        return triton_support.state()
+    device = torch.device("cuda", torch.cuda.current_device())
+    return self_check.check(triton_support.NAME, self_check.Format(1, 1, 4), device)

@@ -43,7 +43,7 @@ def arrange(codes: Tensor, bits: int, zero: Tensor | None, kernel: str) -> Block
 def restore(blocked: Blocked, shape: tuple[int, int, int]) -> Tensor:
     """The codes (O, C, taps) again."""
     planes = [BY_NAME[blocked.kernel].from_blocked(plane, shape, blocked.bits) for plane in blocked.weight]
-    return sum(plane << bit for bit, plane in enumerate(planes))
+    return sum((plane << bit for bit, plane in enumerate(planes)), start=torch.zeros((), dtype=torch.uint8))
 
 
 def levels(bits: int) -> tuple[int, int]:

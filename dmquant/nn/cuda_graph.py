@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from dmquant.nn.packed_weight import BlockedCodes
-from dmquant.quantizers.timestep_clock import Clock, find_timestep_name
+from dmquant.quantizers.timestep_clock import Clock, find_clock, find_timestep_name
 
 MAX_RECORDINGS = 8  # each holds the memory of a call
 WARM_UPS = 3  # calls before a recording: kernels are chosen and compiled, libraries get their workspaces
@@ -161,7 +161,8 @@ def clock_state(denoiser: nn.Module) -> Any:
 
 def set_clock(denoiser: nn.Module, state: Any) -> None:
     if state is not None:
-        denoiser.clock.step, denoiser.clock.neighbours = state
+        clock = find_clock(denoiser)
+        clock.step, clock.neighbours = state
 
 
 def weights_of(denoiser: nn.Module) -> list[tuple[Any, Any]]:

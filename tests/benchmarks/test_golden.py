@@ -28,9 +28,9 @@ def test_compare_exits_with_1_where_sets_differ(change, code, text, tmp_path, mo
         (tmp_path / name).mkdir()
         (tmp_path / name / "golden.json").write_text(json.dumps({"a": {"b": value}}))
     monkeypatch.setattr(sys, "argv", ["golden.py", "compare", str(tmp_path / "old"), str(tmp_path / "new")])
-    with pytest.raises(SystemExit) as exit:
+    with pytest.raises(SystemExit) as error:
         golden.main()
-    assert (exit.value.code, capsys.readouterr().out) == (code, text)
+    assert (error.value.code, capsys.readouterr().out) == (code, text)
 
 
 def test_times_and_versions_are_left_out_of_json_at_any_depth_and_nothing_else(tmp_path):

@@ -24,7 +24,7 @@ def from_steps(steps: Tensor, shape: tuple[int, int, int], bits: int, block: int
     outputs, channels, taps = shape
     counts = [width * len(steps) // bits for _, width in pieces(bits)]
     parts = zip(steps.split(counts), pieces(bits))
-    cells = sum(_unpack(part, width) << low for part, (low, width) in parts)
+    cells = sum((_unpack(part, width) << low for part, (low, width) in parts), start=steps.new_zeros(()))
     codes = cells.view(taps, -1, outputs, block).permute(2, 1, 3, 0).reshape(outputs, -1, taps)
     return codes[:, :channels].contiguous()
 
