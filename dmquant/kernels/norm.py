@@ -25,9 +25,7 @@ NUMBERS = ("images", "pixels", "channels", "groups", "activation", "threads")
 NORM = struct.Struct(f"{len(POINTERS)}P{len(NUMBERS)}qd")  # the structure of csrc/norm/norm.c; the last is epsilon
 
 
-def moments(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, epsilon: float
-) -> tuple[Tensor, Tensor]:
+def moments(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, epsilon: float) -> tuple[Tensor, Tensor]:
     """Gain and offset (N, C) of a group norm over x (N, H, W, C): x * gain + offset is what it gives."""
     if x.is_cuda:
         return moments_on_gpu(x, weight, bias, groups, epsilon)
@@ -95,9 +93,7 @@ def place(tensor: Tensor | None) -> int:
 
 
 @torch.library.custom_op("dmquant::moments", mutates_args=())
-def moments_op(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, epsilon: float
-) -> tuple[Tensor, Tensor]:
+def moments_op(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, epsilon: float) -> tuple[Tensor, Tensor]:
     return moments(x, weight, bias, groups, epsilon)
 
 

@@ -21,8 +21,8 @@ POINTERS = (
 )  # fmt: skip
 NUMBERS = (
     "activation", "upsample", "bias_stride", "act_stride", "act_max", "bits", "planes", "plane_bytes", "half_scale",
-    "channel_block", "images", "height", "width", "channels", "outputs", "last_width", "kernel_h", "kernel_w", "stride_h", "stride_w",
-    "pad_top", "pad_left", "out_height", "out_width", "threads",
+    "channel_block", "images", "height", "width", "channels", "outputs", "pixel_stride", "last_width", "kernel_h", "kernel_w", "stride_h",
+    "stride_w", "pad_top", "pad_left", "out_height", "out_width", "threads",
 )  # fmt: skip
 JOB = struct.Struct(f"{len(POINTERS)}P{len(NUMBERS)}qd")  # as in csrc/conv/params.h; the last is epsilon
 
@@ -56,18 +56,18 @@ def multiply(
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     out = buffer_pool.empty((len(x), *output_size(x, window, zoom), total.shape[1]))
     arguments = (weight, total, scale, zero, bias, act_scale, act_zero, kernel, format, tuple(window), gain, offset, factor)
-    write(out, out.shape[1:3], x, x.shape, *arguments, residual, activate, zoom, epsilon)
+    write(out, out.shape[1:3], x, x.shape, x.shape[-1], *arguments, residual, activate, zoom, epsilon)
     return out
 
 
 def write(
-    out: Tensor, out_size: Sequence[int], x: Tensor, size: Sequence[int], weight: Tensor, total: Tensor, scale: Tensor,
-    zero: Tensor | None, bias: Tensor | None, act_scale: Tensor, act_zero: Tensor, kernel: str, format: Sequence[int],
-    window: tuple[int, ...], gain: Tensor | None, offset: Tensor | None, factor: Tensor | None, residual: Tensor | None,
-    activate: int, zoom: int, epsilon: float,
+    out: Tensor, out_size: Sequence[int], x: Tensor, size: Sequence[int], pixel_stride: int, weight: Tensor, total: Tensor,
+    scale: Tensor, zero: Tensor | None, bias: Tensor | None, act_scale: Tensor, act_zero: Tensor, kernel: str,
+    format: Sequence[int], window: tuple[int, ...], gain: Tensor | None, offset: Tensor | None, factor: Tensor | None,
+    residual: Tensor | None, activate: int, zoom: int, epsilon: float,
 ) -> None:  # fmt: skip
-    """The same by a kernel of C, to where it belongs. size is (N, H, W, C) of x and out_size (H', W'): shapes say nothing here,
-    memory is channels last without gaps. A call costs as much as it touches, for products left nothing of Python in caches."""
+    """The same by a kernel of C, written to `out`. size is (N, H, W, C) of x and out_size (H', W'): shapes of the tensors are not
+    read. Memory is channels last, without gaps but between the pixels of x, which are pixel_stride floats apart."""
     if out.numel() == 0:
         return
     (images, height, width, channels), (out_height, out_width) = size, out_size
@@ -86,7 +86,7 @@ def write(
         x.data_ptr(), out.data_ptr(), weight.data_ptr(), total.data_ptr(), scale.data_ptr(), place(zero), place(bias),
         act_scale.data_ptr(), act_zero.data_ptr(), place(gain), place(offset), place(factor), place(residual),
         activate, zoom, bias_stride, act_stride, (1 << act_bits) - 1, bits, planes, plane_bytes, halves, block, images,
-        height, width, channels, outputs, last_width, *window[:5], window[6], out_height, out_width,
+        height, width, channels, outputs, pixel_stride, last_width, *window[:5], window[6], out_height, out_width,
         torch.get_num_threads(), epsilon,
     )  # fmt: skip
     failed = run(job)

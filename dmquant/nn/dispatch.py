@@ -203,20 +203,30 @@ def apply(layer: nn.Module, blocked: Blocked, x: Tensor, around: Around = NOTHIN
         channels = x.shape[-1]
         images, around = share(around, act_scale.numel())
         size, out_size = (images, 1, x.numel() // (images * channels), channels), (1, x.numel() // (images * channels))
+        stride = channels
         out = buffer_pool.empty((*x.shape[:-1], outputs)) if out is None else out
     else:
-        x = x.contiguous(memory_format=torch.channels_last)
+        x, stride = last_pixels(x)
         residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
         (images, channels, height, width), window = x.shape, around.window or window_of(layer)
         size, out_size = (images, height, width, channels), size_behind(height, width, window, around.zoom)
         out = buffer_pool.empty((images, outputs, *out_size), torch.channels_last)
     ops.write(
-        out, out_size, x, size, blocked.weight, blocked.total, weight._buffers["scale"],
+        out, out_size, x, size, stride, blocked.weight, blocked.total, weight._buffers["scale"],
         weight._buffers["zero"] if blocked.is_shifted else None, bias, act_scale, act_zero, blocked.kernel,
         (blocked.bits, blocked.halves, grid.bits), window, around.gain, around.offset, around.factor, residual,
         around.activate, around.zoom, around.epsilon,
     )  # fmt: skip
     return out
+
+
+def last_pixels(x: Tensor) -> tuple[Tensor, int]:
+    """Returns an image (N, C, H, W) as kernels of C read it, and the floats from one pixel to the next: more than C in a slice of
+    the channels of an image that is channels last, which is not copied."""
+    (_, channels, height, width), (image, channel, row, pixel) = x.shape, x.stride()
+    if channel == 1 and pixel > channels and row == width * pixel and image == height * row:
+        return x, pixel
+    return x.contiguous(memory_format=torch.channels_last), channels
 
 
 def apply_operator(layer: nn.Module, blocked: Blocked, x: Tensor, around: Around) -> Tensor:

@@ -79,3 +79,16 @@ def test_a_token_of_one_value_has_no_variance_and_no_harm_is_done():
 
 def test_the_moments_tell_their_shape_without_computing():
     torch.library.opcheck(normal.moments_op, (torch.randn(2, 3, 4, 6), torch.randn(6), None, 3, 1e-5))
+
+
+@pytest.mark.needs_compiler
+@pytest.mark.parametrize("channels", [6, 128, 272])
+def test_the_number_of_threads_changes_no_bit_of_the_moments(channels):
+    x, threads = torch.randn(2, 9, 15, channels) * 2 + 5, torch.get_num_threads()  # more pixels than a run
+    weight, bias = torch.randn(2, channels).unbind()
+    wanted = normal.moments(x, weight, bias, 2, 1e-5)
+    try:
+        torch.set_num_threads(3)
+        assert all(torch.equal(*pair) for pair in zip(normal.moments(x, weight, bias, 2, 1e-5), wanted))
+    finally:
+        torch.set_num_threads(threads)

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from dmquant.kernels import autotune, registry, self_check, status
+from dmquant.kernels import autotune, norm, registry, self_check, status
 from dmquant.nn import dispatch
 from dmquant.nn.convert import pack_model, packed_layers
 from dmquant.quantizers.per_timestep import TemporalGrid
 from dmquant.quantizers.timestep_clock import Clock
-from tests.kernels.test_ops import error, expected, make_layer
+from tests.kernels.test_ops import USABLE, error, expected, fitting, make_layer
 from tests.nn.test_convert import run, tiny_unet
 
 
@@ -48,6 +48,34 @@ def test_the_first_call_chooses_and_the_output_is_that_of_the_reference():
 def test_channels_last_in_and_plain_give_the_same_values():
     layer, x = conv(), torch.randn(2, 70, 6, 5)
     assert torch.equal(layer(x), layer(x.contiguous(memory_format=torch.channels_last)))
+
+
+@pytest.mark.needs_compiler
+@pytest.mark.parametrize("first, count", [(0, 64), (37, 70), (1, 130), (64, 67)])
+@pytest.mark.parametrize("kernel", USABLE)
+def test_every_kernel_reads_a_slice_of_channels_as_a_copy_of_it(kernel, first, count):
+    whole = torch.randn(2, 131, 5, 9).contiguous(memory_format=torch.channels_last)
+    part = whole[:, first : first + count]
+    gain, offset = norm.moments(part.permute(0, 2, 3, 1), None, None, 1, 1e-5)
+    for size, weight_bits, act_bits in ((3, 1, 4), (1, 2, 6), (1, 8, 8)):
+        layer = make_layer((37, count, size, size), weight_bits, act_bits, padding=size // 2, symmetric=size == 3)
+        if kernel not in fitting(layer):
+            continue
+        layer.weight.block(kernel)
+        normed = dispatch.Around(gain, offset, norm.SILU, torch.rand(count))
+        for around in (dispatch.NOTHING, normed, dispatch.Around(gain, offset, epsilon=1e-5), dispatch.Around(zoom=2)):
+            found, wanted = (dispatch.apply(layer, layer.weight.blocked, x, around) for x in (part, part.clone()))
+            assert torch.equal(found, wanted)
+
+
+def test_only_slices_of_channels_are_read_where_they_lie():
+    image = torch.randn(2, 20, 5, 9).contiguous(memory_format=torch.channels_last)
+    pixels, stride = dispatch.last_pixels(image[:, 3:10])
+    assert stride == 20 and pixels.data_ptr() == image[:, 3:10].data_ptr()
+    others = (image, image[:, ::2], image[:, 3:10, 1:], image[:, 3:10, :, 1:], image[:1, 3:10].expand(2, -1, -1, -1))
+    for x in (*others, torch.randn(2, 20, 5, 9), torch.randn(2, 20, 1, 1)):
+        copied, stride = dispatch.last_pixels(x)
+        assert stride == x.shape[1] and copied.is_contiguous(memory_format=torch.channels_last) and torch.equal(copied, x)
 
 
 @pytest.mark.needs_compiler

@@ -10,9 +10,9 @@
 static void fill_padding(const ConvParams *conv, float zero, int64_t k, int64_t count, uint8_t *cells);
 
 /* Writes the cells of `count` pixels of image n in channel block k. x: the block's first channel of the first pixel, pixels are
- * conv->channels floats apart. Adds to sums[pixel] the sum of a over the channels of the block, unless sums is NULL. */
-static void quantize_pixels(const ConvParams *conv, int64_t n, int64_t k, const float *x, int64_t count, uint8_t *cells,
-                            int32_t *sums);
+ * `stride` floats apart. Adds to sums[pixel] the sum of a over the channels of the block, unless sums is NULL. */
+static void quantize_pixels(const ConvParams *conv, int64_t n, int64_t k, const float *x, int64_t stride, int64_t count,
+                            uint8_t *cells, int32_t *sums);
 
 /* The first pixel of row h (after upsampling) of image n, counted in pixels of x. The last row of an image may be shorter. */
 INLINE int64_t first_input_pixel(const ConvParams *conv, int64_t n, int64_t h) {
@@ -35,17 +35,20 @@ INLINE void prefetch_share(const float *next, int64_t count, int64_t k) {
     for (int64_t i = k * count; i < (k + 1) * count; i += CACHE_LINE / 4) __builtin_prefetch(next + i, 0, 2);
 }
 
-/* Quantizes all channel blocks of `count` pixels of image n. x: (count, channels); cells, sums: of the first pixel. */
-static void quantize_blocks(const ConvParams *conv, const Plan *plan, int64_t n, const float *x, int64_t count, uint8_t *cells,
-                            int32_t *sums) {
+/* Quantizes all channel blocks of `count` pixels of image n. x: (count, channels), pixels `stride` floats apart; cells, sums: of
+ * the first pixel. */
+static void quantize_blocks(const ConvParams *conv, const Plan *plan, int64_t n, const float *x, int64_t stride, int64_t count,
+                            uint8_t *cells, int32_t *sums) {
     for (int64_t k = 0; k * conv->channel_block < conv->channels; k++, cells += plan->block_bytes) {
-        if (!has_prologue(conv)) prefetch_share(x + count * conv->channels, conv->channel_block * count, k);
-        quantize_pixels(conv, n, k, x + k * conv->channel_block, count, cells, sums);
+        if (!has_prologue(conv)) prefetch_share(x + count * stride, conv->channel_block * count, k);
+        quantize_pixels(conv, n, k, x + k * conv->channel_block, stride, count, cells, sums);
     }
 }
 
 INLINE Prologue prologue_of(const ConvParams *conv, int64_t n) {
-    Prologue prologue = {.activation = conv->activation, .factor = conv->factor, .epsilon = conv->epsilon};
+    Prologue prologue = {
+        .factor = conv->factor, .activation = conv->activation, .stride = conv->pixel_stride, .epsilon = conv->epsilon,
+    };
     if (conv->gain) prologue.gain = conv->gain + n * conv->channels, prologue.offset = conv->offset + n * conv->channels;
     return prologue;
 }
@@ -56,8 +59,8 @@ static void quantize_staged(const ConvParams *conv, const Plan *plan, int64_t n,
     Prologue prologue = prologue_of(conv, n);
     for (int64_t p = 0, step = staged_pixels(conv); p < count; p += step) {
         int64_t pixels = min(step, count - p);
-        apply_prologue(&prologue, x + p * input_channels(conv->activation, conv->channels), pixels, conv->channels, staged);
-        quantize_blocks(conv, plan, n, staged, pixels, cells + p * plan->cell_bytes, sums ? sums + p : NULL);
+        apply_prologue(&prologue, x + p * conv->pixel_stride, pixels, conv->channels, staged);
+        quantize_blocks(conv, plan, n, staged, conv->channels, pixels, cells + p * plan->cell_bytes, sums ? sums + p : NULL);
     }
 }
 
@@ -68,12 +71,12 @@ static void quantize_row(const ConvParams *conv, const Plan *plan, int64_t n, in
     int64_t left = width ? conv->pad_left : 0, right = plan->row_cells - left - width, read = width / conv->upsample;
     int32_t *sums = needs_pixel_sums(conv) ? scratch->pixel_sums + slot * plan->row_cells : NULL;
     uint8_t *row = scratch->cells + slot * plan->row_cells * plan->cell_bytes, *first = row + left * plan->cell_bytes;
-    const float *x = conv->x + first_input_pixel(conv, n, h) * input_channels(conv->activation, conv->channels);
+    const float *x = conv->x + first_input_pixel(conv, n, h) * conv->pixel_stride;
     if (sums) memset(sums, 0, plan->row_cells * 4);
     if (width && has_prologue(conv))
         quantize_staged(conv, plan, n, x, read, first, sums ? sums + left : NULL, scratch->staged);
     else if (width)
-        quantize_blocks(conv, plan, n, x, read, first, sums ? sums + left : NULL);
+        quantize_blocks(conv, plan, n, x, conv->pixel_stride, read, first, sums ? sums + left : NULL);
     for (int64_t k = 0; k < plan->channel_blocks; k++, row += plan->block_bytes) {
         fill_padding(conv, zero, k, left, row);
         upsample_row(row + left * plan->cell_bytes, plan->cell_bytes, width, conv->upsample);

@@ -40,11 +40,11 @@ static void fill_padding(const ConvParams *conv, float zero, int64_t k, int64_t 
     for (int64_t p = 1; p < count; p++) memcpy(cells + p * bytes, cells, bytes);
 }
 
-static void quantize_pixels(const ConvParams *conv, int64_t n, int64_t k, const float *x, int64_t count, uint8_t *cells,
-                            int32_t *sums) {
+static void quantize_pixels(const ConvParams *conv, int64_t n, int64_t k, const float *x, int64_t stride, int64_t count,
+                            uint8_t *cells, int32_t *sums) {
     ActGrid grid = grid_of(conv, n);
     int64_t real = min(conv->channel_block, conv->channels - k * conv->channel_block);
-    for (int64_t p = 0; p < count; p++, x += conv->channels) {
+    for (int64_t p = 0; p < count; p++, x += stride) {
         __m256i sum = _mm256_setzero_si256(), a;
         for (int64_t c = 0; c < conv->channel_block; c += 8, cells += 32) {
             store_tables(round_8(&grid, x + c, max(0, real - c), &a), cells);

@@ -62,15 +62,15 @@ static void fill_padding(const ConvParams *conv, float zero, int64_t k, int64_t 
     for (int64_t p = 1; p < count; p++) memcpy(cells + p * bytes, cells, bytes);
 }
 
-static void quantize_pixels(const ConvParams *conv, int64_t n, int64_t k, const float *x, int64_t count, uint8_t *cells,
-                            int32_t *sums) {
+static void quantize_pixels(const ConvParams *conv, int64_t n, int64_t k, const float *x, int64_t stride, int64_t count,
+                            uint8_t *cells, int32_t *sums) {
     Shuffles shuffles = make_shuffles();
     float act_zero = conv->act_zero[n * conv->act_stride];
     __m512 inverse = _mm512_set1_ps(1.0f / conv->act_scale[n * conv->act_stride]);
     __m512 low = _mm512_set1_ps(-act_zero), high = _mm512_set1_ps((float)conv->act_max - act_zero);
     __m512i zero = _mm512_set1_epi32((int)act_zero);
     int64_t real = min(conv->channel_block, conv->channels - k * conv->channel_block);
-    for (int64_t p = 0; p < count; p++, x += conv->channels) {
+    for (int64_t p = 0; p < count; p++, x += stride) {
         __m512i sum = _mm512_setzero_si512();
         for (int64_t c = 0; c < conv->channel_block; c += 16, cells += 64) {
             __mmask16 mask = c + 16 <= real ? 0xffff : c >= real ? 0 : (__mmask16)((1u << (real - c)) - 1);

@@ -41,6 +41,7 @@ typedef struct {
     int64_t half_scale;         /* 1 if a step of codes is two steps of levels (1 and 2 bits): scale is multiplied by 0.5 */
     int64_t channel_block;      /* channels of a block, 32 or 64; the last one may be partly filled */
     int64_t images, height, width, channels, outputs;       /* B, H, W, C, O */
+    int64_t pixel_stride;       /* floats from one pixel of x to the next: C, 2 C for GATED, more if x is a slice of channels */
     int64_t last_width;         /* width of the last row of an image: shorter where pixels of a linear layer do not fill it */
     int64_t kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, out_height, out_width;
     int64_t threads;

@@ -11,8 +11,8 @@ INLINE __m512i round_16(const float *x, __mmask16 mask, __m512 inverse, __m512 l
     return _mm512_cvtps_epi32(_mm512_min_ps(_mm512_max_ps(value, low), high));
 }
 
-static void quantize_pixels(const ConvParams *conv, int64_t n, int64_t k, const float *x, int64_t count, uint8_t *cells,
-                            int32_t *sums) {
+static void quantize_pixels(const ConvParams *conv, int64_t n, int64_t k, const float *x, int64_t stride, int64_t count,
+                            uint8_t *cells, int32_t *sums) {
     /* undoes the interleaving of the two packs, which work within 128 bits */
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     float act_zero = conv->act_zero[n * conv->act_stride];
@@ -21,7 +21,7 @@ static void quantize_pixels(const ConvParams *conv, int64_t n, int64_t k, const 
     __m512i zero = _mm512_set1_epi16((short)act_zero);
     int64_t real = min(conv->channel_block, conv->channels - k * conv->channel_block);
     __mmask64 mask = ~0ULL >> (64 - real), block = ~0ULL >> (64 - conv->channel_block);
-    for (int64_t p = 0; p < count; p++, x += conv->channels, cells += conv->channel_block) {
+    for (int64_t p = 0; p < count; p++, x += stride, cells += conv->channel_block) {
         __m512i a = round_16(x, (__mmask16)mask, inverse, low, high);
         __m512i b = round_16(x + 16, (__mmask16)(mask >> 16), inverse, low, high);
         __m512i c = round_16(x + 32, (__mmask16)(mask >> 32), inverse, low, high);

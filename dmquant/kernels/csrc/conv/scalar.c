@@ -3,12 +3,12 @@
 #include "conv/quantize.h"
 #include "conv/row_driver.h"
 
-static void quantize_pixels(const ConvParams *conv, int64_t n, int64_t k, const float *x, int64_t count, uint8_t *cells,
-                            int32_t *sums) {
+static void quantize_pixels(const ConvParams *conv, int64_t n, int64_t k, const float *x, int64_t stride, int64_t count,
+                            uint8_t *cells, int32_t *sums) {
     float inverse = 1.0f / conv->act_scale[n * conv->act_stride], zero = conv->act_zero[n * conv->act_stride];
     float low = -zero, high = (float)conv->act_max - zero;
     int64_t real = min(conv->channel_block, conv->channels - k * conv->channel_block);
-    for (int64_t p = 0; p < count; p++, x += conv->channels, cells += conv->channel_block)
+    for (int64_t p = 0; p < count; p++, x += stride, cells += conv->channel_block)
         for (int64_t c = 0; c < conv->channel_block; c++) {
             float value = c < real ? x[c] * inverse : low;
             value = value > low ? value : low;

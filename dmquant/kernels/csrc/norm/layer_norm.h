@@ -62,8 +62,9 @@ static inline void apply_prologue(const Prologue *prologue, const float *restric
         apply_affine(prologue, x, pixels, channels, out);
         return;
     }
-    for (int64_t p = 0; p < pixels; p++, x += channels, out += channels) {
-        for (int64_t c = 0; c < channels; c += 16) __builtin_prefetch(x + pixels * channels + c, 0, 2); /* for the next call */
+    int64_t ahead = pixels * prologue->stride;
+    for (int64_t p = 0; p < pixels; p++, x += prologue->stride, out += channels) {
+        for (int64_t c = 0; c < channels; c += 16) __builtin_prefetch(x + ahead + c, 0, 2);    /* for the next call */
         PixelStats s = measure_pixel(x, channels, prologue->epsilon);
         if (gain)
             for (int64_t c = 0; c < channels; c++)

@@ -92,13 +92,15 @@ int dmquant_group_norm(const NormParams *norm) {
 
 /* Writes out = a prologue of x, as kernels apply it to what they read. Returns 0. */
 int dmquant_normalize(const NormParams *norm) {
-    int64_t step = norm->pixels * norm->channels, read = norm->pixels * input_channels(norm->activation, norm->channels);
+    int64_t stride = input_channels(norm->activation, norm->channels);
 #pragma omp parallel for num_threads((int)norm->threads) if (norm->threads > 1)
     for (int64_t n = 0; n < norm->images; n++) {
-        Prologue prologue = {.factor = norm->factor, .activation = norm->activation, .epsilon = norm->epsilon};
-        int64_t first = n * norm->channels;
+        Prologue prologue = {
+            .factor = norm->factor, .activation = norm->activation, .stride = stride, .epsilon = norm->epsilon,
+        };
+        int64_t first = n * norm->channels, pixel = n * norm->pixels;
         if (norm->gain) prologue.gain = norm->gain + first, prologue.offset = norm->offset + first;
-        apply_prologue(&prologue, norm->x + n * read, norm->pixels, norm->channels, norm->out + n * step);
+        apply_prologue(&prologue, norm->x + pixel * stride, norm->pixels, norm->channels, norm->out + pixel * norm->channels);
     }
     return 0;
 }

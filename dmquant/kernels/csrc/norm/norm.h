@@ -11,15 +11,16 @@ typedef struct {
     const float *gain, *offset;     /* (C), or both NULL: 1 and 0 */
     const float *factor;            /* (C), or NULL: 1 */
     int64_t activation;             /* NONE, SILU, ...; GATED takes neither gain nor offset */
+    int64_t stride;                 /* floats from one pixel of x to the next */
     double epsilon;                 /* > 0: a layer norm comes first, and activation is NONE; 0: none */
 } Prologue;
 
 INLINE void affine_pixels(const Prologue *prologue, const float *restrict x, int64_t pixels, int64_t channels,
                           float *restrict out, const int64_t activation) {
     const float *restrict gain = prologue->gain, *restrict offset = prologue->offset, *restrict factor = prologue->factor;
-    int64_t read = input_channels(activation, channels);
-    for (int64_t p = 0; p < pixels; p++, x += read, out += channels) {
-        for (int64_t c = 0; c < read; c += 16) __builtin_prefetch(x + pixels * read + c, 0, 2);     /* for the next call */
+    int64_t read = input_channels(activation, channels), ahead = pixels * prologue->stride;
+    for (int64_t p = 0; p < pixels; p++, x += prologue->stride, out += channels) {
+        for (int64_t c = 0; c < read; c += 16) __builtin_prefetch(x + ahead + c, 0, 2);     /* for the next call */
         if (activation == GATED)
             for (int64_t c = 0; c < channels; c++) out[c] = x[c] * gelu(x[channels + c]);
         else if (gain)
