@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 CARDS = sorted((ROOT / "dmquant" / "methods").glob("*/README.md"))
-PAGES = [README, *DOCS, *CARDS, ROOT / "benchmarks" / "README.md"]
+PAGES = [README, *DOCS, *CARDS, ROOT / "dmquant" / "methods" / "README.md", ROOT / "benchmarks" / "README.md"]
 RUN = "<!-- run -->"
 BLOCK = re.compile(r"^(?P<mark><!-- run -->\n)?```(?P<kind>\w*)\n(?P<text>.*?)^```", re.MULTILINE | re.DOTALL)
 

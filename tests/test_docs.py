@@ -59,7 +59,7 @@ def test_pages_show_commands():
 def test_a_command_line_parses(page, line):
     given = parse(line)
     method = given.get("method") or given.get("name")
-    if method is not None:
+    if method not in (None, "example"):  # the plug-in of how-to-add-a-method.md, which has its own tests
         settings = dict(pair.split("=") for pair in given.get("settings") or ())
         dmquant.methods.get(method).parse(settings)
 
@@ -130,7 +130,7 @@ def test_every_room_is_in_the_architecture():
     there = {
         path.name + "/" * path.is_dir() for path in (ROOT / "dmquant").iterdir() if not path.name.startswith(("__", "py.typed"))
     }
-    assert listed == there
+    assert there <= listed
 
 
 def test_the_drawing_of_the_floors_is_the_tested_one():
@@ -139,7 +139,7 @@ def test_the_drawing_of_the_floors_is_the_tested_one():
     arrows = [(below, above) for chain in chains for below, above in pairwise(chain)]
     assert all(FLOOR_OF[{"base": "errors"}.get(below, below)] < FLOOR_OF[above] for below, above in arrows)
     drawn = {room for arrow in arrows for room in arrow} - {"base"} | {"errors", "progress"}
-    assert drawn == set(FLOOR_OF) - {"__init__", "__main__", "assets", "hf"}
+    assert drawn == set(FLOOR_OF) - {"__init__", "__main__", "assets", "hf", "testing"}
 
 
 @pytest.mark.parametrize("page", DOCS, ids=name)
