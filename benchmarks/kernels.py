@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from dmquant.kernels import registry, status
+from dmquant.kernels.conv_shape import ConvGeometry
 from dmquant.nn import dispatch
 from dmquant.nn.convert import empty_layer
 from dmquant.nn.packed_layers import PackedConv2d
@@ -52,8 +53,9 @@ class Shape(NamedTuple):
     stride: int = 1
 
     @property
-    def window(self) -> tuple[int, ...]:
-        return (self.kernel, self.kernel, self.stride, self.stride, *[self.kernel // 2] * 4)
+    def geometry(self) -> ConvGeometry:
+        half = self.kernel // 2
+        return ConvGeometry((self.kernel, self.kernel), (self.stride, self.stride), (half, half, half, half))
 
     @property
     def products(self) -> int:
@@ -103,15 +105,15 @@ def measure(shape: Shape, seconds: float, *, without: int = 0) -> dict[str, obje
         "fp32 NCHW": lambda: layer(x), "fp32 channels_last": lambda: layer._conv_forward(last, weight_last, layer.bias),
     }  # fmt: skip
     for weight_bits, act_bits in BITS:
-        for kernel in fitting(weight_bits, act_bits, shape.window, without):
+        for kernel in fitting(weight_bits, act_bits, shape.geometry, without):
             packed = make_packed(layer, weight_bits, act_bits, kernel)
-            calls[f"W{weight_bits}A{act_bits} {kernel}"] = partial(dispatch.apply, packed, packed.weight.blocked, last)
+            calls[f"W{weight_bits}A{act_bits} {kernel}"] = partial(dispatch.launch, packed, packed.weight.blocked, last)
     calls["oneDNN W8A8"] = make_onednn(layer, last)
     return {"shape": shape._asdict(), "variants": compare(calls, shape.products, seconds)}
 
 
-def fitting(weight_bits: int, act_bits: int, window: tuple[int, ...], without: int) -> list[str]:
-    fitting = [kernel for kernel in registry.KERNELS if kernel.fits(weight_bits, act_bits, window)]
+def fitting(weight_bits: int, act_bits: int, geometry: ConvGeometry, without: int) -> list[str]:
+    fitting = [kernel for kernel in registry.KERNELS if kernel.fits(weight_bits, act_bits, geometry)]
     wanted = [kernel for kernel in fitting if not kernel.is_portable and not kernel.needs & without]
     return [kernel.name for kernel in wanted if not registry.state(kernel)]
 

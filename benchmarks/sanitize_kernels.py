@@ -62,14 +62,14 @@ def check(cases: int, seed: int) -> None:
         layer = make_layer((outputs, channels, kernel, kernel), weight_bits, act_bits, **options)
         x = torch.randn(draw.randint(1, 3), channels, side, draw.choice([1, 3, side, side + 1]) + kernel)
         layer.weight.block(reference.NAME)
-        wanted = dispatch.apply(layer, layer.weight.blocked, x)
+        wanted = dispatch.launch(layer, layer.weight.blocked, x)
         layer.weight.release()
         assert error(wanted, expected(layer, x)) < 1e-5, (case, layer, tuple(x.shape))
         torch.set_num_threads(draw.randint(1, 3))
         for each in usable:
-            if each.fits(1 if bases else weight_bits, act_bits, dispatch.window_of(layer)):
+            if each.fits(1 if bases else weight_bits, act_bits, dispatch.geometry_of(layer)):
                 layer.weight.block(each.name)
-                found = dispatch.apply(layer, layer.weight.blocked, x)
+                found = dispatch.launch(layer, layer.weight.blocked, x)
                 assert torch.equal(found, wanted), (case, each.name, layer, tuple(x.shape))
                 check_fused(layer, x, draw)
                 layer.weight.release()
@@ -81,31 +81,34 @@ def check_fused(layer, x, draw: random.Random) -> None:
     """Checks a layer with norm, activation, factors, a bias for each image, a residual and upsampling against the same
     operations one by one.
     """
+    from dataclasses import replace
+
     import torch
 
     from dmquant.kernels import norm
+    from dmquant.kernels.operands import FusedOps
     from dmquant.nn import dispatch
 
-    zoom, last = draw.choice([1, 1, 2, 3]), x.permute(0, 2, 3, 1)
+    upsample, last = draw.choice([1, 1, 2, 3]), x.permute(0, 2, 3, 1)
     groups = draw.choice([1, x.shape[1]])
     gain, offset = norm.moments(last, *torch.randn(2, x.shape[1]).unbind(), groups, 1e-5)
-    activate, factor = draw.choice((norm.NONE, norm.SILU, norm.GELU, norm.TANH_GELU)), torch.rand(x.shape[1])
+    activation, factor = draw.choice((norm.NONE, norm.SILU, norm.GELU, norm.TANH_GELU)), torch.rand(x.shape[1])
     bias = torch.randn(len(x), layer.out_channels)
-    around = dispatch.Around(gain, offset, activate, factor, bias, zoom=zoom)
-    made = norm.normalize(last, gain, offset, factor=around.factor, activate=around.activate).permute(0, 3, 1, 2)
-    made = made.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
-    wanted = dispatch.apply(layer, layer.weight.blocked, made, dispatch.Around(bias=around.bias))
+    fused = FusedOps(gain, offset, activation, factor, upsample=upsample)
+    made = norm.normalize(last, gain, offset, factor=factor, activation=activation).permute(0, 3, 1, 2)
+    made = made.repeat_interleave(upsample, 2).repeat_interleave(upsample, 3)
+    wanted = dispatch.launch(layer, layer.weight.blocked, made, bias=bias)
     residual = torch.randn_like(wanted)
-    found = dispatch.apply(layer, layer.weight.blocked, x, around._replace(residual=residual))
-    assert torch.equal(found, wanted + residual), (layer, tuple(x.shape), zoom)
+    found = dispatch.launch(layer, layer.weight.blocked, x, replace(fused, residual=residual), bias=bias)
+    assert torch.equal(found, wanted + residual), (layer, tuple(x.shape), upsample)
     token = {"gain": gain, "offset": offset, "factor": factor, "epsilon": 1e-5}
     made = norm.normalize(last, **token).permute(0, 3, 1, 2)
-    found = dispatch.apply(layer, layer.weight.blocked, x, dispatch.Around(**token))
-    assert torch.equal(found, dispatch.apply(layer, layer.weight.blocked, made)), (layer, tuple(x.shape))
+    found = dispatch.launch(layer, layer.weight.blocked, x, FusedOps(**token))
+    assert torch.equal(found, dispatch.launch(layer, layer.weight.blocked, made)), (layer, tuple(x.shape))
     pair = torch.cat([x, torch.randn_like(x)], 1)
-    gated = norm.normalize(pair.permute(0, 2, 3, 1), activate=norm.GATED).permute(0, 3, 1, 2)
-    found = dispatch.apply(layer, layer.weight.blocked, pair, dispatch.Around(activate=norm.GATED))
-    assert torch.equal(found, dispatch.apply(layer, layer.weight.blocked, gated)), (layer, tuple(x.shape))
+    gated = norm.normalize(pair.permute(0, 2, 3, 1), activation=norm.GATED).permute(0, 3, 1, 2)
+    found = dispatch.launch(layer, layer.weight.blocked, pair, FusedOps(activation=norm.GATED))
+    assert torch.equal(found, dispatch.launch(layer, layer.weight.blocked, gated)), (layer, tuple(x.shape))
 
 
 def check_attention(draw: random.Random) -> None:

@@ -1,28 +1,37 @@
-"""."""
+"""Geometry of a convolution: kernel size, stride and padding, and the sizes that follow from them."""
 
-from collections.abc import Sequence
-
-from torch import Tensor
+from dataclasses import dataclass
 
 from dmquant.kernels.layouts import fill_up
 
-ROW = 32  # pixels of a row where the layer does not care: rows are what threads share
-POINT = (1, 1, 1, 1, 0, 0, 0, 0)  # the window of a linear layer
+ROW = 32  # pixels of a row of a pointwise layer, whose pixels form no image: threads share rows
 
 
-def output_size(x: Tensor, window: Sequence[int], zoom: int = 1) -> tuple[int, int]:
-    """Height and width of the output for x (N, H, W, C)."""
-    return size_behind(x.shape[1], x.shape[2], window, zoom)
+@dataclass(frozen=True, slots=True)
+class ConvGeometry:
+    """Kernel size and stride as (height, width), zero padding as (top, bottom, left, right), all in pixels."""
+
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+    @property
+    def taps(self) -> int:
+        """Number of kernel positions K."""
+        return self.kernel[0] * self.kernel[1]
+
+    def output_size(self, height: int, width: int, upsample: int = 1) -> tuple[int, int]:
+        """Returns (H', W') for an input of this height and width, enlarged by the factor `upsample` before the convolution."""
+        top, bottom, left, right = self.padding
+        padded = height * upsample + top + bottom, width * upsample + left + right
+        rows, columns = ((size - kernel) // stride + 1 for size, kernel, stride in zip(padded, self.kernel, self.stride))
+        return rows, columns
 
 
-def size_behind(height: int, width: int, window: Sequence[int], zoom: int) -> tuple[int, int]:
-    """The same for an image of this height and width."""
-    kernel_h, kernel_w, stride_h, stride_w, top, bottom, left, right = window
-    return (height * zoom + top + bottom - kernel_h) // stride_h + 1, (width * zoom + left + right - kernel_w) // stride_w + 1
+POINTWISE = ConvGeometry()  # of a linear layer and of a 1x1 convolution without stride and padding
 
 
-def rows_of(pixels: int) -> tuple[int, int, int]:
-    """Rows of 32 pixels, their width, and that of the last one, which has what is left: where the shape of an image means
-    nothing."""
+def split_rows(pixels: int) -> tuple[int, int, int]:
+    """Returns the number of rows of ROW pixels, their width, and the width of the last row, which holds the remainder."""
     rows = fill_up(pixels, ROW) // ROW
     return rows, ROW, pixels - (rows - 1) * ROW

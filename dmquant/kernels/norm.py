@@ -41,16 +41,16 @@ def measure(
     shape = (images, channels)
     gain, offset, sums = torch.empty(shape), torch.empty(shape), torch.empty((2, *shape), dtype=torch.float64)
     if x.numel():
-        job = NORM.pack(
-            x.data_ptr(), place(weight), place(bias), gain.data_ptr(), offset.data_ptr(), sums.data_ptr(), 0, 0,
+        params = NORM.pack(
+            x.data_ptr(), address(weight), address(bias), gain.data_ptr(), offset.data_ptr(), sums.data_ptr(), 0, 0,
             images, pixels, channels, groups, NONE, torch.get_num_threads(), epsilon,
         )  # fmt: skip
-        library().dmquant_group_norm(job)
+        library().dmquant_group_norm(params)
     return gain, offset
 
 
 def normalize(
-    x: Tensor, gain: Tensor | None = None, offset: Tensor | None = None, *, factor: Tensor | None = None, activate: int = NONE,
+    x: Tensor, gain: Tensor | None = None, offset: Tensor | None = None, *, factor: Tensor | None = None, activation: int = NONE,
     epsilon: float = 0,
 ) -> Tensor:  # fmt: skip
     """f(x * gain + offset) * factor: (N, H, W, C). GATED is x[:C] * gelu(x[C:]), with neither gain nor offset.
@@ -58,14 +58,14 @@ def normalize(
     With an epsilon x is normalized over its channels first, and f must be NONE.
     """
     x = x.contiguous()
-    channels = x.shape[-1] // (2 if activate == GATED else 1)
+    channels = x.shape[-1] // (2 if activation == GATED else 1)
     out = x.new_empty(*x.shape[:-1], channels)
     if x.numel():
-        job = NORM.pack(
-            x.data_ptr(), 0, 0, place(gain), place(offset), 0, place(factor), out.data_ptr(),
-            len(x), x.numel() // (len(x) * x.shape[-1]), channels, 1, activate, torch.get_num_threads(), epsilon,
+        params = NORM.pack(
+            x.data_ptr(), 0, 0, address(gain), address(offset), 0, address(factor), out.data_ptr(),
+            len(x), x.numel() // (len(x) * x.shape[-1]), channels, 1, activation, torch.get_num_threads(), epsilon,
         )  # fmt: skip
-        library().dmquant_normalize(job)
+        library().dmquant_normalize(params)
     return out
 
 
@@ -87,8 +87,8 @@ def library() -> ctypes.CDLL:
     raise CannotCompile(missing)
 
 
-def place(tensor: Tensor | None) -> int:
-    """Where a tensor lies in memory; 0 for none."""
+def address(tensor: Tensor | None) -> int:
+    """Returns the memory address of a tensor, 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 

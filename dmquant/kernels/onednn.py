@@ -4,13 +4,14 @@ The operators are private to torch, so they are tried before they are believed. 
 twice: as they were stored, and as oneDNN wants them.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from dmquant.kernels.conv_shape import ConvGeometry
+from dmquant.kernels.operands import Operands
 from dmquant.kernels.rounding import quantize
 
 NAME = "onednn"
@@ -41,22 +42,20 @@ def arrange(levels: Tensor) -> Tensor:
     return levels.to(torch.int8).unsqueeze(0)
 
 
-def multiply(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, act_scale: Tensor, act_zero: Tensor, act_bits: int,
-    window: Sequence[int],
-) -> Tensor:  # fmt: skip
-    """As ops.multiply, for weights without shift and one grid of activations: x (N, H, W, C) -> (N, H', W', O)."""
-    kernel, stride, (top, bottom, left, right) = window[:2], window[2:4], window[4:]
-    codes = quantize(x.permute(0, 3, 1, 2), act_scale, act_zero, act_bits)
+def conv(x: Tensor, operands: Operands, geometry: ConvGeometry) -> Tensor:
+    """Computes ops.quantized_conv for a weight without zero points and one input grid: x (B, H, W, C) -> (B, H', W', O)."""
+    act_scale, act_zero, (top, bottom, left, right) = operands.act_scale, operands.act_zero, geometry.padding
+    codes = quantize(x.permute(0, 3, 1, 2), act_scale, act_zero, operands.act_bits)
     if top != bottom or left != right:
         codes = torch.nn.functional.pad(codes, (left, right, top, bottom), value=float(act_zero))
         top = left = 0
     codes = codes.to(torch.uint8).contiguous(memory_format=torch.channels_last)
-    grid, place = (float(act_scale), int(act_zero)), (list(stride), [top, left], [1, 1], 1)
-    packed = prepack(weight, scale, grid, place, tuple(kernel), list(codes.shape))
+    scale = operands.scale.view(-1) * (0.5 if operands.weight.half_scale else 1)
+    grid, place = (float(act_scale), int(act_zero)), (list(geometry.stride), [top, left], [1, 1], 1)
+    packed = prepack(operands.weight.weight, scale, grid, place, geometry.kernel, list(codes.shape))
     no_zeros = torch.zeros(len(scale), dtype=torch.int32)
     out = torch.ops.onednn.qconv_pointwise(
-        codes, *grid, packed, scale, no_zeros, bias, *place, 1.0, 0, torch.float32, "none", [], ""
+        codes, *grid, packed, scale, no_zeros, operands.bias, *place, 1.0, 0, torch.float32, "none", [], ""
     )  # fmt: skip
     return out.permute(0, 2, 3, 1)
 

@@ -5,7 +5,7 @@ All of C give the same floats bit for bit (csrc/conv/params.h says why), so whic
 
 import ctypes
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 from dmquant.errors import InputError
 from dmquant.kernels import build, layouts, triton_support
 from dmquant.kernels.build import CannotCompile
+from dmquant.kernels.conv_shape import ConvGeometry
 from dmquant.kernels.triton import layout
 
 AVX2, AVX512, VNNI, VBMI, AMX, AVX_VNNI = (1 << bit for bit in range(6))  # as in csrc/simd/isa.c
@@ -37,7 +38,7 @@ class Kernel:
     max_act_bits: int = 8
     blocks: tuple[int, ...] = (64, 32)  # channels
     layout: str = "planes"
-    windows: tuple[tuple[int, ...], ...] = ()  # kernel and stride (both height, width) of its convolutions; empty: any
+    geometries: tuple[ConvGeometry, ...] = ()  # kernel sizes and strides that it supports, with any padding; empty: all
     outdoes: tuple[str, ...] = ()  # kernels that need not run where this one does
     must_ask: bool = False  # the operating system for permission
     is_portable: bool = False
@@ -51,12 +52,14 @@ class Kernel:
         """Whether it has registers of 512 bits: nothing else was ever much faster then."""
         return bool(self.needs & AVX512)
 
-    def fits(self, weight_bits: int, act_bits: int, window: Sequence[int]) -> bool:
-        """Whether it multiplies layers of such bits (of a plane of weights) and such a window, as ops.multiply has it."""
-        return weight_bits <= self.max_weight_bits and act_bits <= self.max_act_bits and self.is_made_for(window)
+    def fits(self, weight_bits: int, act_bits: int, geometry: ConvGeometry) -> bool:
+        """Whether it supports these bits (of a plane of weights, of activations) and this geometry."""
+        return weight_bits <= self.max_weight_bits and act_bits <= self.max_act_bits and self.supports(geometry)
 
-    def is_made_for(self, window: Sequence[int]) -> bool:
-        return not self.windows or tuple(window[:4]) in self.windows
+    def supports(self, geometry: ConvGeometry) -> bool:
+        """Whether it supports this kernel size and stride."""
+        sizes = [(known.kernel, known.stride) for known in self.geometries]
+        return not sizes or (geometry.kernel, geometry.stride) in sizes
 
     @cache  # noqa: B019  kernels are few and live as long as the process
     def block_for(self, channels: int) -> int:
@@ -79,7 +82,7 @@ LAYOUTS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {  # c
     "steps": (layout.to_steps, layout.from_steps),
 }
 LUT: dict[str, Any] = {"max_weight_bits": 2, "max_act_bits": 6}
-WINOGRAD: dict[str, Any] = {"max_weight_bits": 4, "max_act_bits": 5, "windows": ((3, 3, 1, 1),), "blocks": (64,)}
+WINOGRAD: dict[str, Any] = {"max_weight_bits": 4, "max_act_bits": 5, "geometries": (ConvGeometry((3, 3)),), "blocks": (64,)}
 OF_256 = ("winograd2", "avxvnni", "avx2")
 KERNELS = (
     Kernel("amx", AVX512 | AMX, FLAGS_AMX, blocks=(64,), outdoes=("winograd", "lut2", *OF_256, "scalar"), must_ask=True),

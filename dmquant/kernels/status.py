@@ -19,7 +19,7 @@ def survey() -> dict[str, str]:
         elif kernel.is_portable and wanted == "auto":
             found[kernel.name] = "plain C, only with DMQUANT_KERNELS=c"
         else:
-            found[kernel.name] = registry.state(kernel) or self_check.check(kernel.name, self_check.Format(1, 1, 4))
+            found[kernel.name] = registry.state(kernel) or self_check.check(kernel.name, self_check.CodeFormat(1, 1, 4))
         if not found[kernel.name]:
             outdone |= dict.fromkeys(set(kernel.outdoes) - set(outdone), kernel.name)
     unwanted = f"DMQUANT_KERNELS={wanted}"
@@ -32,8 +32,9 @@ def survey() -> dict[str, str]:
 
 
 def survey_gpu() -> str:
-    """Empty if Triton's kernels are in use on this process's GPU, otherwise why they are not."""
-    if triton_support.state():
-        return triton_support.state()
+    """Returns "" if Triton's kernels are in use on the current GPU, otherwise the reason why not."""
+    reason = triton_support.state()
+    if reason:
+        return reason
     device = torch.device("cuda", torch.cuda.current_device())
-    return self_check.check(triton_support.NAME, self_check.Format(1, 1, 4), device)
+    return self_check.check(triton_support.NAME, self_check.CodeFormat(1, 1, 4), device)

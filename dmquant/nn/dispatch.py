@@ -7,16 +7,16 @@ GPU there is one kernel, Triton's.
 
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import reduce
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dmquant.kernels import autotune, buffer_pool, onednn, ops, reference, registry, self_check, triton_support
-from dmquant.kernels.conv_shape import size_behind
+from dmquant.kernels.conv_shape import POINTWISE, ConvGeometry
+from dmquant.kernels.operands import NO_OPS, BlockedWeight, FusedOps, Operands
 from dmquant.kernels.registry import BY_NAME, KERNELS, choice
-from dmquant.kernels.weight_packing import Blocked
 from dmquant.nn.packed_weight import BlockedCodes
 from dmquant.quantizers.base import FixedGrid
 from dmquant.quantizers.dilated import Divide
@@ -38,7 +38,7 @@ def run(layer: nn.Module, x: Tensor) -> Tensor | None:
     blocked = weight.blocked
     if blocked is None or (blocked.kernel == onednn.NAME and torch.compiler.is_compiling()):
         return None
-    return apply(layer, blocked, x)
+    return launch(layer, blocked, x)
 
 
 def run_sum(layers: Sequence[nn.Module], pieces: Sequence[Tensor]) -> Tensor | None:
@@ -46,7 +46,7 @@ def run_sum(layers: Sequence[nn.Module], pieces: Sequence[Tensor]) -> Tensor | N
     all of them."""
     pairs = list(zip(layers, pieces, strict=True))
     if all(can_fuse(layer, piece) for layer, piece in pairs):
-        return reduce(lambda total, pair: run_fused(*pair, Around(residual=total)), pairs, None)
+        return reduce(lambda total, pair: run_fused(*pair, FusedOps(residual=total)), pairs, None)
     outputs = [run(layer, layer.divide(piece)) for layer, piece in pairs]
     if all(output is None for output in outputs):
         return None
@@ -85,39 +85,40 @@ def prepare(layer: nn.Module, x: Tensor) -> None:
     if choice() == "torch":
         return
     with LOCK:
-        weight, window = layer.weight, window_of(layer)
+        weight, geometry = layer.weight, geometry_of(layer)
         is_settled = weight.blocked is not None or weight.is_left_alone
         if is_settled or weight.shape[1:].numel() >= LARGEST_SUM or not has_whole_zeros(layer):
             return
         is_uniform = "zero" in weight._buffers
-        format = self_check.Format(weight.bits if is_uniform else 1, 1 if is_uniform else weight.bits, layer.input.bits)
-        winner = choose(layer, x, format, window) if x.device.type == "cpu" else choose_on_gpu(format, x.device)
+        format = self_check.CodeFormat(weight.bits if is_uniform else 1, 1 if is_uniform else weight.bits, layer.input.bits)
+        winner = choose(layer, x, format, geometry) if x.device.type == "cpu" else choose_on_gpu(format, x.device)
         if winner == self_check.REFERENCE:
             weight.is_left_alone = True
         else:
             weight.block(winner)
 
 
-def choose(layer: nn.Module, x: Tensor, format: self_check.Format, window: tuple[int, ...]) -> str:
+def choose(layer: nn.Module, x: Tensor, format: self_check.CodeFormat, geometry: ConvGeometry) -> str:
     """Who is fastest on the CPU, if nobody else was asked for."""
     if choice() == reference.NAME:
         return reference.NAME
-    ours, shape = tuple(candidates(format, window)), (*as_images(layer, x).shape, layer.weight.shape[0])
+    ours, shape = tuple(candidates(format, geometry)), (*as_images(layer, x).shape, layer.weight.shape[0])
     others = () if any(BY_NAME[name].is_wide for name in ours) else tuple(rivals(layer, format, is_alone=not ours))
-    return autotune.fastest(ours, others, format, shape, window, torch.get_num_threads())
+    return autotune.fastest(ours, others, format, shape, geometry, torch.get_num_threads())
 
 
-def choose_on_gpu(format: self_check.Format, device: torch.device) -> str:
+def choose_on_gpu(format: self_check.CodeFormat, device: torch.device) -> str:
     """Triton where it can be used and agrees with the reference; no race, for it has no rival that keeps weights packed."""
     is_wanted = choice() in ("auto", triton_support.NAME)
-    return triton_support.NAME if is_wanted and not triton_support.state(device) and not self_check.check(triton_support.NAME, format, device) else self_check.REFERENCE
+    is_usable = is_wanted and not triton_support.state(device) and not self_check.check(triton_support.NAME, format, device)
+    return triton_support.NAME if is_usable else self_check.REFERENCE
 
 
-def candidates(format: self_check.Format, window: tuple[int, ...]) -> Iterator[str]:
-    """Names of the C kernels that can multiply this format and window here and agree with the reference."""
+def candidates(format: self_check.CodeFormat, geometry: ConvGeometry) -> Iterator[str]:
+    """Names of the C kernels that support this format and geometry here and agree with the reference."""
     wanted, outdone = choice(), set()
     for kernel in KERNELS if wanted in ("auto", "c") else ():
-        is_wanted = kernel.name not in outdone and kernel.fits(format.bits, format.act_bits, window)
+        is_wanted = kernel.name not in outdone and kernel.fits(format.bits, format.act_bits, geometry)
         # plain C saves memory, not time: not unless it is asked for
         is_wanted &= wanted == "c" or not kernel.is_portable
         if is_wanted and not registry.state(kernel) and not self_check.check(kernel.name, format):
@@ -125,7 +126,7 @@ def candidates(format: self_check.Format, window: tuple[int, ...]) -> Iterator[s
             yield kernel.name
 
 
-def rivals(layer: nn.Module, format: self_check.Format, *, is_alone: bool) -> Iterator[str]:
+def rivals(layer: nn.Module, format: self_check.CodeFormat, *, is_alone: bool) -> Iterator[str]:
     """What else may multiply a layer: oneDNN by bytes, unless fewer are stored and somebody reads those; the reference."""
     wanted = choice()
     is_wanted = wanted == "onednn" or (wanted == "auto" and (is_alone or format.bits == 8))
@@ -148,30 +149,13 @@ def has_whole_zeros(layer: nn.Module) -> bool:
     return bool(is_code.all()) and (zero is None or bool((zero * step == (zero * step).round()).all()))
 
 
-class Around(NamedTuple):
-    """What a kernel does on its way to a product and from it, beside what the layer itself says: see ops.multiply."""
-
-    gain: Tensor | None = None  # (N, C); for tokens also (1, C)
-    offset: Tensor | None = None
-    activate: int = 0  # an activation of normal.py
-    factor: Tensor | None = None  # (C,)
-    bias: Tensor | None = None  # (N, O), instead of the layer's
-    residual: Tensor | None = None  # of the shape of the output
-    zoom: int = 1
-    window: tuple[int, ...] | None = None  # instead of the layer's
-    epsilon: float = 0.0  # of a layer norm before the gain; 0: none
-
-
-NOTHING = Around()
-
-
 def can_fuse(layer: nn.Module, x: Tensor) -> bool:
-    """Whether a layer is multiplied by a kernel that takes an Around, and nobody watches what it reads or gives."""
+    """Returns whether a kernel computes this layer on x with fused operations, and no hook watches the layer."""
     return is_readable(x) and is_fusible(layer, x)
 
 
 def is_fusible(layer: nn.Module, x: Tensor) -> bool:
-    """The same for an input of which it is known that kernels take it."""
+    """Returns the same for an x that `is_readable`."""
     if layer._forward_hooks or layer._forward_pre_hooks or not has_codes(layer, x):
         return False
     parts = layer._modules
@@ -181,106 +165,120 @@ def is_fusible(layer: nn.Module, x: Tensor) -> bool:
     return torch.compiler.is_compiling() or not self_check.check_fusion(blocked.kernel, parts["input"].bits, x.device)
 
 
-def run_fused(layer: nn.Module, x: Tensor, around: Around = NOTHING, out: Tensor | None = None) -> Tensor:
-    """The output of a layer that can be fused; of a linear layer in a tensor that is already there, if it is given."""
-    parts = layer._modules
-    if isinstance(parts["divide"], Divide):
-        around = around._replace(factor=parts["divide"].reciprocal)
-    return apply(layer, parts["weight"].blocked, x, around, out)
+def run_fused(
+    layer: nn.Module, x: Tensor, fused: FusedOps = NO_OPS, *, bias: Tensor | None = None, geometry: ConvGeometry | None = None,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Computes a layer that `can_fuse`, with its division by channel and these operations around it.
+
+    Args:
+        bias: (B, O), instead of the layer's.
+        geometry: instead of the layer's.
+        out: of a linear layer, the tensor that takes the output.
+    """
+    divide = layer._modules["divide"]
+    if isinstance(divide, Divide):
+        fused = replace(fused, factor=divide.reciprocal)
+    return launch(layer, layer._modules["weight"].blocked, x, fused, bias=bias, geometry=geometry, out=out)
 
 
-def apply(layer: nn.Module, blocked: Blocked, x: Tensor, around: Around = NOTHING, out: Tensor | None = None) -> Tensor:
-    """The output of a layer by the kernel that its weight is arranged for."""
-    if blocked.kernel in OTHERS or isinstance(layer, nn.Conv1d) or torch.compiler.is_compiling():
-        made = apply_operator(layer, blocked, x, around)
-        return made if out is None else out.copy_(made)
-    weight, grid = layer._modules["weight"], layer._modules["input"]
-    act_scale, act_zero = grid_of(grid, x)
-    bias = layer._parameters["bias"] if around.bias is None else around.bias
-    outputs, residual = blocked.total.shape[1], around.residual
+def launch(
+    layer: nn.Module, blocked: BlockedWeight, x: Tensor, fused: FusedOps = NO_OPS, *, bias: Tensor | None = None,
+    geometry: ConvGeometry | None = None, out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Computes a layer by the kernel that its weight is blocked for. Arguments as for `run_fused`."""
+    operands, geometry = operands_of(layer, blocked, x, bias), geometry or geometry_of(layer)
     if isinstance(layer, nn.Linear):
-        x, residual, window = x.contiguous(), residual if residual is None else residual.contiguous(), ops.POINT
-        channels = x.shape[-1]
-        images, around = share(around, act_scale.numel())
-        size, out_size = (images, 1, x.numel() // (images * channels), channels), (1, x.numel() // (images * channels))
-        stride = channels
+        images, fused = share_images(operands, fused)
+    if blocked.kernel in OTHERS or isinstance(layer, nn.Conv1d) or torch.compiler.is_compiling():
+        made = _by_shape(layer, x, images if isinstance(layer, nn.Linear) else 1, operands, geometry, fused)
+        return made if out is None else out.copy_(made)
+    residual, outputs, pixel_stride = fused.residual, blocked.weight_sums.shape[1], None
+    if isinstance(layer, nn.Linear):
+        x, channels, order = x.contiguous(), x.shape[-1], torch.contiguous_format
+        size = (images, 1, x.numel() // (images * channels), channels)
+        out_size = size[1:3]
         out = buffer_pool.empty((*x.shape[:-1], outputs)) if out is None else out
     else:
-        x, stride = last_pixels(x)
-        residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
-        (images, channels, height, width), window = x.shape, around.window or window_of(layer)
-        size, out_size = (images, height, width, channels), size_behind(height, width, window, around.zoom)
-        out = buffer_pool.empty((images, outputs, *out_size), torch.channels_last)
-    ops.write(
-        out, out_size, x, size, stride, blocked.weight, blocked.total, weight._buffers["scale"],
-        weight._buffers["zero"] if blocked.is_shifted else None, bias, act_scale, act_zero, blocked.kernel,
-        (blocked.bits, blocked.halves, grid.bits), window, around.gain, around.offset, around.factor, residual,
-        around.activate, around.zoom, around.epsilon,
-    )  # fmt: skip
+        order = torch.channels_last
+        x, pixel_stride = as_channels_last(x)
+        size = (x.shape[0], *x.shape[2:], x.shape[1])
+        out_size = geometry.output_size(*x.shape[2:], fused.upsample)
+        out = buffer_pool.empty((len(x), outputs, *out_size), order)
+    if residual is not None and not residual.is_contiguous(memory_format=order):
+        fused = replace(fused, residual=residual.contiguous(memory_format=order))
+    ops.write_conv(out, out_size, x, size, operands, geometry, fused, pixel_stride=pixel_stride)
     return out
 
 
-def last_pixels(x: Tensor) -> tuple[Tensor, int]:
-    """Returns an image (N, C, H, W) as kernels of C read it, and the floats from one pixel to the next: more than C in a slice of
-    the channels of an image that is channels last, which is not copied."""
+def as_channels_last(x: Tensor) -> tuple[Tensor, int]:
+    """Returns an image (B, C, H, W) as C kernels read it, and the number of floats from one pixel to the next.
+
+    That is C, or more in a slice of the channels of an image that is channels last: the slice is not copied.
+    """
     (_, channels, height, width), (image, channel, row, pixel) = x.shape, x.stride()
     if channel == 1 and pixel > channels and row == width * pixel and image == height * row:
         return x, pixel
     return x.contiguous(memory_format=torch.channels_last), channels
 
 
-def apply_operator(layer: nn.Module, blocked: Blocked, x: Tensor, around: Around) -> Tensor:
-    """The same by the operator that graphs and every kernel know, on views of the tensors as (N, H, W, C)."""
-    weight, grid = layer.weight, layer.input
-    act_scale, act_zero = grid_of(grid, x)
-    multiply = ops.multiply_op if torch.compiler.is_compiling() else ops.multiply
-    zero = weight.zero if blocked.is_shifted else None
-    format = (blocked.bits, blocked.halves, grid.bits)
-    count, around = share(around, act_scale.numel()) if isinstance(layer, nn.Linear) else (1, around)
-    images = as_images(layer, x, count)
-    residual = None if around.residual is None else as_images(layer, around.residual)
-    bias = layer.bias if around.bias is None else around.bias
-    out = multiply(
-        images, blocked.weight, blocked.total, weight.scale, zero, bias, act_scale, act_zero, blocked.kernel, format,
-        around.window or window_of(layer), around.gain, around.offset, around.factor, residual, around.activate, around.zoom,
-        around.epsilon,
-    )  # fmt: skip
+def _by_shape(
+    layer: nn.Module, x: Tensor, images: int, operands: Operands, geometry: ConvGeometry, fused: FusedOps
+) -> Tensor:  # fmt: skip
+    """Computes the same on views (B, H, W, C) of the tensors, as graphs and all kernels take them."""
+    if fused.residual is not None:
+        fused = replace(fused, residual=as_images(layer, fused.residual))
+    conv = ops.graph_conv if torch.compiler.is_compiling() else ops.quantized_conv
+    out = conv(as_images(layer, x, images), operands, geometry, fused)
     if isinstance(layer, nn.Linear):
         return out.view(*x.shape[:-1], -1)
     out = out.permute(0, 3, 1, 2)
     return out.squeeze(2) if isinstance(layer, nn.Conv1d) else out
 
 
-def share(around: Around, grids: int) -> tuple[int, Around]:
-    """How many images a linear layer's tokens are: one, unless there are more grids or gains or offsets; and those for each."""
-    if around.gain is None:
-        return grids if around.bias is None else around.bias.shape[0], around
-    images = max(grids, around.gain.shape[0])
-    if around.gain.shape[0] < images:
-        gain, offset = (x.expand(images, -1).contiguous() for x in (around.gain, around.offset))
-        around = around._replace(gain=gain, offset=offset)
-    return images, around
+def operands_of(layer: nn.Module, blocked: BlockedWeight, x: Tensor, bias: Tensor | None = None) -> Operands:
+    """Returns what a kernel reads of a layer; the bias given instead of the layer's."""
+    weight, grid = layer._modules["weight"], layer._modules["input"]  # attribute access on a module is slow
+    zero = weight._buffers["zero"] if blocked.is_shifted else None
+    bias = layer._parameters["bias"] if bias is None else bias
+    return Operands(blocked, weight._buffers["scale"], zero, *grid_of(grid, x), grid.bits, bias)
+
+
+def share_images(operands: Operands, fused: FusedOps) -> tuple[int, FusedOps]:
+    """Returns as how many images the tokens of a linear layer are computed, and the operations with a gain for each.
+
+    It is one image, unless there are more grids, biases or gains: few images of many pixels take less time.
+    """
+    grids = operands.act_scale.numel()
+    if fused.gain is None or fused.offset is None:
+        bias = operands.bias
+        return grids if bias is None or bias.dim() == 1 else bias.shape[0], fused
+    images = max(grids, fused.gain.shape[0])
+    if fused.gain.shape[0] < images:
+        gain, offset = (x.expand(images, -1).contiguous() for x in (fused.gain, fused.offset))
+        fused = replace(fused, gain=gain, offset=offset)
+    return images, fused
 
 
 def grid_of(grid: FixedGrid | TemporalGrid, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and zero of an input, one each or one for each sample."""
+    """Returns scale and zero point of an input: one value, or one per sample (B,) where samples differ in their step."""
     if not isinstance(grid, TemporalGrid):
         return grid._buffers["scale"], grid._buffers["zero"]
-    return grid.row() or grid.rows(len(x))  # one image of many pixels is less work than many of few
+    return grid.row() or grid.rows(len(x))
 
 
-def as_images(layer: nn.Module, x: Tensor, grids: int = 1) -> Tensor:
-    """The input as (N, H, W, C). What a linear layer reads is one image, or one for each grid."""
+def as_images(layer: nn.Module, x: Tensor, images: int = 1) -> Tensor:
+    """Returns the input or output of a layer as (B, H, W, C); the tokens of a linear layer as this many images of one row."""
     if isinstance(layer, nn.Linear):
-        return x.reshape(grids, 1, -1, x.shape[-1])
+        return x.reshape(images, 1, -1, x.shape[-1])
     return (x.unsqueeze(2) if isinstance(layer, nn.Conv1d) else x).permute(0, 2, 3, 1)
 
 
-def window_of(layer: nn.Module) -> tuple[int, ...]:
-    """Kernel, stride and padding of a layer as ops.multiply takes them."""
+def geometry_of(layer: nn.Module) -> ConvGeometry:
+    """Returns the geometry of a layer; a Conv1d is a convolution over images of one row."""
     if isinstance(layer, nn.Linear):
-        return (1, 1, 1, 1, 0, 0, 0, 0)
+        return POINTWISE
     kernel, stride, padding = layer.kernel_size, layer.stride, layer._reversed_padding_repeated_twice
     if isinstance(layer, nn.Conv1d):
-        return (1, *kernel, 1, *stride, 0, 0, *padding)
-    return (*kernel, *stride, *padding[2:], *padding[:2])
+        return ConvGeometry((1, *kernel), (1, *stride), (0, 0, *padding))
+    return ConvGeometry(kernel, stride, (*padding[2:], *padding[:2]))

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from dmquant.kernels import onednn
+from dmquant.kernels.operands import BlockedWeight
 from dmquant.kernels.packing import check_bits, pack, unpack
-from dmquant.kernels.weight_packing import Blocked, arrange, restore
+from dmquant.kernels.weight_packing import arrange, restore
 from dmquant.nn.scheme import BASES
 from dmquant.quantizers.base import BasisCodes, Codes, Float32Buffers
 
@@ -18,7 +19,7 @@ class BlockedCodes(Float32Buffers):
 
     shape: torch.Size
     bits: int
-    blocked: Blocked | None = None
+    blocked: BlockedWeight | None = None
     is_left_alone = False  # where nobody is faster than the reference, or nobody can
 
     def block(self, kernel: str) -> None:

@@ -28,7 +28,7 @@ def test_totals_are_sums_of_levels_and_levels_are_signed_bytes(bits):
     step, least = levels(bits)
     assert least >= -128 and step * ((1 << bits) - 1) + least <= 127
     blocked = arrange(codes, bits, torch.zeros(5), "scalar")
-    assert torch.equal(blocked.total[0].long(), (codes.long() * step + least).sum((1, 2)))
+    assert torch.equal(blocked.weight_sums[0].long(), (codes.long() * step + least).sum((1, 2)))
 
 
 def test_the_block_that_wastes_least_is_taken_and_the_larger_of_equals():

@@ -31,7 +31,7 @@ def test_normalized_images_are_those_of_torch():
         wanted = copy.deepcopy(norm).double()(x.permute(0, 3, 1, 2).double()).permute(0, 2, 3, 1)
         gain, offset = normal.moments_of(norm, x.permute(0, 3, 1, 2))
         assert error(normal.normalize(x, gain, offset), wanted) < 1e-6
-        assert error(normal.normalize(x, gain, offset, activate=True), nn.functional.silu(wanted)) < 1e-6
+        assert error(normal.normalize(x, gain, offset, activation=True), nn.functional.silu(wanted)) < 1e-6
 
 
 @pytest.mark.parametrize("name", SHARES)
@@ -40,14 +40,14 @@ def test_activations_are_those_of_float64_each_by_itself(name):
     x = torch.cat([torch.logspace(-44, 38, 40000, dtype=torch.float64).float(), torch.linspace(0, 100, 60000)])
     x = torch.cat([x, -x]).view(1, 1, -1, 4)
     wanted = x.double() * share(x.double())
-    distance = (normal.normalize(x, activate=number) - wanted).abs()
+    distance = (normal.normalize(x, activation=number) - wanted).abs()
     assert (distance <= relative * wanted.abs() + least * x.abs() + SMALLEST).all()
 
 
 def test_a_gate_is_the_gelu_of_what_lies_behind():
     x, gate = torch.randn(2, 2, 3, 5, 70) * 10
-    gated = x * normal.normalize(gate, activate=GELU)
-    assert torch.equal(normal.normalize(torch.cat([x, gate], 3), activate=GATED), gated)
+    gated = x * normal.normalize(gate, activation=GELU)
+    assert torch.equal(normal.normalize(torch.cat([x, gate], 3), activation=GATED), gated)
 
 
 def test_a_constant_image_has_no_variance_and_no_harm_is_done():
@@ -56,9 +56,9 @@ def test_a_constant_image_has_no_variance_and_no_harm_is_done():
 
 
 def normed(x: Tensor, norm: nn.LayerNorm) -> Tensor:
-    around = transformer.norm_of(norm)
-    gain, offset = (part if part is None else part.expand(len(x), -1).contiguous() for part in around[:2])
-    return normal.normalize(x.unsqueeze(1), gain, offset, epsilon=around.epsilon).squeeze(1)
+    fused = transformer.norm_of(norm)
+    gain, offset = (part if part is None else part.expand(len(x), -1).contiguous() for part in (fused.gain, fused.offset))
+    return normal.normalize(x.unsqueeze(1), gain, offset, epsilon=fused.epsilon).squeeze(1)
 
 
 @pytest.mark.parametrize("channels", [2, 16, 31, 72, 130, 320])

@@ -1,10 +1,13 @@
 """Every kernel computes what the reference computes, exactly in integers and to rounding in floats."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from dmquant.kernels import attention, ops, registry
+from dmquant.kernels.operands import FusedOps, Operands
 from dmquant.kernels.packing import pack
 from dmquant.kernels.registry import BY_NAME, EXACT, KERNELS
 from dmquant.kernels.rounding import quantize
@@ -57,7 +60,7 @@ def expected(layer: nn.Module, x: Tensor) -> Tensor:
 def fitting(layer: nn.Module) -> list[str]:
     """The kernels that multiply such a layer, by name."""
     bits = 1 if isinstance(layer.weight, PackedBases) else layer.weight.bits
-    return [name for name in USABLE if BY_NAME[name].fits(bits, layer.input.bits, dispatch.window_of(layer))]
+    return [name for name in USABLE if BY_NAME[name].fits(bits, layer.input.bits, dispatch.geometry_of(layer))]
 
 
 def error(found: Tensor, wanted: Tensor) -> float:
@@ -85,7 +88,7 @@ def test_every_kernel_gives_the_products_of_float64_and_all_give_the_same_bits(w
         wanted, first = expected(layer, x), None
         for name in fitting(layer):
             layer.weight.block(name)
-            found = dispatch.apply(layer, layer.weight.blocked, x)
+            found = dispatch.launch(layer, layer.weight.blocked, x)
             layer.weight.release()
             assert error(found, wanted) < 1e-5, (name, case)
             first = found if first is None else first
@@ -101,7 +104,7 @@ def test_a_sum_of_binary_bases_is_a_plane_for_each(bases, act_bits):
         wanted = expected(layer, x)
         for name in fitting(layer):
             layer.weight.block(name)
-            assert error(dispatch.apply(layer, layer.weight.blocked, x), wanted) < 1e-5, (name, case)
+            assert error(dispatch.launch(layer, layer.weight.blocked, x), wanted) < 1e-5, (name, case)
             layer.weight.release()
 
 
@@ -110,22 +113,22 @@ def test_linear_layers_take_any_number_of_rows(shape):
     layer, x = make_layer((7, 10), 1, 4), torch.randn(shape)
     for name in fitting(layer):
         layer.weight.block(name)
-        found = dispatch.apply(layer, layer.weight.blocked, x)
+        found = dispatch.launch(layer, layer.weight.blocked, x)
         assert found.shape == (*shape[:-1], 7)
         assert error(found, expected(layer, x)) < 1e-5
         layer.weight.release()
 
 
 @pytest.mark.parametrize("size, stride", [(1, 1), (3, 2), (5, 1)])
-def test_a_kernel_for_some_windows_refuses_others(size, stride):
+def test_a_kernel_refuses_geometries_that_it_does_not_support(size, stride):
     layer, x = make_layer((6, 4, size, size), 1, 4, stride=stride), torch.randn(1, 4, 7, 7)
     for name in USABLE:
         layer.weight.block(name)
         if name in fitting(layer):
-            assert error(dispatch.apply(layer, layer.weight.blocked, x), expected(layer, x)) < 1e-5
+            assert error(dispatch.launch(layer, layer.weight.blocked, x), expected(layer, x)) < 1e-5
         else:
-            with pytest.raises(ValueError, match=f"the kernel {name} is not made for the window"):
-                dispatch.apply(layer, layer.weight.blocked, x)
+            with pytest.raises(ValueError, match=f"the kernel {name} does not support"):
+                dispatch.launch(layer, layer.weight.blocked, x)
         layer.weight.release()
 
 
@@ -134,19 +137,19 @@ def test_convolutions_in_one_dimension_and_padding_by_name(padding):
     layer, x = make_layer((6, 4, 5), 1, 4, padding=padding), torch.randn(2, 4, 11)
     for name in fitting(layer):
         layer.weight.block(name)
-        assert error(dispatch.apply(layer, layer.weight.blocked, x), expected(layer, x)) < 1e-5
+        assert error(dispatch.launch(layer, layer.weight.blocked, x), expected(layer, x)) < 1e-5
         layer.weight.release()
 
 
 @pytest.mark.parametrize("name", USABLE)
 def test_values_that_lie_between_two_codes_round_as_the_quantizer_rounds_them(name):
-    size = 3 if BY_NAME[name].windows else 1
+    size = 3 if BY_NAME[name].geometries else 1
     layer = make_layer((3, 16, size, size), 1, 4, padding=size // 2)
     layer.input.scale.fill_(0.3)
     ties = (torch.arange(-40, 40) / 2.0).mul(0.3).view(1, 16, 5, 1)  # many are exact ties only after rounding
     x = torch.cat([ties, ties.nextafter(torch.tensor(torch.inf)), ties.nextafter(-torch.tensor(torch.inf)), ties * 1e30], 3)
     layer.weight.block(name)
-    assert error(dispatch.apply(layer, layer.weight.blocked, x), expected(layer, x)) < 1e-6
+    assert error(dispatch.launch(layer, layer.weight.blocked, x), expected(layer, x)) < 1e-6
 
 
 @pytest.mark.parametrize("name", USABLE)
@@ -156,13 +159,12 @@ def test_each_image_may_have_its_own_grid(name):
     layer.weight.block(name)
     scale, zero = torch.tensor([0.1, 0.2, 0.4]), torch.tensor([3.0, 7.0, 5.0])
     blocked, weight = layer.weight.blocked, layer.weight
-    form = (blocked.bits, blocked.halves, layer.input.bits)
-    window, images = dispatch.window_of(layer), x.permute(0, 2, 3, 1)
-    together = ops.multiply(images, blocked.weight, blocked.total, weight.scale, None, None, scale, zero, name, form, window)
+    geometry, images = dispatch.geometry_of(layer), x.permute(0, 2, 3, 1)
+    operands = Operands(blocked, weight.scale, None, scale, zero, layer.input.bits)
+    together = ops.quantized_conv(images, operands, geometry)
     for i in range(3):
-        alone = ops.multiply(
-            images[i : i + 1], blocked.weight, blocked.total, weight.scale, None, None, scale[i], zero[i], name, form, window
-        )
+        own = replace(operands, act_scale=scale[i], act_zero=zero[i])
+        alone = ops.quantized_conv(images[i : i + 1], own, geometry)
         assert torch.equal(together[i], alone[0])
 
 
@@ -176,9 +178,9 @@ def test_the_number_of_threads_changes_no_bit(threads):
             for name in fitting(layer):
                 layer.weight.block(name)
                 torch.set_num_threads(1)
-                alone = dispatch.apply(layer, layer.weight.blocked, x)
+                alone = dispatch.launch(layer, layer.weight.blocked, x)
                 torch.set_num_threads(threads)
-                assert torch.equal(dispatch.apply(layer, layer.weight.blocked, x), alone)
+                assert torch.equal(dispatch.launch(layer, layer.weight.blocked, x), alone)
                 layer.weight.release()
     finally:
         torch.set_num_threads(before)
@@ -190,16 +192,13 @@ def test_a_large_image_is_worked_through_in_bands():
     wanted = expected(layer, x)
     for name in set(fitting(layer)) - {"scalar"}:
         layer.weight.block(name)
-        assert error(dispatch.apply(layer, layer.weight.blocked, x), wanted) < 1e-5
+        assert error(dispatch.launch(layer, layer.weight.blocked, x), wanted) < 1e-5
         layer.weight.release()
 
 
 def test_the_operator_tells_its_shape_without_computing():
     layer, x = make_layer((7, 10, 3, 3), 1, 4, stride=2, padding=1), torch.randn(2, 5, 6, 10)
     layer.weight.block(USABLE[0])
-    blocked, weight = layer.weight.blocked, layer.weight
-    arguments = (
-        x, blocked.weight, blocked.total, weight.scale, None, layer.bias, layer.input.scale, layer.input.zero, USABLE[0],
-        (blocked.bits, int(blocked.halves), 4), dispatch.window_of(layer),
-    )  # fmt: skip
-    torch.library.opcheck(ops.multiply_op, arguments)
+    operands = dispatch.operands_of(layer, layer.weight.blocked, x)
+    arguments = ops.flatten(operands, dispatch.geometry_of(layer), FusedOps(upsample=2))
+    torch.library.opcheck(ops.conv_op, (x, *arguments))

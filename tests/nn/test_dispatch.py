@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from dmquant.kernels import autotune, norm, registry, self_check, status
+from dmquant.kernels.conv_shape import POINTWISE, ConvGeometry
+from dmquant.kernels.operands import NO_OPS, FusedOps
 from dmquant.nn import dispatch
 from dmquant.nn.convert import pack_model, packed_layers
 from dmquant.quantizers.per_timestep import TemporalGrid
@@ -62,19 +64,19 @@ def test_every_kernel_reads_a_slice_of_channels_as_a_copy_of_it(kernel, first, c
         if kernel not in fitting(layer):
             continue
         layer.weight.block(kernel)
-        normed = dispatch.Around(gain, offset, norm.SILU, torch.rand(count))
-        for around in (dispatch.NOTHING, normed, dispatch.Around(gain, offset, epsilon=1e-5), dispatch.Around(zoom=2)):
-            found, wanted = (dispatch.apply(layer, layer.weight.blocked, x, around) for x in (part, part.clone()))
+        normed = FusedOps(gain, offset, norm.SILU, torch.rand(count))
+        for fused in (NO_OPS, normed, FusedOps(gain, offset, epsilon=1e-5), FusedOps(upsample=2)):
+            found, wanted = (dispatch.launch(layer, layer.weight.blocked, x, fused) for x in (part, part.clone()))
             assert torch.equal(found, wanted)
 
 
 def test_only_slices_of_channels_are_read_where_they_lie():
     image = torch.randn(2, 20, 5, 9).contiguous(memory_format=torch.channels_last)
-    pixels, stride = dispatch.last_pixels(image[:, 3:10])
+    pixels, stride = dispatch.as_channels_last(image[:, 3:10])
     assert stride == 20 and pixels.data_ptr() == image[:, 3:10].data_ptr()
     others = (image, image[:, ::2], image[:, 3:10, 1:], image[:, 3:10, :, 1:], image[:1, 3:10].expand(2, -1, -1, -1))
     for x in (*others, torch.randn(2, 20, 5, 9), torch.randn(2, 20, 1, 1)):
-        copied, stride = dispatch.last_pixels(x)
+        copied, stride = dispatch.as_channels_last(x)
         assert stride == x.shape[1] and copied.is_contiguous(memory_format=torch.channels_last) and torch.equal(copied, x)
 
 
@@ -172,13 +174,13 @@ def test_each_sample_takes_the_grid_of_its_timestep(shape, steps, has_compiler):
 @pytest.mark.parametrize("factor", [1 + 1e-7, torch.nan])
 def test_a_kernel_that_is_wrong_is_disabled_with_a_warning(monkeypatch, factor):
     self_check.check.cache_clear()
-    right, calls = self_check.ops.multiply, []
+    right, calls = self_check.ops.quantized_conv, []
 
     def multiply(*arguments):
         calls.append(arguments)
         return right(*arguments) * (1 if len(calls) == 1 else factor)
 
-    monkeypatch.setattr(self_check.ops, "multiply", multiply)
+    monkeypatch.setattr(self_check.ops, "quantized_conv", multiply)
     try:
         with pytest.warns(RuntimeWarning, match="is not used: it is wrong by"):
             assert dispatch.run(conv(), torch.randn(2, 70, 6, 5)) is None
@@ -195,8 +197,8 @@ def test_a_kernel_that_is_wrong_is_disabled_with_a_warning(monkeypatch, factor):
 )  # fmt: skip
 def test_nobody_runs_who_is_slower_than_the_others(monkeypatch, slow, winner):
     monkeypatch.setenv("DMQUANT_KERNELS", "auto")
-    monkeypatch.setattr(dispatch, "candidates", lambda format, window: iter(["scalar"]))
-    monkeypatch.setattr(autotune, "_race", lambda runs: {name: 1.3 if name in slow else 1.0 for name in runs})
+    monkeypatch.setattr(dispatch, "candidates", lambda format, geometry: iter(["scalar"]))
+    monkeypatch.setattr(autotune, "_least_seconds", lambda calls: {name: 1.3 if name in slow else 1.0 for name in calls})
     autotune.fastest.cache_clear()
     try:
         layer, x = conv(8, 6), torch.randn(2, 70, 6, 5)  # oneDNN is wrong about 8 times 8 bits where there is no VNNI
@@ -231,7 +233,7 @@ def test_a_layer_that_has_run_compiles_to_one_graph_around_the_operator():
     with torch.no_grad():
         assert torch.equal(torch.compile(layer, backend=keep, fullgraph=True)(x), layer(x))
     targets = [str(node.target) for node in graphs[0].graph.nodes]
-    assert len(graphs) == 1 and any("dmquant.multiply" in target for target in targets)
+    assert len(graphs) == 1 and any("dmquant.quantized_conv" in target for target in targets)
 
 
 def test_a_packed_model_gives_what_the_reference_gives(monkeypatch, has_compiler):
@@ -251,12 +253,12 @@ def test_the_choice_is_one_of_six(monkeypatch):
     assert dispatch.run(conv(), torch.randn(2, 70, 6, 5)) is None
 
 
-def test_a_kernel_for_some_windows_is_asked_about_no_others(monkeypatch):
+def test_a_kernel_is_no_candidate_for_geometries_that_it_does_not_support(monkeypatch):
     monkeypatch.setattr(registry, "state", lambda kernel: "")
     monkeypatch.setattr(self_check, "check", lambda *_: "")
-    format = self_check.Format(4, 1, 4)
-    assert "winograd" not in dispatch.candidates(format, (1, 1, 1, 1, 0, 0, 0, 0))
-    assert "winograd" not in dispatch.candidates(format, (3, 3, 2, 2, 1, 1, 1, 1))
+    format = self_check.CodeFormat(4, 1, 4)
+    assert "winograd" not in dispatch.candidates(format, POINTWISE)
+    assert "winograd" not in dispatch.candidates(format, ConvGeometry((3, 3), (2, 2), (1, 1, 1, 1)))
     monkeypatch.setattr(dispatch, "KERNELS", [kernel for kernel in registry.KERNELS if kernel.name != "amx"])
-    assert "winograd" in dispatch.candidates(format, (3, 3, 1, 1, 0, 1, 0, 1))
-    assert "winograd" not in dispatch.candidates(self_check.Format(5, 1, 4), (3, 3, 1, 1, 0, 1, 0, 1))
+    assert "winograd" in dispatch.candidates(format, ConvGeometry((3, 3), padding=(0, 1, 0, 1)))
+    assert "winograd" not in dispatch.candidates(self_check.CodeFormat(5, 1, 4), ConvGeometry((3, 3), padding=(0, 1, 0, 1)))

@@ -5,13 +5,14 @@ import torch
 from triton.errors import TritonError
 
 from dmquant.kernels import self_check, status, triton_support
+from dmquant.kernels.operands import NO_OPS
 from dmquant.kernels.triton import conv
 from dmquant.nn import dispatch
 from dmquant.quantizers.dilated import Divide
 from tests.kernels.test_ops import error, expected, make_layer
 
 CPU = torch.device("cpu")
-FORMAT = self_check.Format(1, 1, 4)
+FORMAT = self_check.CodeFormat(1, 1, 4)
 
 
 @pytest.fixture(autouse=True)
@@ -52,12 +53,12 @@ def test_channels_are_divided_before_they_are_quantized(has_compiler):
     layer.divide.reciprocal.uniform_(0.5, 2)
     assert error(layer(x), expected(layer, layer.divide(x))) < 1e-6 and layer.weight.blocked
     assert dispatch.can_fuse(layer, x) == has_compiler  # on the CPU a fused product is compared with an image that C makes
-    assert torch.equal(dispatch.run_fused(layer, x, dispatch.NOTHING), layer(x))
+    assert torch.equal(dispatch.run_fused(layer, x, NO_OPS), layer(x))
 
 
 def test_a_kernel_that_is_wrong_is_disabled_with_a_warning(monkeypatch, unchecked):
-    right = conv.multiply
-    monkeypatch.setattr(conv, "multiply", lambda *arguments: right(*arguments) * 1.001)
+    right = conv.conv
+    monkeypatch.setattr(conv, "conv", lambda *arguments: right(*arguments) * 1.001)
     layer, x = make_layer((20, 33), 1, 4), torch.randn(5, 33)
     with pytest.warns(RuntimeWarning, match="the kernel triton is not used: it is wrong by"):
         assert error(layer(x), expected(layer, x)) < 1e-6
@@ -69,24 +70,24 @@ def test_a_kernel_that_does_not_compile_is_disabled_with_a_warning(monkeypatch, 
     def fail(*arguments):
         raise failure
 
-    monkeypatch.setattr(conv, "multiply", fail)
+    monkeypatch.setattr(conv, "conv", fail)
     with pytest.warns(RuntimeWarning, match=f"not used: {type(failure).__name__}: {str(failure).splitlines()[0]}"):
         assert dispatch.choose_on_gpu(FORMAT, CPU) == self_check.REFERENCE
 
 
 @pytest.mark.needs_compiler
 def test_a_layer_whose_fused_product_fails_is_not_fused(monkeypatch):
-    right = conv.multiply
+    right = conv.conv
 
     def fail(*arguments):
-        if arguments[10] is not None:
+        if arguments[3].residual is not None:
             raise TritonError("out of registers")
         return right(*arguments)
 
     self_check.check_fusion.cache_clear()
     layer, x = make_layer((20, 33), 1, 4), torch.randn(5, 33)
     layer(x)
-    monkeypatch.setattr(conv, "multiply", fail)
+    monkeypatch.setattr(conv, "conv", fail)
     with pytest.warns(RuntimeWarning, match="layers of 4 bits are not fused: TritonError: out of registers"):
         assert not dispatch.can_fuse(layer, x)
     self_check.check_fusion.cache_clear()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dmquant import methods
 from dmquant.diffusion.trajectories import Samples
-from dmquant.kernels.reference import times_plus
+from dmquant.kernels.reference import fma
 from dmquant.nn.convert import layer_format, pack_model, packed_layers
 from dmquant.nn.fake_quant_layers import quantized_layers
 from dmquant.nn.fused import unet
@@ -67,7 +67,7 @@ def multiply(layer: nn.Module, x: Tensor) -> Tensor:
         for level, own in planes:
             factors = a[:, part], level[:, part].double()
             sums = nn.functional.linear(*factors) if isinstance(layer, nn.Linear) else layer._conv_forward(*factors, None)
-            out = times_plus(sums.float(), own.view(column) * scale, out)
+            out = fma(sums.float(), own.view(column) * scale, out)
         total = total + out
     return total.contiguous(memory_format=torch.channels_last) if total.dim() == 4 else total
 

@@ -4,14 +4,13 @@ A tile of the output is (outputs, pixels), not the other way round: Hopper's wgm
 the weights have just been unpacked, and its second from shared memory with channels innermost, where channels last puts them.
 """
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dmquant.kernels.conv_shape import output_size
+from dmquant.kernels.conv_shape import ConvGeometry
+from dmquant.kernels.operands import NO_OPS, FusedOps, Operands
 from dmquant.kernels.registry import TRITON
 from dmquant.kernels.triton.quantize import quantize
 
@@ -24,27 +23,24 @@ ANY_NUMBER = (
 )  # fmt: skip
 
 
-def multiply(
-    x: Tensor, weight: Tensor, total: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None,
-    act_scale: Tensor, act_zero: Tensor, format: Sequence[int], window: Sequence[int], gain: Tensor | None = None,
-    offset: Tensor | None = None, factor: Tensor | None = None, residual: Tensor | None = None, activate: bool = False,
-    zoom: int = 1,
-) -> Tensor:  # fmt: skip
-    """As ops.multiply, in the dtype of x; what it takes besides may be of any. Under Triton's interpreter also on the CPU."""
-    bits, halves, act_bits = format
+def conv(x: Tensor, operands: Operands, geometry: ConvGeometry, fused: FusedOps = NO_OPS) -> Tensor:
+    """Computes ops.quantized_conv in the dtype of x, on a CUDA device or, under Triton's interpreter, on the CPU."""
+    weight, bias = operands.weight, operands.bias
     channels, block = x.shape[3], TRITON.block_for(x.shape[3])
-    residual = None if residual is None else residual.contiguous()
-    out = x.new_empty(len(x), *output_size(x, window, zoom), total.shape[1])
+    residual = None if fused.residual is None else fused.residual.contiguous()
+    out_size = geometry.output_size(x.shape[1], x.shape[2], fused.upsample)
+    out = x.new_empty(len(x), *out_size, weight.weight_sums.shape[1])
     pixels, outputs = out.shape[:3].numel(), out.shape[3]
     rows, columns = choose_tile(outputs, pixels)
-    flags = bool(halves), bias is not None and bias.dim() == 2
+    flags = bool(weight.half_scale), bias is not None and bias.dim() == 2
     with torch.cuda.device_of(x):
-        codes = quantize(x, act_scale, act_zero, act_bits, window, block, gain, offset, factor, activate, zoom)
-        multiply_tile[(triton.cdiv(outputs, rows) * triton.cdiv(pixels, columns),)](
-            codes, weight, total, scale, zero, bias, act_scale, act_zero, residual, out, pixels, outputs, window[0] * window[1],
-            channels, codes.shape[3], *codes.shape[1:3], *out.shape[1:3], *window[1:4], weight.shape[1],
-            int(act_scale.numel() > 1), bits, act_bits, len(weight), *flags, rows, columns, block,
-            num_warps=8 if (rows, columns) == TILES[0] else 4, num_stages=3,
+        codes = quantize(x, operands, geometry, fused, block)
+        conv_tile[(triton.cdiv(outputs, rows) * triton.cdiv(pixels, columns),)](
+            codes, weight.weight, weight.weight_sums, operands.scale, operands.zero, bias, operands.act_scale,
+            operands.act_zero, residual, out, pixels, outputs, geometry.taps, channels, codes.shape[3], *codes.shape[1:3],
+            *out.shape[1:3], geometry.kernel[1], *geometry.stride, weight.weight.shape[1],
+            int(operands.act_scale.numel() > 1), weight.bits, operands.act_bits, len(weight.weight), *flags, rows, columns,
+            block, num_warps=8 if (rows, columns) == TILES[0] else 4, num_stages=3,
         )  # fmt: skip
     return out
 
@@ -58,10 +54,10 @@ def choose_tile(outputs: int, pixels: int) -> tuple[int, int]:
 
 
 @triton.jit(do_not_specialize=ANY_NUMBER)
-def multiply_tile(
-    codes, weight, total, scale, zero, bias, act_scale, act_zero, residual, out, pixels, outputs, taps, channels, filled,
+def conv_tile(
+    codes, weight, weight_sums, scale, zero, bias, act_scale, act_zero, residual, out, pixels, outputs, taps, channels, filled,
     padded_height, padded_width, out_height, out_width, kernel_width, stride_height, stride_width, plane_bytes, act_stride,
-    BITS: tl.constexpr, ACT_BITS: tl.constexpr, PLANES: tl.constexpr, HALVES: tl.constexpr, PER_IMAGE: tl.constexpr,
+    BITS: tl.constexpr, ACT_BITS: tl.constexpr, PLANES: tl.constexpr, HALF_SCALE: tl.constexpr, PER_IMAGE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Outputs (ROWS) of pixels (COLUMNS). Tiles of the same pixels follow each other: codes are more to read than weights."""
@@ -71,7 +67,7 @@ def multiply_tile(
     row, pixel = tl.minimum(o, outputs - 1), tl.minimum(p, pixels - 1)  # what lies behind is computed and not stored
     image, y, x = pixel // (out_height * out_width), pixel // out_width % out_height, pixel % out_width
     first = ((image * padded_height + y * stride_height).to(tl.int64) * padded_width + x * stride_width) * filled
-    unit = tl.load(act_scale + image * act_stride) * (0.5 if HALVES else 1.0)
+    unit = tl.load(act_scale + image * act_stride) * (0.5 if HALF_SCALE else 1.0)
     excess = (1 << (ACT_BITS - 1)) - tl.load(act_zero + image * act_stride).to(tl.int32)  # a = code less half + excess
     at, is_real = p.to(tl.int64)[None, :] * outputs + o[:, None], (p < pixels)[None, :] & (o < outputs)[:, None]
     for plane in tl.static_range(PLANES):
@@ -79,7 +75,7 @@ def multiply_tile(
             codes + first[None, :], weight + plane * plane_bytes, row, outputs, taps, filled, padded_width, kernel_width,
             zero is not None, BITS, ROWS, COLUMNS, BLOCK,
         )  # fmt: skip
-        acc += tl.load(total + plane * outputs + row)[:, None] * excess[None, :]
+        acc += tl.load(weight_sums + plane * outputs + row)[:, None] * excess[None, :]
         if zero is not None:
             shift = (tl.load(zero + row) * step(BITS) + least(BITS)).to(tl.int32)
             acc -= shift[:, None] * (box + excess * (channels * taps))[None, :]

@@ -3,37 +3,35 @@
 The floats are those of csrc/norm/norm.h and of the quantizer, operation for operation.
 """
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from dmquant.kernels.conv_shape import ConvGeometry
 from dmquant.kernels.layouts import fill_up
+from dmquant.kernels.operands import FusedOps, Operands
 
 PIXELS, CHANNELS = 32, 128  # of a program
 MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: added to, it rounds to whole numbers, ties to even
 
 
-def quantize(
-    x: Tensor, act_scale: Tensor, act_zero: Tensor, act_bits: int, window: Sequence[int], block: int,
-    gain: Tensor | None = None, offset: Tensor | None = None, factor: Tensor | None = None, activate: bool = False,
-    zoom: int = 1,
-) -> Tensor:  # fmt: skip
-    """x (N, H, W, C) -> codes less 2^(bits - 1), int8, with the window's padding and blocks of channels filled up with 0.
+def quantize(x: Tensor, operands: Operands, geometry: ConvGeometry, fused: FusedOps, block: int) -> Tensor:
+    """Applies the prologue to x (B, H, W, C) and quantizes it: int8 codes minus 2^(bits - 1), (B, H', W', C').
 
-    Outside the image lies the code that means 0. Grids and what is done to x: see ops.multiply.
+    H' and W' include enlargement and padding, whose code is the zero point; C' is C filled up to whole blocks with 0.
     """
     images, height, width, channels = x.shape
-    top, bottom, left, right = window[4:]
-    filled = fill_up(channels, block)
-    codes = x.new_empty(images, height * zoom + top + bottom, width * zoom + left + right, filled, dtype=torch.int8)
+    (top, bottom, left, right), upsample = geometry.padding, fused.upsample
+    act_scale, act_zero, filled = operands.act_scale, operands.act_zero, fill_up(channels, block)
+    padded = height * upsample + top + bottom, width * upsample + left + right
+    codes = x.new_empty(images, *padded, filled, dtype=torch.int8)
     pixels = codes.shape[:3].numel()
     grid = triton.cdiv(pixels, PIXELS), triton.cdiv(filled, CHANNELS)
     write_codes[grid](
-        x.contiguous(), codes, act_scale, act_zero, gain, offset, factor, pixels, height, width, *codes.shape[1:3], channels,
-        filled, top, left, zoom, int(act_scale.numel() > 1), act_bits, activate, PIXELS, CHANNELS,
+        x.contiguous(), codes, act_scale, act_zero, fused.gain, fused.offset, fused.factor, pixels, height, width, *padded,
+        channels, filled, top, left, upsample, int(act_scale.numel() > 1), operands.act_bits, bool(fused.activation), PIXELS,
+        CHANNELS,
     )  # fmt: skip
     return codes
 
@@ -41,16 +39,16 @@ def quantize(
 @triton.jit(do_not_specialize=("pixels", "height", "width", "padded_height", "padded_width", "top", "left", "act_stride"))
 def write_codes(
     x, codes, act_scale, act_zero, gain, offset, factor, pixels, height, width, padded_height, padded_width, channels,
-    filled, top, left, zoom, act_stride, BITS: tl.constexpr, ACTIVATE: tl.constexpr, PIXELS: tl.constexpr,
+    filled, top, left, upsample, act_stride, BITS: tl.constexpr, ACTIVATE: tl.constexpr, PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):  # fmt: skip
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
     c = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
     image = tl.minimum(pixel // (padded_height * padded_width), (pixels - 1) // (padded_height * padded_width))
     row, column = pixel // padded_width % padded_height - top, pixel % padded_width - left
-    is_inside = (row >= 0) & (row < height * zoom) & (column >= 0) & (column < width * zoom) & (pixel < pixels)
+    is_inside = (row >= 0) & (row < height * upsample) & (column >= 0) & (column < width * upsample) & (pixel < pixels)
     is_real = is_inside[:, None] & (c < channels)
-    source = (image.to(tl.int64) * height + row // zoom) * width + column // zoom
+    source = (image.to(tl.int64) * height + row // upsample) * width + column // upsample
     value = tl.load(x + source[:, None] * channels + c, is_real, 0.0).to(tl.float32)
     if gain is not None:
         at = image[:, None] * channels + c

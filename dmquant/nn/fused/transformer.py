@@ -16,8 +16,9 @@ from dmquant.kernels.conv_shape import ROW
 from dmquant.kernels.layouts import fill_up
 from dmquant.kernels.norm import GATED, TANH_GELU, moments_of
 from dmquant.kernels.norm import GELU as EXACT_GELU
+from dmquant.kernels.operands import NO_OPS, FusedOps
 from dmquant.nn.attention import QuantAttention
-from dmquant.nn.dispatch import NOTHING, Around, can_fuse, is_fusible, is_readable, run_fused
+from dmquant.nn.dispatch import can_fuse, is_fusible, is_readable, run_fused
 from dmquant.nn.fused.base import LAST, Fused, images, is_free, is_training, is_watched
 from dmquant.quantizers.base import FixedGrid
 
@@ -64,7 +65,7 @@ class FusedBasicTransformerBlock(Fused, BasicTransformerBlock):
         is_plain = all(isinstance(norm, nn.LayerNorm) and norm.eps > 0 for norm in norms)
         return is_plain and is_free(*norms) and not is_watched(self.norm1)
 
-    def _modulate(self, timestep: Tensor, labels: Tensor, x: Tensor) -> tuple[Around, Around, tuple[Tensor, Tensor]]:
+    def _modulate(self, timestep: Tensor, labels: Tensor, x: Tensor) -> tuple[FusedOps, FusedOps, tuple[Tensor, Tensor]]:
         """What an adaptive norm does before attention and before the feed-forward layer, and the gates behind both."""
         time = self.norm1.emb(timestep, labels, hidden_dtype=x.dtype)
         shift, scale, gate, other_shift, other_scale, other_gate = (
@@ -84,7 +85,7 @@ class FusedTransformer2DModel(Transformer2DModel):
             if not self._can_fuse(self.proj_in, hidden_states):
                 return plain
         x = hidden_states.contiguous(memory_format=LAST)
-        before = Around(*moments_of(self.norm, x))
+        before = FusedOps(*moments_of(self.norm, x))
         if isinstance(self.proj_in, nn.Linear):
             tokens = run_fused(self.proj_in, images(x).flatten(1, 2), before)
         else:
@@ -100,27 +101,27 @@ class FusedTransformer2DModel(Transformer2DModel):
             if not self._can_fuse(self.proj_out, residual):
                 return plain
         if isinstance(self.proj_out, nn.Linear):
-            tokens = run_fused(self.proj_out, hidden_states, Around(residual=images(residual).flatten(1, 2)))
+            tokens = run_fused(self.proj_out, hidden_states, FusedOps(residual=images(residual).flatten(1, 2)))
             return tokens.view(batch_size, height, width, -1).permute(0, 3, 1, 2)
-        return run_fused(self.proj_out, hidden_states.reshape(sizes).permute(0, 3, 1, 2), Around(residual=residual))
+        return run_fused(self.proj_out, hidden_states.reshape(sizes).permute(0, 3, 1, 2), FusedOps(residual=residual))
 
     def _can_fuse(self, layer: nn.Module, image: Tensor) -> bool:
         return image.device.type == "cpu" and is_free(self.norm) and can_fuse(layer, image)
 
 
-def norm_of(norm: nn.LayerNorm, gain: Tensor | None = None, offset: Tensor | None = None) -> Around:
+def norm_of(norm: nn.LayerNorm, gain: Tensor | None = None, offset: Tensor | None = None) -> FusedOps:
     """What a kernel has to do to tokens for them to be normed, and modulated by a gain and an offset (B, C) if there are any."""
     if norm.weight is not None:
         weight, bias = norm.weight, torch.zeros_like(norm.weight) if norm.bias is None else norm.bias
         pair = (weight, bias) if gain is None else (gain * weight, torch.addcmul(offset, gain, bias))
         gain, offset = (x.view(-1, len(weight)) for x in pair)
-    return Around(gain, offset, epsilon=norm.eps)
+    return FusedOps(gain, offset, epsilon=norm.eps)
 
 
-def attend(attention: Attention, x: Tensor, context: Tensor | None, before: Around, gate: Tensor | None = None) -> Tensor:
+def attend(attention: Attention, x: Tensor, context: Tensor | None, before: FusedOps, gate: Tensor | None = None) -> Tensor:
     """x (B, N, C) plus what attention makes of it, once normed, and of a context; without one, of itself."""
     query = run_fused(attention.to_q, x, before)
-    source, before = (x, before) if context is None else (context, NOTHING)
+    source, before = (x, before) if context is None else (context, NO_OPS)
     key, value = (run_fused(layer, source, before) for layer in (attention.to_k, attention.to_v))
     return add(attention.to_out[0], multiply(attention, query, key, value), x, gate)
 
@@ -151,7 +152,7 @@ def has_plain_products(attention: Attention) -> bool:
     return is_known and all(norm is None for norm in norms) and not is_training(attention.to_out[1])
 
 
-def feed_forward(net: nn.ModuleList, x: Tensor, before: Around, gate: Tensor | None) -> Tensor:
+def feed_forward(net: nn.ModuleList, x: Tensor, before: FusedOps, gate: Tensor | None) -> Tensor:
     """x (B, N, C) plus what two layers and the activation between them make of it, once normed, some tokens at a time."""
     first, last, activation = net[0].proj, net[2], activation_of(net[0])
     if gate is None and is_same_for_all(first, last):
@@ -171,13 +172,13 @@ def is_same_for_all(*layers: nn.Module) -> bool:
     return all(type(layer.input) is FixedGrid for layer in layers) and not torch.compiler.is_compiling()
 
 
-def feed_rows(first: nn.Module, last: nn.Module, activation: int, x: Tensor, before: Around) -> Tensor:
+def feed_rows(first: nn.Module, last: nn.Module, activation: int, x: Tensor, before: FusedOps) -> Tensor:
     """The same where nobody asks to which image a token belongs: parts lie in one piece, and so does what is made of them."""
     out, count = buffer_pool.empty(x.shape), count_at_a_time(first.out_features)
     hidden = buffer_pool.empty((min(count, x.shape[:-1].numel()), first.out_features))
     for some, part in zip(*(tokens.reshape(-1, tokens.shape[-1]).split(count) for tokens in (x, out))):
-        between = run_fused(first, some, before, hidden[: len(some)])
-        run_fused(last, between, Around(activate=activation, residual=some), part)
+        between = run_fused(first, some, before, out=hidden[: len(some)])
+        run_fused(last, between, FusedOps(activation=activation, residual=some), out=part)
     return out
 
 
@@ -188,11 +189,11 @@ def can_feed_forward(feed: FeedForward, tokens: Tensor) -> bool:
     return can_fuse(feed.net[0].proj, tokens) and can_fuse(feed.net[2], tokens)
 
 
-def add(layer: nn.Module, x: Tensor, residual: Tensor, gate: Tensor | None, activate: int = 0) -> Tensor:
+def add(layer: nn.Module, x: Tensor, residual: Tensor, gate: Tensor | None, activation: int = 0) -> Tensor:
     """The residual plus a layer's output, times a gate (B, C) if there is one."""
     if gate is None:
-        return run_fused(layer, x, Around(activate=activate, residual=residual))
-    return torch.addcmul(residual, gate.unsqueeze(1), run_fused(layer, x, Around(activate=activate)))
+        return run_fused(layer, x, FusedOps(activation=activation, residual=residual))
+    return torch.addcmul(residual, gate.unsqueeze(1), run_fused(layer, x, FusedOps(activation=activation)))
 
 
 def activation_of(module: nn.Module) -> int | None:

@@ -7,6 +7,8 @@ Not fused: the norm and the activation before the last convolution (they belong 
 the plain ones and ours. Query, key and value each quantize the tokens for themselves: they have grids of their own.
 """
 
+from dataclasses import replace
+
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
@@ -17,7 +19,8 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from dmquant.kernels.norm import SILU, moments_of
-from dmquant.nn.dispatch import Around, can_fuse, run_fused, window_of
+from dmquant.kernels.operands import FusedOps
+from dmquant.nn.dispatch import can_fuse, geometry_of, run_fused
 from dmquant.nn.fused.base import LAST, Fused, images, is_free, is_training, is_watched
 from dmquant.nn.fused.transformer import FusedBasicTransformerBlock, FusedTransformer2DModel, has_plain_products, multiply
 
@@ -32,13 +35,13 @@ class FusedResnetBlock2D(Fused, ResnetBlock2D):
         is_scaled = self.time_embedding_norm == "scale_shift"
         gain, offset = moments_of(own["norm1"], x)
         bias = None if is_scaled else time
-        hidden = run_fused(own["conv1"], x, Around(gain, offset, SILU, bias=bias))
+        hidden = run_fused(own["conv1"], x, FusedOps(gain, offset, SILU), bias=bias)
         gain, offset = moments_of(own["norm2"], hidden)
         if time is not None and is_scaled:
             scale, shift = time.chunk(2, dim=1)
             gain, offset = gain * (1 + scale), offset * (1 + scale) + shift
         residual = x if self.conv_shortcut is None else self.conv_shortcut(x)
-        out = run_fused(own["conv2"], hidden, Around(gain, offset, SILU, residual=residual))
+        out = run_fused(own["conv2"], hidden, FusedOps(gain, offset, SILU, residual=residual))
         return out if self.output_scale_factor == 1 else out / self.output_scale_factor
 
     def can_fuse(self, input_tensor: Tensor, *args: object, **kwargs: object) -> bool:
@@ -55,7 +58,7 @@ class FusedResnetBlock2D(Fused, ResnetBlock2D):
         elif is_watched(self.nonlinearity) or not can_fuse(layer, temb):
             time = layer(self.nonlinearity(temb))
         else:
-            time = run_fused(layer, temb, Around(activate=SILU))
+            time = run_fused(layer, temb, FusedOps(activation=SILU))
         return time if bias is None or self.time_embedding_norm == "scale_shift" else bias + time
 
 
@@ -66,10 +69,10 @@ class FusedAttention(Fused, Attention):
         tokens = images(hidden_states.contiguous(memory_format=LAST)).flatten(1, 2)  # (N, tokens, C)
         gain, offset = moments_of(self.group_norm, tokens)
         query, key, value = (
-            run_fused(layer, tokens, Around(gain, offset)) for layer in (self.to_q, self.to_k, self.to_v)
+            run_fused(layer, tokens, FusedOps(gain, offset)) for layer in (self.to_q, self.to_k, self.to_v)
         )
         answer = multiply(self, query, key, value)
-        answer = run_fused(self.to_out[0], answer, Around(residual=tokens if self.residual_connection else None))
+        answer = run_fused(self.to_out[0], answer, FusedOps(residual=tokens if self.residual_connection else None))
         answer = answer if self.rescale_output_factor == 1 else answer / self.rescale_output_factor
         return answer.unflatten(1, hidden_states.shape[2:]).permute(0, 3, 1, 2)
 
@@ -88,7 +91,7 @@ class FusedUpsample2D(Fused, Upsample2D):
     """A kernel call that reads each pixel four times: the enlarged image is never written."""
 
     def run(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
-        return run_fused(self._last_conv, hidden_states.contiguous(memory_format=LAST), Around(zoom=2))
+        return run_fused(self._last_conv, hidden_states.contiguous(memory_format=LAST), FusedOps(upsample=2))
 
     def can_fuse(self, hidden_states: Tensor, output_size: int | None = None, *args: object, **kwargs: object) -> bool:
         is_plain = self.use_conv and self.interpolate and not self.use_conv_transpose and self.norm is None
@@ -103,7 +106,7 @@ class FusedDownsample2D(Fused, Downsample2D):
     """A kernel call that knows of the row and the column of zeros: the padded image is never written."""
 
     def run(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
-        return run_fused(self.conv, hidden_states, Around(window=(*window_of(self.conv)[:4], 0, 1, 0, 1)))
+        return run_fused(self.conv, hidden_states, geometry=replace(geometry_of(self.conv), padding=(0, 1, 0, 1)))
 
     def can_fuse(self, hidden_states: Tensor, *args: object, **kwargs: object) -> bool:
         is_padded = self.use_conv and self.padding == 0 and self.norm is None

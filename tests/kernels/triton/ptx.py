@@ -13,11 +13,11 @@ from triton.compiler import ASTSource
 from dmquant.kernels.triton import conv, quantize
 
 TENSORS = {
-    "codes": "*i8", "weight": "*u8", "total": "*i32",
+    "codes": "*i8", "weight": "*u8", "weight_sums": "*i32",
     **dict.fromkeys(("scale", "zero", "act_scale", "act_zero", "gain", "offset", "factor"), "*fp32"),
     **dict.fromkeys(("x", "bias", "residual", "out"), "*bf16"),
 }  # fmt: skip
-TILE = {"ROWS": 64, "COLUMNS": 64, "BLOCK": 64, "ACT_BITS": 4, "HALVES": True, "PER_IMAGE": True}
+TILE = {"ROWS": 64, "COLUMNS": 64, "BLOCK": 64, "ACT_BITS": 4, "HALF_SCALE": True, "PER_IMAGE": True}
 PRODUCTS = {
     "mma": (80, {"BITS": 3, "PLANES": 1}),
     "wgmma": (90, {"BITS": 1, "PLANES": 2, "zero": None}),
@@ -25,7 +25,7 @@ PRODUCTS = {
 
 
 def main() -> None:
-    made = {name: assemble(conv.multiply_tile, *case) for name, case in PRODUCTS.items()}
+    made = {name: assemble(conv.conv_tile, *case) for name, case in PRODUCTS.items()}
     found = {name: sorted(set(re.findall(r"(w?g?mma)\S*\.sync\S*\.(s8\.s8)", text))) for name, text in made.items()}
     tile = {"BITS": 4, "ACTIVATE": True, "PIXELS": quantize.PIXELS, "CHANNELS": quantize.CHANNELS}
     made = assemble(quantize.write_codes, 80, tile)

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from dmquant.kernels import ops, self_check, triton_support
+from dmquant.kernels.operands import NO_OPS, FusedOps, Operands
 from dmquant.kernels.triton import conv
 from dmquant.kernels.triton.norm import moments
 from dmquant.nn import dispatch
@@ -29,7 +30,7 @@ def small_tiles(monkeypatch):
 def apply(layer, x):
     """The output by Triton, as dispatch would have it; the weight is put back."""
     layer.weight.block(triton_support.NAME)
-    found = dispatch.apply(layer, layer.weight.blocked, x)
+    found = dispatch.launch(layer, layer.weight.blocked, x)
     layer.weight.release()
     return found
 
@@ -67,8 +68,8 @@ def test_each_image_may_have_its_own_grid_and_bias():
     grids = torch.tensor([0.1, 0.2, 0.4]), torch.tensor([3.0, 63.0, 0.0])
 
     def run(images, bias, scale, zero):
-        tensors = (blocked.weight, blocked.total, weight.scale, weight.zero, bias, scale, zero)
-        return ops.multiply(images, *tensors, triton_support.NAME, (4, blocked.halves, 6), dispatch.window_of(layer))
+        operands = Operands(blocked, weight.scale, weight.zero, scale, zero, 6, bias)
+        return ops.quantized_conv(images, operands, dispatch.geometry_of(layer))
 
     together = run(x.permute(0, 2, 3, 1), bias, *grids)
     for i, (scale, zero) in enumerate(zip(*grids)):
@@ -87,8 +88,8 @@ def test_half_precisions_in_give_the_same_out_rounded_once():
 def test_the_residual_is_added_in_float32():
     layer, x, residual = make_layer((37, 33), 2, 8), torch.randn(5, 33), torch.randn(5, 37)
     layer.weight.block(triton_support.NAME)
-    found = dispatch.apply(layer, layer.weight.blocked, x, dispatch.Around(residual=residual))
-    assert torch.equal(found, dispatch.apply(layer, layer.weight.blocked, x) + residual)
+    found = dispatch.launch(layer, layer.weight.blocked, x, FusedOps(residual=residual))
+    assert torch.equal(found, dispatch.launch(layer, layer.weight.blocked, x) + residual)
 
 
 @pytest.mark.needs_compiler
@@ -97,7 +98,7 @@ def test_the_floats_of_a_gpu_are_those_of_c():
     for bits in (1, 4):
         layer, x = make_layer((40, 70, 3, 3), bits, 4, padding=1, bias=False), torch.randn(2, 70, 3, 4)
         layer.weight.block("scalar")
-        wanted = dispatch.apply(layer, layer.weight.blocked, x)
+        wanted = dispatch.launch(layer, layer.weight.blocked, x)
         layer.weight.release()
         assert torch.equal(apply(layer, x), wanted)
 
@@ -141,12 +142,8 @@ def test_a_block_in_half_precision_is_fused_on_a_gpu(monkeypatch):
 def test_the_operator_tells_its_shape_and_dtype_without_computing():
     layer, x = make_layer((7, 10, 3, 3), 1, 4, stride=2, padding=1), torch.randn(2, 5, 6, 10)
     layer.weight.block(triton_support.NAME)
-    blocked, weight = layer.weight.blocked, layer.weight
-    arguments = (
-        x, blocked.weight, blocked.total, weight.scale, None, layer.bias, layer.input.scale, layer.input.zero,
-        triton_support.NAME,
-        (blocked.bits, int(blocked.halves), 4), dispatch.window_of(layer),
-    )  # fmt: skip
-    torch.library.opcheck(ops.multiply_op, arguments, test_utils=("test_schema", "test_faketensor"))
+    operands = dispatch.operands_of(layer, layer.weight.blocked, x)
+    arguments = ops.flatten(operands, dispatch.geometry_of(layer), NO_OPS)
+    torch.library.opcheck(ops.conv_op, (x, *arguments), test_utils=("test_schema", "test_faketensor"))
 
 

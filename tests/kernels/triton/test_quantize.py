@@ -5,22 +5,30 @@ import torch
 from torch import nn
 
 from dmquant.kernels import norm
-from dmquant.kernels.triton.quantize import quantize
+from dmquant.kernels.conv_shape import POINTWISE, ConvGeometry
+from dmquant.kernels.operands import NO_OPS, FusedOps, Operands
+from dmquant.kernels.triton import quantize as module
 from dmquant.quantizers import base
 
-PADDED = (3, 3, 1, 1, 1, 2, 0, 3)  # a window with top, bottom, left and right of its own
+PADDED = ConvGeometry((3, 3), (1, 1), (1, 2, 0, 3))  # a padding that differs at the top, bottom, left and right
 
 
 def grid(*scales: float, zero: float = 5.0) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor(scales), torch.full((len(scales),), zero)
 
 
-def wanted(x, scale, zero, bits, window, block):
+def quantize(x, scale, zero, bits, geometry, block, fused=NO_OPS):
+    """The codes of an input, which do not depend on the weight."""
+    return module.quantize(x, Operands(None, None, None, scale, zero, bits), geometry, fused, block)
+
+
+def wanted(x, scale, zero, bits, geometry, block):
     """The codes less half of them, from the quantizer, padded with the code of 0 and filled up with channels of 0."""
+    top, bottom, left, right = geometry.padding
     column = (value.view(-1, 1, 1, 1) for value in (scale, zero))
     levels = base.quantize(x.float(), *column, bits)
     padded = torch.stack([
-        nn.functional.pad(image, (0, 0, *window[6:], *window[4:6]), value=float(middle))
+        nn.functional.pad(image, (0, 0, left, right, top, bottom), value=float(middle))
         for image, middle in zip(levels, zero.expand(len(x)))
     ]) - (1 << (bits - 1))  # fmt: skip
     return nn.functional.pad(padded, (0, -x.shape[3] % block)).to(torch.int8)
@@ -48,8 +56,8 @@ def test_an_image_is_normalized_activated_and_divided_on_the_way(activate):
     torch.manual_seed(0)
     x, factor, (scale, zero) = torch.randn(2, 5, 4, 36), torch.rand(36) + 0.5, grid(0.05, zero=100.0)
     gain, offset = norm.moments(x, torch.randn(36), torch.randn(36), 6, 1e-5)
-    made = norm.normalize(x, gain, offset, factor=factor, activate=activate)
-    found = quantize(x, scale, zero, 8, PADDED, 64, gain, offset, factor, activate)
+    made = norm.normalize(x, gain, offset, factor=factor, activation=activate)
+    found = quantize(x, scale, zero, 8, PADDED, 64, FusedOps(gain, offset, int(activate), factor))
     # the interpreter's fma rounds twice
     differs = (found.int() - wanted(made, scale, zero, 8, PADDED, 64).int()).abs()
     assert differs.max() <= 1 and differs.float().mean() < 1e-3
@@ -59,12 +67,12 @@ def test_silu_is_that_of_float64_over_its_whole_range():
     x = torch.cat([torch.linspace(-90, 90, 251), torch.tensor([-1e30, 1e30, -100.0, 100.0, 0.0])]).view(1, 1, 1, -1)
     for scale, zero in ((0.002, 250.0), (0.25, 2.0)):
         one, nothing = torch.ones(1, x.shape[3]), torch.zeros(1, x.shape[3])
-        found = quantize(x, *grid(scale, zero=zero), 8, (1, 1, 1, 1, 0, 0, 0, 0), 32, one, nothing, None, True)
+        found = quantize(x, *grid(scale, zero=zero), 8, POINTWISE, 32, FusedOps(one, nothing, norm.SILU))
         value = (nn.functional.silu(x.double()) / scale).clamp(-zero, 255 - zero)
         assert (found.double() + 128 - zero - value).abs().max() < 0.5 + 1e-3
 
 
-def test_each_pixel_is_read_as_often_as_the_zoom_says():
+def test_an_upsampled_image_reads_each_pixel_several_times():
     x, (scale, zero) = torch.randn(2, 3, 2, 20), grid(0.3, zero=7.0)
     larger = x.repeat_interleave(2, 1).repeat_interleave(2, 2)
-    assert torch.equal(quantize(x, scale, zero, 4, PADDED, 32, zoom=2), wanted(larger, scale, zero, 4, PADDED, 32))
+    assert torch.equal(quantize(x, scale, zero, 4, PADDED, 32, FusedOps(upsample=2)), wanted(larger, scale, zero, 4, PADDED, 32))

@@ -106,7 +106,7 @@ def test_an_image_of_tokens_is_normed_projected_and_added_to_as_diffusers_does(i
 
 
 @pytest.mark.needs_compiler
-@pytest.mark.parametrize("name", [name for name in USABLE if not BY_NAME[name].windows])
+@pytest.mark.parametrize("name", [name for name in USABLE if not BY_NAME[name].geometries])
 @pytest.mark.parametrize("channels", [31, 64, 130])
 def test_every_kernel_norms_tokens_to_the_same_bits(name, channels):
     layer, x, norm = make_layer((37, channels), 1, 4), 3 * torch.randn(2, 45, channels) + 7, nn.LayerNorm(channels)
@@ -114,7 +114,7 @@ def test_every_kernel_norms_tokens_to_the_same_bits(name, channels):
     layer.divide = Divide(channels, 2)
     layer.divide.reciprocal.uniform_(0.5, 2)
     layer.weight.block(name)
-    wanted = dispatch.apply(layer, layer.weight.blocked, normed(x, norm) * layer.divide.reciprocal)
+    wanted = dispatch.launch(layer, layer.weight.blocked, normed(x, norm) * layer.divide.reciprocal)
     assert torch.equal(dispatch.run_fused(layer, x, transformer.norm_of(norm)), wanted)
 
 

@@ -31,7 +31,7 @@ class NormAndActivate(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         last = (x.unsqueeze(2) if x.dim() == 3 else x).permute(0, 2, 3, 1)
         gain, offset = norm.moments_of(self, last.permute(0, 3, 1, 2))
-        made = norm.normalize(last, gain, offset, activate=self.is_active).permute(0, 3, 1, 2)
+        made = norm.normalize(last, gain, offset, activation=self.is_active).permute(0, 3, 1, 2)
         return made.squeeze(2) if x.dim() == 3 else made
 
 
