@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dmquant import load
-from dmquant.diffusion.pipeline import find_denoiser
+from dmquant.diffusion.pipeline import find_target
 from dmquant.nn.fused import unet
 
 IMAGES = 2
@@ -41,7 +41,7 @@ def main() -> None:
 def measure(folder: Path, steps: int) -> dict[str, dict[str, float]]:
     """Of each variant: median, largest difference, and how many of the steps are within the bound."""
     pipe, generator = load(str(folder)), torch.Generator().manual_seed(0)
-    plain = find_denoiser(pipe)[1]
+    plain = find_target(pipe).denoiser
     unet.unfuse(plain)
     models = {(kernels, is_fused): copy.deepcopy(plain) for kernels in ("c", "exact") for is_fused in (False, True)}
     for (_, is_fused), model in models.items():

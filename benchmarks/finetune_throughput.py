@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from dmquant import methods
-from dmquant.diffusion.pipeline import find_denoiser, open_pipeline
+from dmquant.diffusion.pipeline import find_target, open_pipeline
 from dmquant.diffusion.trajectories import record
 from dmquant.quantizers.timestep_clock import Clock
 from dmquant.training.calibration import observe_inputs, observe_weights
@@ -30,7 +30,7 @@ def main() -> None:
     args = parse_arguments()
     pipeline = open_pipeline(args.model)
     samples = record(pipeline, 8, steps=8, seed=0)
-    teacher = find_denoiser(pipeline)[1].eval()
+    teacher = find_target(pipeline).denoiser.eval()
     method = methods.get("lsq")(weight_bits=args.wbits, act_bits=args.abits, batch=args.batch)
     student = copy.deepcopy(teacher)
     method.prepare(student, Clock(samples.timestep.unique()))

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 import dmquant
-from dmquant.diffusion.pipeline import find_denoiser
+from dmquant.diffusion.pipeline import find_target
 from dmquant.diffusion.sampling import generate
 from dmquant.evaluation.cost import measure_cost
 from dmquant.evaluation.image_grid import beside
@@ -38,7 +38,7 @@ def main() -> None:
 
 def describe(pipeline: DiffusionPipeline) -> str:
     """Returns the caption of a row: bits, method and size of the denoiser."""
-    denoiser = find_denoiser(pipeline)[1]
+    denoiser = find_target(pipeline).denoiser
     cost, record = measure_cost(denoiser), getattr(denoiser, "dmquant_record", None)
     if record is None:
         return f"float: {cost.float_size_bytes / 1e6:.2f} MB"

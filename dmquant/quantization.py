@@ -14,7 +14,7 @@ from dmquant import methods
 from dmquant.checkpoint import diffusers_quantizer
 from dmquant.diffusion.clip_range import fit_clipping
 from dmquant.diffusion.conditioning import Conditioning, complete
-from dmquant.diffusion.pipeline import EMBEDDED, evaluating, find_denoiser, with_denoiser
+from dmquant.diffusion.pipeline import EMBEDDED, Target, evaluating, find_target
 from dmquant.diffusion.trajectories import Samples, record, recording_seeds
 from dmquant.errors import InputError
 from dmquant.methods.base import Method
@@ -44,23 +44,23 @@ def quantize(
     quantized as asked.
     """
     method = resolve(method, settings)
-    refuse_unfit(pipeline, method, seed)
+    target = find_quantizable(pipeline, method, seed)
     meter = Meter(pipeline.device)
     how = {"seed": seed, "data": data, "conditioning": conditioning, "samples": samples, "run": run, "track": track}
     student = make_student(pipeline, method, meter=meter, **how)
-    packed, trained = pack_model(student), count_trained(pipeline, student)
+    packed, trained = pack_model(student), count_trained(target.denoiser, student)
     packed.dmquant_record = describe_run(pipeline, method, seed) | trained
     if samples is None or conditioning != Conditioning():
         asked = complete(pipeline, conditioning).describe()
         packed.dmquant_record |= {name: value for name, value in asked.items() if value is not None}
     diffusers_quantizer.mark(packed)
-    quantized = with_denoiser(pipeline, find_denoiser(pipeline)[0], packed)
+    quantized = target.with_denoiser(packed)
     seeds = recording_seeds(seed, min(method.clip_images, method.trajectories))
     how = {"steps": method.sampling_steps, "batch": method.batch, "conditioning": conditioning}
     with meter.stage("clipping"):
-        fit_clipping(quantized, pipeline, seeds, **how, track=track)
+        fit_clipping(quantized, target, seeds, **how, track=track)
     packed.dmquant_effort = meter.sum_up(**trained, is_whole=not run.is_continued)
-    return quantized
+    return quantized.pipeline
 
 
 def make_student(
@@ -72,9 +72,8 @@ def make_student(
 
     What was trained requires gradients, nothing else does. The meter sees what each stage takes.
     """
-    refuse_unfit(pipeline, method, seed)
-    teacher, meter = find_denoiser(pipeline)[1], meter or Meter(pipeline.device)
-    objective = None if data is None else open_denoising(pipeline, data)
+    target, meter = find_quantizable(pipeline, method, seed), meter or Meter(pipeline.device)
+    teacher, objective = target.denoiser, None if data is None else open_denoising(target, data)
     run.open(list_facts(pipeline, method, seed, conditioning), list_tensors(teacher, objective, samples))
     if samples is None:
         how = {"steps": method.sampling_steps, "eta": method.eta, "seed": seed, "conditioning": conditioning}
@@ -98,8 +97,11 @@ def make_student(
 def plan(pipeline: DiffusionPipeline, method: str | Method = "lsq", **settings: Any) -> dict[str, tuple[int, int]]:
     """Weight and activation bits that each layer would get, by name; 32 means it stays in float."""
     method = resolve(method, settings)
-    refuse_unfit(pipeline, method)
-    denoiser = find_denoiser(pipeline)[1]
+    return plan_bits(find_quantizable(pipeline, method).denoiser, method)
+
+
+def plan_bits(denoiser: nn.Module, method: Method) -> dict[str, Bits]:
+    """The same for a method with its settings and a denoiser that it can quantize."""
     swappable = find_layers(denoiser)  # a subclass of Linear may do anything: it stays as it is
     bits = method.plan(denoiser).items()
     return {name: pair if name in swappable else (FLOAT_BITS, FLOAT_BITS) for name, pair in bits}
@@ -107,7 +109,8 @@ def plan(pipeline: DiffusionPipeline, method: str | Method = "lsq", **settings: 
 
 def lay_out(pipeline: DiffusionPipeline, method: Method) -> Layout:
     """How each layer of the result would be stored. What only samples decide (factors of dilation=smooth) is left out."""
-    bits, student = plan(pipeline, method), copy.deepcopy(find_denoiser(pipeline)[1])
+    denoiser = find_quantizable(pipeline, method).denoiser
+    bits, student = plan_bits(denoiser, method), copy.deepcopy(denoiser)
     method.prepare(student, Clock(torch.arange(method.sampling_steps), LINEAR))
     method.adjust_weights(student)
     layout = read_layout(student)
@@ -132,11 +135,12 @@ def resolve(method: str | Method, settings: Mapping[str, Any]) -> Method:
     return method
 
 
-def refuse_unfit(pipeline: DiffusionPipeline, method: Method, seed: int = 0) -> None:
-    """Raises InputError, before any work, for what cannot be quantized."""
+def find_quantizable(pipeline: DiffusionPipeline, method: Method, seed: int = 0) -> Target:
+    """Returns the pipeline's target. Raises InputError, before any work, for what cannot be quantized."""
     if not isinstance(pipeline, DiffusionPipeline):
         raise InputError(f"give a diffusers pipeline, as dmquant.load returns it, not {type(pipeline).__name__}")
-    denoiser = find_denoiser(pipeline)[1]
+    target = find_target(pipeline)
+    denoiser = target.denoiser
     if getattr(denoiser, "is_quantized", False) or hasattr(denoiser, "dmquant_record"):
         raise InputError("this pipeline is quantized already; quantize the float pipeline that it came from")
     if denoiser.dtype != torch.float32:
@@ -145,6 +149,7 @@ def refuse_unfit(pipeline: DiffusionPipeline, method: Method, seed: int = 0) -> 
         raise InputError("these settings leave every layer in float; lower weight_bits or act_bits, or keep fewer roles")
     if type(seed) is not int or not 0 <= seed < 1 << 63:
         raise InputError(f"seed must be a whole number from 0 to 2^63 - 1, got {seed!r}")
+    return target
 
 
 def list_facts(pipeline: DiffusionPipeline, method: Method, seed: int, conditioning: Conditioning) -> dict[str, Any]:
@@ -171,10 +176,10 @@ def describe_run(pipeline: DiffusionPipeline, method: Method, seed: int) -> dict
     }
 
 
-def count_trained(pipeline: DiffusionPipeline, student: nn.Module) -> dict[str, Any]:
+def count_trained(teacher: nn.Module, student: nn.Module) -> dict[str, Any]:
     """How many parameters fine-tuning trained, those of quantizers included, and their share of the teacher's."""
     trained = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
-    total = sum(parameter.numel() for parameter in find_denoiser(pipeline)[1].parameters())
+    total = sum(parameter.numel() for parameter in teacher.parameters())
     return {"trained_params": trained, "trained_share": round(trained / total, 4)}
 
 

@@ -3,7 +3,7 @@ import torch
 
 from dmquant.checkpoint import serialization
 from dmquant.diffusion.layer_roles import find_roles
-from dmquant.diffusion.pipeline import find_denoiser, open_pipeline, with_denoiser
+from dmquant.diffusion.pipeline import find_target, open_pipeline
 from dmquant.diffusion.sampling import generate
 from dmquant.errors import InputError
 from dmquant.methods.lsq.method import LSQ
@@ -43,7 +43,7 @@ def test_high_bits_hardly_change_an_image_and_low_bits_do(pipeline):
     def answer(pipeline):
         torch.manual_seed(0)
         with torch.no_grad():
-            return find_denoiser(pipeline)[1](torch.randn(4, 3, 8, 8), 500).sample
+            return find_target(pipeline).denoiser(torch.randn(4, 3, 8, 8), 500).sample
 
     calibrated, exact = {**QUICK, "max_steps": 0, "trajectories": 8, "init": "mse"}, answer(pipeline)
     students = [quantize(pipeline, "lsq", weight_bits=bits, act_bits=bits, **calibrated) for bits in (8, 4, 2)]
@@ -68,7 +68,7 @@ def test_a_student_has_the_values_that_are_packed(student, quantized):
 
 
 def test_the_record_says_how_it_was_made(quantized):
-    record = find_denoiser(quantized)[1].dmquant_record
+    record = find_target(quantized).denoiser.dmquant_record
     assert (record["method"], record["seed"], record["weight_bits"], record["act_bits"]) == ("lsq", 7, 4, 8)
     assert LSQ.parse(record["settings"]).max_steps == 2
 
@@ -85,7 +85,7 @@ def test_the_record_says_how_much_was_trained(pipeline, student, quantized):
 def test_a_base_model_is_recorded_by_its_absolute_path(pipeline, tiny_folder, monkeypatch):
     monkeypatch.chdir(tiny_folder.parent)
     for name, expected in ((tiny_folder.name, str(tiny_folder.resolve())), ("embedded", "embedded"), ("org/x", "org/x")):
-        named = with_denoiser(pipeline, "unet", pipeline.unet)
+        named = find_target(pipeline).with_denoiser(pipeline.unet).pipeline
         named.register_to_config(_name_or_path=name)
         assert describe_run(named, LSQ(), 0)["base_model"] == expected
 
@@ -101,7 +101,7 @@ def test_images_can_be_trained_on(pipeline, student, tmp_path):
 
 def test_a_plan_names_the_bits_of_every_layer(pipeline):
     bits = plan(pipeline, "lsq", weight_bits=4, act_bits=4)
-    assert set(bits) == set(find_roles(find_denoiser(pipeline)[1]))
+    assert set(bits) == set(find_roles(find_target(pipeline).denoiser))
     assert bits["conv_in"] == (8, 8) and bits["mid_block.resnets.0.conv1"] == (4, 4)
 
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from dmquant.diffusion.layer_roles import named_layers
 from dmquant.diffusion.other_tools import layer_bits
-from dmquant.diffusion.pipeline import find_denoiser, open_pipeline, with_denoiser
+from dmquant.diffusion.pipeline import find_target, open_pipeline
 from dmquant.diffusion.trajectories import record
 from dmquant.errors import InputError
 from dmquant.evaluation.evaluator import evaluate
@@ -40,7 +40,7 @@ def main() -> None:
         peer = make_peer(base, tool, weight_bits, act_bits)
         how = {"num_images": given.num_images, "steps": given.steps, "batch": given.batch, "cache": default_folder()}
         report = evaluate(peer, metrics=("fid", "psnr"), float_pipeline=base, **how)
-        settings = {"layers": count_layers(find_denoiser(peer)[1])}
+        settings = {"layers": count_layers(find_target(peer).denoiser)}
         replace(report, model=str(folder), settings=settings, base_model=report.model).save(folder)
         print(f"wrote {folder}: {settings['layers']}")
 
@@ -67,10 +67,10 @@ def read_name(name: str) -> tuple[str, int, int]:
 @torch.no_grad()
 def make_peer(base: DiffusionPipeline, tool: str, weight_bits: int, act_bits: int) -> DiffusionPipeline:
     """The pipeline with its denoiser quantized by the tool; the one given stays as it is."""
-    name, denoiser = find_denoiser(base)
-    student = copy.deepcopy(denoiser)
+    target = find_target(base)
+    student = copy.deepcopy(target.denoiser)
     PEERS[tool](student, weight_bits, act_bits, base)
-    return with_denoiser(base, name, student)
+    return target.with_denoiser(student).pipeline
 
 
 def quantize_by_quanto(denoiser: nn.Module, weight_bits: int, act_bits: int, base: DiffusionPipeline) -> None:

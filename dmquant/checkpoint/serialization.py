@@ -18,13 +18,13 @@ from dmquant.checkpoint import atomic_folder, diffusers_quantizer
 from dmquant.checkpoint.quantization_config import DmquantConfig
 from dmquant.diffusion.pipeline import (
     DENOISERS,
-    find_denoiser,
+    Target,
+    find_target,
     is_quantized,
     load_folder,
     locate,
     open_pipeline,
     place,
-    with_denoiser,
 )
 from dmquant.errors import DamagedFile, DmquantError, InputError
 from dmquant.nn import cuda_graph as graph
@@ -33,18 +33,17 @@ from dmquant.nn.convert import pack_model, packed_layers, prepare_packed
 
 def save(pipeline: DiffusionPipeline, folder: str | Path, *, force: bool = False) -> Path:
     """Writes the pipeline with a packed denoiser and returns the folder. The pipeline given stays as it is."""
-    target = atomic_folder.check_target(folder, force=force)
-    twin = pack(pipeline)
-    denoiser = find_denoiser(twin)[1]
-    _refuse_unreadable(denoiser)
-    atomic_folder.check_space(target, _count_bytes(twin))
-    with atomic_folder.publish(target, force=force) as temporary:
+    destination = atomic_folder.check_target(folder, force=force)
+    packed = pack(find_target(pipeline))
+    _refuse_unreadable(packed.denoiser)
+    atomic_folder.check_space(destination, _count_bytes(packed.pipeline))
+    with atomic_folder.publish(destination, force=force) as temporary:
         try:
-            twin.save_pretrained(temporary, safe_serialization=True)
+            packed.pipeline.save_pretrained(temporary, safe_serialization=True)
         except SafetensorError as error:
-            raise DmquantError(f"{target} was not written: {error}") from error
+            raise DmquantError(f"{destination} was not written: {error}") from error
         _forget_paths(temporary)
-    return target
+    return destination
 
 
 def load(
@@ -76,7 +75,7 @@ def open_any(
         # a snapshot of the hub has hashes of its own, and no file that diffusers does not ask for
         pipeline = load(folder, device=device, dtype=dtype, verify=model is not None and Path(model).exists())
     if cuda_graph:
-        graph.capture(find_denoiser(pipeline)[1])
+        graph.capture(find_target(pipeline).denoiser)
     return pipeline
 
 
@@ -100,14 +99,13 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     return _read_config(Path(folder)).run
 
 
-def pack(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+def pack(target: Target) -> Target:
     """A pipeline with a packed denoiser, ready to run or to save; it shares everything that stays in float."""
-    name, denoiser = find_denoiser(pipeline)
-    packed = pack_model(denoiser)
+    packed = pack_model(target.denoiser)
     if not packed_layers(packed):
         raise InputError("nothing in this pipeline is quantized; see dmquant.quantize")
     diffusers_quantizer.mark(packed)
-    return with_denoiser(pipeline, name, packed)
+    return target.with_denoiser(packed)
 
 
 def _refuse_unreadable(denoiser: ModelMixin) -> None:

@@ -21,7 +21,7 @@ from dmquant.cli.options import HIDDEN, Batch, Device, GivenModel, Guidance, Lab
 from dmquant.training import distributed
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, ModelMixin
 
     from dmquant.methods.base import Method
     from dmquant.nn.scheme import Layout
@@ -139,16 +139,16 @@ def methods(name: Annotated[str | None, typer.Argument(help="The one to describe
 @app.command()
 def inspect(model: GivenModel) -> None:
     """Show what is in a pipeline: components, layers, bits, size and operations."""
-    from dmquant.diffusion.pipeline import find_denoiser
+    from dmquant.diffusion.pipeline import find_target
     from dmquant.training.run_cost import Effort
 
-    pipeline = arguments.open_model(model, "cpu")
-    name, denoiser = find_denoiser(pipeline)
+    target = find_target(arguments.open_model(model, "cpu"))
+    denoiser = target.denoiser
     record, effort = getattr(denoiser, "dmquant_record", {}), Effort.load(Path(model))
-    facts = {"pipeline": type(pipeline).__name__, "denoiser": f"{name} ({type(denoiser).__name__})", **record}
+    facts = {"pipeline": type(target.pipeline).__name__, "denoiser": f"{target.name} ({type(denoiser).__name__})", **record}
     facts |= facts.pop("settings", {}) | ({} if effort is None else {"effort": effort.describe()})
     console.show_table(["fact", "value"], [[key, _write_value(value)] for key, value in facts.items()], align="ll", notes=[""])
-    _show_coverage(pipeline, record.get("weight_bits", 32), record.get("act_bits", 32))
+    _show_coverage(denoiser, record.get("weight_bits", 32), record.get("act_bits", 32))
 
 
 @app.command()
@@ -222,31 +222,32 @@ def fetch(resource: Annotated[Literal["inception", "clip"], typer.Argument(help=
 
 def _show_plan(pipeline: "DiffusionPipeline", method: "Method") -> None:
     """What would become of each layer."""
-    from dmquant.diffusion.pipeline import find_denoiser
+    from dmquant.diffusion.pipeline import find_target
     from dmquant.quantization import lay_out
 
-    notes = method.notes(find_denoiser(pipeline)[1])
-    _show_coverage(pipeline, method.weight_bits, method.act_bits, layout=lay_out(pipeline, method), notes=notes)
+    denoiser = find_target(pipeline).denoiser
+    notes = method.notes(denoiser)
+    _show_coverage(denoiser, method.weight_bits, method.act_bits, layout=lay_out(pipeline, method), notes=notes)
 
 
 def _show_coverage(
-    pipeline: "DiffusionPipeline", weight_bits: int, act_bits: int, *, layout: "Layout | None" = None, notes: dict | None = None
+    denoiser: "ModelMixin", weight_bits: int, act_bits: int, *, layout: "Layout | None" = None, notes: dict | None = None
 ) -> None:
     from dmquant.cli import layer_table
-    from dmquant.diffusion.pipeline import find_denoiser
     from dmquant.evaluation.cost import measure_cost
 
-    cost = measure_cost(find_denoiser(pipeline)[1], layout=layout, notes=notes)
+    cost = measure_cost(denoiser, layout=layout, notes=notes)
     rows = layer_table.tabulate(cost, weight_bits=weight_bits, act_bits=act_bits)
     console.show_table(layer_table.HEADINGS, rows, align="lllrrrl", notes=["", *layer_table.summarize(cost)])
 
 
 def _sum_up(pipeline: "DiffusionPipeline", folder: Path) -> None:
     """Says what quantizing took, which is kept beside the pipeline, and what it gave."""
-    from dmquant.diffusion.pipeline import find_denoiser
+    from dmquant.diffusion.pipeline import find_target
     from dmquant.evaluation.cost import measure_cost
 
-    name, denoiser = find_denoiser(pipeline)
+    target = find_target(pipeline)
+    name, denoiser = target.name, target.denoiser
     size_bytes = sum(file.stat().st_size for file in (folder / name).glob("*.safetensors"))
     ratio = measure_cost(denoiser).float_size_bytes / size_bytes
     denoiser.dmquant_effort.save(folder)

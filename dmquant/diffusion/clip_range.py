@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import SchedulerMixin
 from torch import Tensor
 
 from dmquant.diffusion.conditioning import Conditioning
-from dmquant.diffusion.pipeline import evaluating, find_denoiser
+from dmquant.diffusion.pipeline import Target, evaluating
 from dmquant.diffusion.sampling import generate
 from dmquant.errors import DmquantError
 from dmquant.progress import Track, plain
@@ -32,15 +32,16 @@ def clips(scheduler: SchedulerMixin) -> bool:
 
 
 def fit_clipping(
-    pipeline: DiffusionPipeline, teacher: DiffusionPipeline, seeds: Sequence[int], *, steps: int, batch: int,
+    student: Target, teacher: Target, seeds: Sequence[int], *, steps: int, batch: int,
     conditioning: Conditioning = Conditioning(), track: Track = plain,
 ) -> None:
-    """Gives the pipeline the range in which its images of the seeds come nearest to the teacher's, in mean squared distance.
+    """Gives the student's pipeline the range in which its images come nearest to the teacher's, in mean squared distance.
 
     Ranges are tried from the teacher's upwards until the distance grows; of those nearly as good as the best the narrowest is
     taken, since clipping also holds back errors that a squared distance forgives. A sampler that does not clip stays as it is,
     and so does that of a model which cannot be sampled from.
     """
+    pipeline = student.pipeline
     if not seeds or not clips(pipeline.scheduler):
         return
     how = {"steps": steps, "batch": batch, "conditioning": conditioning}
@@ -49,7 +50,7 @@ def fit_clipping(
         wanted = draw(teacher, seeds, **how)
         for value in track([factor * own.config[RANGE] for factor in WIDER], "fit clipping"):
             pipeline.scheduler = with_range(own, value)
-            distances[value] = (draw(pipeline, seeds, **how) - wanted).square().mean().item()
+            distances[value] = (draw(student, seeds, **how) - wanted).square().mean().item()
             if distances[value] > min(distances.values()):
                 break
     except DmquantError:
@@ -70,6 +71,6 @@ def with_range(scheduler: SchedulerMixin, value: float) -> SchedulerMixin:
     return type(scheduler).from_config(scheduler.config, **{RANGE: value})
 
 
-def draw(pipeline: DiffusionPipeline, seeds: Sequence[int], **how: Any) -> Tensor:
-    with evaluating(find_denoiser(pipeline)[1]):
-        return torch.cat(list(generate(pipeline, seeds, **how))).float()
+def draw(target: Target, seeds: Sequence[int], **how: Any) -> Tensor:
+    with evaluating(target.denoiser):
+        return torch.cat(list(generate(target.pipeline, seeds, **how))).float()

@@ -11,7 +11,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from dmquant.diffusion.pipeline import find_denoiser
+from dmquant.diffusion.pipeline import find_target
 from dmquant.errors import InputError
 
 KEYWORDS = {"prompts": "prompt", "class labels": "class_labels"}  # of a pipeline's call
@@ -85,7 +85,7 @@ def _choose_classes(pipeline: DiffusionPipeline, labels: tuple[int, ...]) -> tup
 
     So few images show classes from everywhere, and as many images as classes, or a multiple, show each equally often.
     """
-    name, config = type(pipeline).__name__, find_denoiser(pipeline)[1].config
+    name, config = type(pipeline).__name__, find_target(pipeline).denoiser.config
     count = config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
     if not count and not labels:
         raise InputError(f"{name} does not say how many classes it has; give class labels")

@@ -6,7 +6,9 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
+from typing import Self
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
@@ -42,10 +44,10 @@ def open_pipeline(
         raise InputError(f"{folder}: this is a {tool} checkpoint; {way_out}")
     pipeline = load_folder(folder, dtype=dtype)
     pipeline.register_to_config(_name_or_path=EMBEDDED if model is None else str(model))  # not the cache folder behind it
-    name, denoiser = find_denoiser(pipeline)
-    _check_size(folder / name, denoiser)
+    target = find_target(pipeline)
+    _check_size(folder / target.name, target.denoiser)
     if tool is None:
-        _check_weights(folder / name, denoiser)
+        _check_weights(folder / target.name, target.denoiser)
     return place(pipeline, device)
 
 
@@ -97,25 +99,39 @@ def is_quantized(folder: str | Path) -> bool:
     return (Path(folder) / "model_index.json").is_file() and find_quantizer(Path(folder), DENOISERS) == "dmquant"
 
 
-def find_denoiser(pipeline: DiffusionPipeline) -> tuple[str, ModelMixin]:
-    """Component name and module of the network that the sampler calls."""
+@dataclass(frozen=True)
+class Target:
+    """A pipeline and the network in it that the sampler calls."""
+
+    pipeline: DiffusionPipeline
+    name: str  # of the network among the pipeline's components
+    denoiser: ModelMixin
+
+    def with_denoiser(self, denoiser: nn.Module) -> Self:
+        """Returns a pipeline with another network; the two pipelines share every other component."""
+        twin = copy.copy(self.pipeline)
+        twin._internal_dict = copy.copy(self.pipeline._internal_dict)
+        twin.register_modules(**{self.name: denoiser})
+        return replace(self, pipeline=twin, denoiser=denoiser)
+
+
+def find_target(pipeline: DiffusionPipeline) -> Target:
+    """Finds the network that the sampler calls.
+
+    Public functions call this once; functions inside the package take the Target or its denoiser.
+
+    Raises:
+        DmquantError: no component has Conv1d, Conv2d or Linear layers.
+    """
     for name in DENOISERS:
         module = pipeline.components.get(name)
         if isinstance(module, nn.Module) and named_layers(module):
-            return name, module
+            return Target(pipeline, name, module)
     found = ", ".join(f"{name} ({type(part).__name__})" for name, part in pipeline.components.items() if part is not None)
     raise DmquantError(
         f"{type(pipeline).__name__} has no denoiser with Conv1d, Conv2d or Linear layers: "
         f"looked for {', '.join(DENOISERS)}; found {found or 'nothing'}"
     )
-
-
-def with_denoiser(pipeline: DiffusionPipeline, name: str, denoiser: nn.Module) -> DiffusionPipeline:
-    """A pipeline that shares every component with the one given except its denoiser."""
-    twin = copy.copy(pipeline)
-    twin._internal_dict = copy.copy(pipeline._internal_dict)
-    twin.register_modules(**{name: denoiser})
-    return twin
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 
 from dmquant.diffusion.conditioning import Conditioning, complete
-from dmquant.diffusion.pipeline import evaluating, find_denoiser
+from dmquant.diffusion.pipeline import evaluating, find_target
 from dmquant.diffusion.sampling import generate
 from dmquant.errors import InputError
 from dmquant.progress import Track, plain
@@ -80,7 +80,7 @@ def record(
     `eta` is the share of fresh noise in each step, from 0, the sampler as it is, to 1, for samplers that take one (DDIM, eq.
     16; Song et al., 2021); InputError for others.
     """
-    denoiser, recorder, conditioning = find_denoiser(pipeline)[1], Recorder(), complete(pipeline, conditioning)
+    denoiser, recorder, conditioning = find_target(pipeline).denoiser, Recorder(), complete(pipeline, conditioning)
     seeds, how = recording_seeds(seed, trajectories), dict(steps=steps, batch=batch, conditioning=conditioning, track=track)
     with evaluating(denoiser), stepping(pipeline.scheduler, eta) as given:
         hook = denoiser.register_forward_hook(recorder.note, with_kwargs=True)

@@ -21,7 +21,7 @@ from dmquant.diffusion import other_tools
 from dmquant.diffusion.clip_range import clip_like
 from dmquant.diffusion.conditioning import Conditioning, complete, recall
 from dmquant.diffusion.pipeline import EMBEDDED as EMBEDDED_MODEL
-from dmquant.diffusion.pipeline import find_denoiser, is_quantized, open_pipeline
+from dmquant.diffusion.pipeline import Target, find_target, is_quantized, open_pipeline
 from dmquant.diffusion.sampling import set_sampler
 from dmquant.errors import DmquantError, InputError
 from dmquant.evaluation.cost import FLOAT_BITS, Cost, measure_cost
@@ -93,11 +93,12 @@ def evaluate(
     the float model is at hand. In the folder `cache` images are kept and found again.
     """
     refuse_others(pipeline, float_pipeline)
-    denoiser = find_denoiser(pipeline)[1]
+    target = find_target(pipeline)
+    denoiser = target.denoiser
     if metrics is None:
         metrics = (*DEFAULT, *(DEFAULT_PAIRED if float_pipeline is not None or has_base(denoiser) else ()))
     chosen = choose_metrics([metrics] if isinstance(metrics, str) else metrics, num_images)
-    instruments, size = Instruments(extractor, inception_weights, reference, clip), find_image_size(pipeline)
+    instruments, size = Instruments(extractor, inception_weights, reference, clip), find_image_size(target)
     refuse_unused(chosen, [*instruments.given(), *(["float_pipeline"] if float_pipeline is not None else [])])
     refuse_small(chosen, size)
     conditioning = complete(pipeline, conditioning)
@@ -108,14 +109,14 @@ def evaluate(
     with keep_scheduler(pipeline):
         sampler = set_sampler(pipeline, sampler)
         yardstick = open_yardstick(chosen, instruments, size=size, device=denoiser.device, track=track)
-        base = float_pipeline or open_base(pipeline) if chosen.needs_float_model else None
-        twins = draw_twins(base, pipeline.scheduler, course) if chosen.needs_float_images else None
+        base = find_target(float_pipeline or open_base(target)) if chosen.needs_float_model else None
+        twins = draw_twins(base.pipeline, pipeline.scheduler, course) if chosen.needs_float_images else None
         outcome = measure(pipeline, yardstick.make_meters(chosen), yardstick, twins, course)
-        curves = compare_answers(pipeline, base, course) if chosen.needs_agreement else {}
-        layers = profile_layers(pipeline, base, course) if chosen.needs_layers else ()
+        curves = compare_answers(target, base, course) if chosen.needs_agreement else {}
+        layers = profile_layers(target, base, course) if chosen.needs_layers else ()
     known = {**conditioning.describe(), **yardstick.describe()}
     protocol = Protocol(num_images, seed, steps, sampler, batch, outcome.image_size, **known)
-    return write_report(pipeline, cost, outcome, curves, layers, protocol)
+    return write_report(target, cost, outcome, curves, layers, protocol)
 
 
 @torch.no_grad()
@@ -131,7 +132,7 @@ def add_layers(
     with keep_scheduler(pipeline):
         if set_sampler(pipeline) != protocol.sampler:
             set_sampler(pipeline, protocol.sampler)
-        return replace(report, layers=profile_layers(pipeline, base, course))
+        return replace(report, layers=profile_layers(find_target(pipeline), find_target(base), course))
 
 
 def refuse_others(*pipelines: DiffusionPipeline | None) -> None:
@@ -141,9 +142,9 @@ def refuse_others(*pipelines: DiffusionPipeline | None) -> None:
             raise InputError(f"give a diffusers pipeline, as dmquant.load returns it, not {type(pipeline).__name__}")
 
 
-def find_image_size(pipeline: DiffusionPipeline) -> int | None:
+def find_image_size(target: Target) -> int | None:
     """Side in pixels of the images that the pipeline draws; None where its config does not say, or they are not square."""
-    size = find_denoiser(pipeline)[1].config.get("sample_size")
+    pipeline, size = target.pipeline, target.denoiser.config.get("sample_size")
     vae = pipeline.components.get("vae")
     factor = getattr(pipeline, "vae_scale_factor", 2 ** (len(vae.config.block_out_channels) - 1) if vae else 1)
     return size * factor if isinstance(size, int) else None
@@ -167,16 +168,16 @@ def has_base(denoiser: nn.Module) -> bool:
     return (Path(base) / "model_index.json").is_file() and not is_quantized(base)
 
 
-def open_base(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+def open_base(target: Target) -> DiffusionPipeline:
     """The float pipeline that a quantized one was made from, on its device."""
-    denoiser = find_denoiser(pipeline)[1]
-    base = read_record(denoiser).get("base_model")
+    base = read_record(target.denoiser).get("base_model")
     if base is None:
         raise InputError("psnr, ssim, cosine and layers compare a quantized pipeline with its float model; give float_pipeline")
     try:
-        return open_pipeline(base, device=str(denoiser.device))
+        return open_pipeline(base, device=str(target.denoiser.device))
     except DmquantError as error:
-        raise type(error)(f"the float model recorded in {name_model(pipeline)}, {base!r}, cannot be opened: {error}") from error
+        recorded = f"recorded in {name_model(target.pipeline)}, {base!r}, "
+        raise type(error)(f"the float model {recorded}cannot be opened: {error}") from error
 
 
 def draw_twins(pipeline: DiffusionPipeline, scheduler: SchedulerMixin, course: Course) -> Tensor:
@@ -237,33 +238,33 @@ class Watch:
             raise DmquantError(f"{self._flat} of the first {self.seen} images have one colour only; the denoiser has diverged")
 
 
-def compare_answers(pipeline: DiffusionPipeline, base: DiffusionPipeline, course: Course) -> dict[str, dict[str, float]]:
+def compare_answers(target: Target, base: Target, course: Course) -> dict[str, dict[str, float]]:
     """The cosine to the float denoiser's answers by timestep, by the sampler of the model under test."""
     seeds = course.first(MAX_WITNESSED)
-    with keep_scheduler(base):
-        base.scheduler = clip_like(pipeline.scheduler, base.scheduler)
-        found = output_cosine.measure_agreement(pipeline, base, seeds, **course.how) if distributed.is_first() else {}
+    with keep_scheduler(base.pipeline):
+        base.pipeline.scheduler = clip_like(target.pipeline.scheduler, base.pipeline.scheduler)
+        found = output_cosine.measure_agreement(target, base, seeds, **course.how) if distributed.is_first() else {}
     return distributed.share({output_cosine.NAME: {f"{timestep:g}": value for timestep, value in found.items()}})
 
 
-def profile_layers(pipeline: DiffusionPipeline, base: DiffusionPipeline, course: Course) -> tuple[LayerProfile, ...]:
+def profile_layers(target: Target, base: Target, course: Course) -> tuple[LayerProfile, ...]:
     """The layers' errors and ranges along the float model's trajectories, by the sampler of the model under test."""
     seeds = course.first(MAX_PROFILED)
-    with keep_scheduler(base):
-        base.scheduler = clip_like(pipeline.scheduler, base.scheduler)
-        found = layer_sqnr.measure_layers(pipeline, base, seeds, **course.how) if distributed.is_first() else ()
+    with keep_scheduler(base.pipeline):
+        base.pipeline.scheduler = clip_like(target.pipeline.scheduler, base.pipeline.scheduler)
+        found = layer_sqnr.measure_layers(target, base, seeds, **course.how) if distributed.is_first() else ()
     return distributed.share(found)
 
 
 def write_report(
-    pipeline: DiffusionPipeline, cost: Cost, outcome: Outcome, curves: dict[str, dict[str, float]],
+    target: Target, cost: Cost, outcome: Outcome, curves: dict[str, dict[str, float]],
     layers: tuple[LayerProfile, ...], protocol: Protocol,
 ) -> Report:
     """Everything that was measured, with what a reader needs to compare it."""
     means = {name: sum(curve.values()) / len(curve) for name, curve in curves.items()}
-    name, denoiser = find_denoiser(pipeline)
-    record, model = read_record(denoiser) or other_tools.describe(denoiser), name_model(pipeline)
-    size_bytes = measure_size(denoiser, Path(model) / name, cost) if record else cost.float_size_bytes
+    denoiser, model = target.denoiser, name_model(target.pipeline)
+    record = read_record(denoiser) or other_tools.describe(denoiser)
+    size_bytes = measure_size(denoiser, Path(model) / target.name, cost) if record else cost.float_size_bytes
     return Report(
         model=model, method=record.get("method", FLOAT_METHOD), settings=record.get("settings", {}),
         weight_bits=record.get("weight_bits", FLOAT_BITS), act_bits=record.get("act_bits", FLOAT_BITS),

@@ -29,7 +29,7 @@ from torch.nn import Module
 from dmquant import __version__, diffusion, kernels, nn, quantizers
 from dmquant.diffusion.conditioning import Conditioning, complete
 from dmquant.diffusion.other_tools import stored_tensors
-from dmquant.diffusion.pipeline import find_denoiser
+from dmquant.diffusion.pipeline import Target, find_target
 from dmquant.diffusion.sampling import generate
 from dmquant.kernels.registry import choice
 
@@ -55,15 +55,15 @@ class Gallery:
     def __init__(
         self, pipeline: DiffusionPipeline, *, steps: int, conditioning: Conditioning = Conditioning(), folder: Path | None = None
     ):
-        self._pipeline, self._steps, self._conditioning = pipeline, steps, complete(pipeline, conditioning)
-        self._folder = folder and folder / name_folder(pipeline, steps, self._conditioning)
+        self._target, self._steps, self._conditioning = find_target(pipeline), steps, complete(pipeline, conditioning)
+        self._folder = folder and folder / name_folder(self._target, steps, self._conditioning)
 
     def draw(self, seeds: Sequence[int]) -> Drawn:
         """The images of seeds that follow each other, as one batch."""
         file = self._name(seeds)
         drawn = read(file, len(seeds)) if file and file.is_file() else None
         if drawn is None:
-            drawn = draw(self._pipeline, seeds, self._steps, self._conditioning)
+            drawn = draw(self._target, seeds, self._steps, self._conditioning)
             if file:
                 self._keep(drawn, file)
         return drawn
@@ -90,19 +90,19 @@ def default_folder() -> Path:
     return Path(named) if named else Path(constants.HF_ASSETS_CACHE).expanduser() / "dmquant" / "default" / IMAGES
 
 
-def draw(pipeline: DiffusionPipeline, seeds: Sequence[int], steps: int, conditioning: Conditioning) -> Drawn:
-    device = find_denoiser(pipeline)[1].device
+def draw(target: Target, seeds: Sequence[int], steps: int, conditioning: Conditioning) -> Drawn:
+    device = target.denoiser.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     started = time.perf_counter()
-    images = torch.cat(list(generate(pipeline, seeds, steps=steps, batch=len(seeds), conditioning=conditioning)))
+    images = torch.cat(list(generate(target.pipeline, seeds, steps=steps, batch=len(seeds), conditioning=conditioning)))
     seconds = time.perf_counter() - started
     return Drawn(images, seconds, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0)
 
 
-def name_folder(pipeline: DiffusionPipeline, steps: int, conditioning: Conditioning = Conditioning()) -> str:
+def name_folder(target: Target, steps: int, conditioning: Conditioning = Conditioning()) -> str:
     """A hash of everything that decides which image a seed becomes."""
-    denoiser = find_denoiser(pipeline)[1]
+    pipeline, denoiser = target.pipeline, target.denoiser
     asked = {"kind": conditioning.kind, "entries": conditioning.sha256, "guidance": conditioning.guidance}
     facts = {
         "pipeline": hash_pipeline(pipeline), "steps": steps, "device": denoiser.device.type, "dtype": str(denoiser.dtype),

@@ -20,7 +20,7 @@ from diffusers import DiffusionPipeline
 from dmquant import methods
 from dmquant.checkpoint import atomic_folder, serialization
 from dmquant.diffusion.conditioning import Conditioning, complete
-from dmquant.diffusion.pipeline import find_denoiser, is_quantized
+from dmquant.diffusion.pipeline import find_target, is_quantized
 from dmquant.diffusion.prompts import read_prompts
 from dmquant.diffusion.trajectories import Samples, record
 from dmquant.errors import DmquantError, InputError, Interrupted
@@ -222,7 +222,7 @@ def run_experiment(experiment: Experiment, bench: Bench) -> Report:
             how = {"seed": experiment.seed, "conditioning": asked, "samples": samples, "run": run, "track": bench.track}
             quantized = quantize(pipeline, method, **how)
             serialization.save(quantized, folder)
-            find_denoiser(quantized)[1].dmquant_effort.save(folder)
+            find_target(quantized).denoiser.dmquant_effort.save(folder)
     report = _find_report(folder, bench.plan, bench.plan.metrics)
     if report is not None and (report.layers or LAYERS not in bench.plan.metrics):
         return report

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, SchedulerMixin
+from diffusers import AutoencoderKL, DDPMScheduler, SchedulerMixin
 from torch import Tensor, nn
 
 from dmquant.diffusion.image_files import list_images, load_images
-from dmquant.diffusion.pipeline import find_denoiser
+from dmquant.diffusion.pipeline import Target
 from dmquant.diffusion.sampling import convert_scheduler
 from dmquant.errors import InputError
 
@@ -51,9 +51,9 @@ class Denoising:
         return (distribution.mean + distribution.std * noise).float() * self.vae.config.scaling_factor
 
 
-def open_denoising(pipeline: DiffusionPipeline, data: str | Path) -> Denoising:
+def open_denoising(target: Target, data: str | Path) -> Denoising:
     """The objective over a folder or zip of images, brought to the pipeline's size. Unconditional pipelines only."""
-    denoiser = find_denoiser(pipeline)[1]
+    pipeline, denoiser = target.pipeline, target.denoiser
     asked = CONDITIONS & set(inspect.signature(pipeline.__call__).parameters)
     if asked or getattr(denoiser, "class_embedding", None) is not None:
         raise InputError("training on images needs an unconditional pipeline; leave --data out to follow the teacher instead")

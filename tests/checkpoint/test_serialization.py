@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dmquant.checkpoint import atomic_folder, serialization
+from dmquant.diffusion.pipeline import find_target
 from dmquant.errors import DamagedFile, DmquantError, InputError, MissingResource
 from dmquant.nn import cuda_graph
 from dmquant.nn.convert import packed_layers
@@ -173,7 +174,7 @@ def test_other_components_come_along_as_they_are(tmp_path):
     loaded = serialization.load(folder)
     assert all(torch.equal(loaded.vae.state_dict()[name], tensor) for name, tensor in vae.state_dict().items())
     arguments = {"num_inference_steps": 2, "output_type": "np", "class_labels": [1, 2]}
-    twins = (loaded, serialization.pack(pipeline))
+    twins = (loaded, serialization.pack(find_target(pipeline)).pipeline)
     first, second = (twin(generator=torch.Generator().manual_seed(0), **arguments).images for twin in twins)
     assert (first == second).all()
     name = "vae/diffusion_pytorch_model.safetensors"
@@ -186,7 +187,7 @@ def test_other_components_come_along_as_they_are(tmp_path):
 
 
 def test_a_packed_pipeline_runs_without_being_saved(pipeline):
-    packed = serialization.pack(pipeline)
+    packed = serialization.pack(find_target(pipeline)).pipeline
     assert torch.equal(run(packed), run(pipeline)) and packed.scheduler is pipeline.scheduler
     with pytest.raises(ValueError, match="dtype"):
         packed.unet.to(torch.bfloat16)

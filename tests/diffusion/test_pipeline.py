@@ -23,7 +23,7 @@ from torch import nn
 
 from dmquant.diffusion import pipeline as denoiser
 from dmquant.diffusion.layer_roles import Role, find_roles, is_layer
-from dmquant.diffusion.pipeline import find_denoiser, is_quantized, locate, open_pipeline, place
+from dmquant.diffusion.pipeline import Target, find_target, is_quantized, locate, open_pipeline, place
 from dmquant.errors import DamagedFile, DmquantError, InputError, MissingResource
 from tests.conftest import TINY_UNET
 
@@ -305,7 +305,7 @@ def test_the_denoiser_is_found_by_component_name():
     network = nn.Sequential(nn.Linear(2, 2))
     pipeline = Bare()
     pipeline.__class__ = type("Named", (DiffusionPipeline,), {"components": {"vae": nn.Conv2d(1, 1, 1), "transformer": network}})
-    assert find_denoiser(pipeline) == ("transformer", network)
+    assert find_target(pipeline) == Target(pipeline, "transformer", network)
 
 
 @pytest.mark.parametrize("part", [None, nn.Sequential(nn.GroupNorm(1, 1))])
@@ -313,7 +313,7 @@ def test_a_pipeline_without_a_denoiser_says_what_was_found(part):
     pipeline = Bare()
     pipeline.__class__ = type("Odd", (DiffusionPipeline,), {"components": {"unet": part, "vae": nn.Conv2d(1, 1, 1)}})
     with pytest.raises(DmquantError, match="Odd has no denoiser.*looked for unet.*found.*vae \\(Conv2d\\)"):
-        find_denoiser(pipeline)
+        find_target(pipeline)
 
 
 # Layers, roles, blocks

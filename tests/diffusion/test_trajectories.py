@@ -6,7 +6,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTPipeline, 
 from torch import nn
 
 from dmquant.diffusion.conditioning import Conditioning
-from dmquant.diffusion.pipeline import find_denoiser, open_pipeline
+from dmquant.diffusion.pipeline import find_target, open_pipeline
 from dmquant.diffusion.sampling import generate, set_sampler
 from dmquant.diffusion.trajectories import Recorder, Samples, record, recording_seeds, stepping
 from dmquant.errors import InputError
@@ -23,7 +23,7 @@ def test_replaying_a_recording_gives_the_teachers_answers(pipeline):
     samples = record(pipeline, 3, steps=4, seed=0)
     assert len(samples) == 12 and samples.timestep.tolist() == [750] * 3 + [500] * 3 + [250] * 3 + [0] * 3
     with torch.no_grad():
-        answer = samples.call(find_denoiser(pipeline)[1])
+        answer = samples.call(find_target(pipeline).denoiser)
     assert torch.allclose(answer, samples.target, atol=1e-5)
 
 
@@ -46,7 +46,7 @@ def test_recorded_noise_is_not_the_noise_of_the_seeds_that_people_evaluate(pipel
 
 
 def test_recording_leaves_no_hook_behind_even_when_interrupted(pipeline):
-    denoiser = find_denoiser(pipeline)[1]
+    denoiser = find_target(pipeline).denoiser
 
     def stop(work, label):
         yield next(iter(work))
@@ -137,7 +137,7 @@ def test_a_sampler_that_reuses_its_tensors_does_not_change_the_recording():
 
 def test_a_teacher_with_dropout_is_recorded_without_and_left_in_its_mode(tiny_folder):
     pipeline = open_pipeline(tiny_folder)
-    denoiser = find_denoiser(pipeline)[1]
+    denoiser = find_target(pipeline).denoiser
     for block in denoiser.mid_block.resnets:
         block.dropout.p = 0.5
     denoiser.train()

@@ -7,7 +7,7 @@ from diffusers import AutoencoderKL, DDIMPipeline, DDIMScheduler, DiTPipeline, D
 from PIL import Image
 
 from dmquant.checkpoint import serialization
-from dmquant.diffusion.pipeline import find_denoiser, open_pipeline
+from dmquant.diffusion.pipeline import find_target, open_pipeline
 from dmquant.diffusion.sampling import generate
 from dmquant.errors import DmquantError, InputError
 from dmquant.evaluation import evaluator, image_cache
@@ -214,8 +214,8 @@ def test_the_size_of_latent_models_counts_their_decoder():
     )
     vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 2,
                         up_block_types=("UpDecoderBlock2D",) * 2)
-    assert find_image_size(DiTPipeline(transformer, vae, DDIMScheduler())) == 16
-    assert find_image_size(make_pipeline()) == 32
+    assert find_image_size(find_target(DiTPipeline(transformer, vae, DDIMScheduler()))) == 16
+    assert find_image_size(find_target(make_pipeline())) == 32
 
 
 def test_every_call_may_be_tracked(pipeline, images):
@@ -227,7 +227,7 @@ def test_every_call_may_be_tracked(pipeline, images):
 
     evaluate(pipeline, metrics=["fid", "psnr"], reference=images, float_pipeline=pipeline, track=track, **QUICK)
     assert labels == [f"reference {images.name}", "sampling", "sampling"]
-    assert find_denoiser(pipeline)[1] is pipeline.unet
+    assert find_target(pipeline).denoiser is pipeline.unet
 
 
 def test_all_metrics_come_from_one_pass_and_each_is_what_it_is_alone(pipeline, images):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dmquant.diffusion.conditioning import Conditioning
-from dmquant.diffusion.pipeline import open_pipeline
+from dmquant.diffusion.pipeline import find_target, open_pipeline
 from dmquant.diffusion.sampling import set_sampler
 from dmquant.evaluation import image_cache
 from dmquant.evaluation.image_cache import Drawn, Gallery, default_folder, hash_pipeline, name_folder
@@ -53,17 +53,17 @@ def test_without_a_folder_nothing_is_kept(pipeline, drawing, tmp_path, monkeypat
 
 def test_whatever_changes_the_images_changes_the_folder(pipeline, tiny_folder, monkeypatch):
     monkeypatch.delenv("DMQUANT_KERNELS", raising=False)
-    names = [name_folder(pipeline, 2), name_folder(pipeline, 3)]
+    names = [name_folder(find_target(pipeline), 2), name_folder(find_target(pipeline), 3)]
     set_sampler(pipeline, "dpm++")
-    names.append(name_folder(pipeline, 2))
+    names.append(name_folder(find_target(pipeline), 2))
     with torch.no_grad():
         pipeline.unet.conv_out.bias[0] += 1e-6
-    names.append(name_folder(pipeline, 2))
-    names.append(name_folder(open_pipeline(tiny_folder).to(torch.bfloat16), 2))
+    names.append(name_folder(find_target(pipeline), 2))
+    names.append(name_folder(find_target(open_pipeline(tiny_folder).to(torch.bfloat16)), 2))
     monkeypatch.setenv("DMQUANT_KERNELS", "torch")
-    names.append(name_folder(pipeline, 2))
+    names.append(name_folder(find_target(pipeline), 2))
     monkeypatch.setattr(image_cache, "hash_sources", lambda: "edited")
-    names.append(name_folder(pipeline, 2))
+    names.append(name_folder(find_target(pipeline), 2))
     assert len(set(names)) == 7
 
 

@@ -7,7 +7,7 @@ import torch
 
 from dmquant import methods
 from dmquant.checkpoint import serialization
-from dmquant.diffusion.pipeline import find_denoiser
+from dmquant.diffusion.pipeline import find_target
 from dmquant.errors import InputError
 from dmquant.evaluation.cost import measure_cost
 from dmquant.methods.base import Method
@@ -66,7 +66,7 @@ def test_bad_settings_are_refused_by_name(cls, settings, message):
 
 
 def test_preparing_looks_at_shapes_only_and_so_runs_on_meta(cls, pipeline, samples):
-    denoiser = find_denoiser(pipeline)[1]
+    denoiser = find_target(pipeline).denoiser
     empty, real = copy.deepcopy(denoiser).to("meta"), copy.deepcopy(denoiser)
     for student in (empty, real):
         cls().prepare(student, Clock(samples.timestep.unique()))
@@ -77,10 +77,10 @@ def test_preparing_looks_at_shapes_only_and_so_runs_on_meta(cls, pipeline, sampl
 @pytest.mark.parametrize("attention_bits", [32, 8])
 def test_what_a_plan_counts_is_what_is_written_to_the_byte(cls, pipeline, samples, attention_bits, tmp_path):
     method = cls.parse({**QUICK, "act_bits": 4, "attention_bits": attention_bits})
-    planned = measure_cost(find_denoiser(pipeline)[1], layout=lay_out(pipeline, method))
+    planned = measure_cost(find_target(pipeline).denoiser, layout=lay_out(pipeline, method))
     folder = serialization.save(quantize(pipeline, method, samples=samples), tmp_path / "out")
     assert planned.size_bytes == (folder / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
-    assert planned == measure_cost(find_denoiser(serialization.load(folder))[1])
+    assert planned == measure_cost(find_target(serialization.load(folder)).denoiser)
 
 
 def test_the_law_holds_for_every_quantizer_of_a_finished_run(student):
@@ -90,7 +90,7 @@ def test_the_law_holds_for_every_quantizer_of_a_finished_run(student):
 
 
 def test_a_run_tracks_each_stage_leaves_the_teacher_alone_and_repeats_itself_with_a_recording_of_its_own(cls, pipeline, student):
-    teacher, labels = find_denoiser(pipeline)[1], []
+    teacher, labels = find_target(pipeline).denoiser, []
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
 
     def note(work, label):

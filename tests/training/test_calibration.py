@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dmquant.diffusion.pipeline import find_denoiser, open_pipeline
+from dmquant.diffusion.pipeline import find_target, open_pipeline
 from dmquant.diffusion.trajectories import record
 from dmquant.methods.lsq.method import LSQ
 from dmquant.nn.fake_quant_layers import bypassed, quantized_layers
@@ -21,7 +21,7 @@ def samples(tiny_folder):
 
 @pytest.fixture
 def student(tiny_folder, samples):
-    student = copy.deepcopy(find_denoiser(open_pipeline(tiny_folder))[1])
+    student = copy.deepcopy(find_target(open_pipeline(tiny_folder)).denoiser)
     LSQ(weight_bits=2, act_bits=4, first_grid="static").prepare(student, Clock(torch.tensor([0.0])))
     observe_weights(student)
     observe_inputs(student, samples, batch=5)

@@ -3,7 +3,7 @@ import torch
 from diffusers import DDIMScheduler, DiTPipeline
 from PIL import Image
 
-from dmquant.diffusion.pipeline import find_denoiser, open_pipeline
+from dmquant.diffusion.pipeline import find_target, open_pipeline
 from dmquant.errors import InputError
 from dmquant.training.denoising_loss import open_denoising
 
@@ -34,14 +34,14 @@ class Oracle(torch.nn.Module):
 
 def test_a_denoiser_that_names_the_noise_has_no_loss(tmp_path, tiny_folder):
     Image.new("RGB", (8, 8), (90, 20, 200)).save(tmp_path / "one.png")
-    objective = open_denoising(open_pipeline(tiny_folder), tmp_path)
+    objective = open_denoising(find_target(open_pipeline(tiny_folder)), tmp_path)
     clean = objective.images[:1].float() / 127.5 - 1
     assert draw(objective, Oracle(clean, objective.scheduler)) < 1e-6
 
 
 def test_images_are_brought_to_the_pipelines_size_and_draws_follow_the_generator(images, tiny_folder):
     pipeline = open_pipeline(tiny_folder)
-    objective, denoiser = open_denoising(pipeline, images), find_denoiser(pipeline)[1]
+    objective, denoiser = open_denoising(find_target(pipeline), images), find_target(pipeline).denoiser
     assert objective.images.shape == (4, 3, 8, 8)
     assert draw(objective, denoiser) == draw(objective, denoiser) != draw(objective, denoiser, seed=1)
 
@@ -50,8 +50,8 @@ def test_images_are_brought_to_the_pipelines_size_and_draws_follow_the_generator
 def test_other_prediction_types_have_their_own_target(images, tiny_folder, prediction_type):
     pipeline = open_pipeline(tiny_folder)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, prediction_type=prediction_type)
-    objective = open_denoising(pipeline, images)
-    assert torch.isfinite(draw(objective, find_denoiser(pipeline)[1]))
+    objective = open_denoising(find_target(pipeline), images)
+    assert torch.isfinite(draw(objective, find_target(pipeline).denoiser))
 
 
 def test_conditional_pipelines_are_refused_with_the_way_out(images):
@@ -60,4 +60,4 @@ def test_conditional_pipelines_are_refused_with_the_way_out(images):
     transformer = DiTTransformer2DModel(num_layers=1, num_attention_heads=2, attention_head_dim=8, sample_size=8)
     pipeline = DiTPipeline(transformer, None, DDIMScheduler())
     with pytest.raises(InputError, match="leave --data out"):
-        open_denoising(pipeline, images)
+        open_denoising(find_target(pipeline), images)

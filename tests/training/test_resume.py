@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from dmquant.checkpoint import atomic_folder
-from dmquant.diffusion.pipeline import find_denoiser, open_pipeline
+from dmquant.diffusion.pipeline import find_target, open_pipeline
 from dmquant.errors import DamagedFile, DmquantError, InputError, Interrupted
 from dmquant.nn.fake_quant_layers import swap
 from dmquant.quantization import quantize
@@ -53,7 +53,7 @@ def folder(stopped, tmp_path):
 
 
 def weights(pipeline):
-    return find_denoiser(pipeline)[1].state_dict()
+    return find_target(pipeline).denoiser.state_dict()
 
 
 def assert_equal(ours, theirs):

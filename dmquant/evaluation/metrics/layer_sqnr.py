@@ -20,12 +20,11 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from dmquant.diffusion.conditioning import Conditioning
 from dmquant.diffusion.layer_roles import find_roles, named_layers
-from dmquant.diffusion.pipeline import find_denoiser
+from dmquant.diffusion.pipeline import Target
 from dmquant.diffusion.sampling import generate
 from dmquant.evaluation.reports.report import LayerProfile, Range
 from dmquant.nn.convert import layer_bits
@@ -41,14 +40,14 @@ DIGITS = 4  # of a range in the report
 
 @torch.no_grad()
 def measure_layers(
-    pipeline: DiffusionPipeline, float_pipeline: DiffusionPipeline, seeds: Sequence[int], *, steps: int, batch: int,
+    target: Target, base: Target, seeds: Sequence[int], *, steps: int, batch: int,
     conditioning: Conditioning = Conditioning(), track: Track = plain,
 ) -> tuple[LayerProfile, ...]:
     """Every layer that the float denoiser runs, in that order, over the trajectories of the seeds."""
-    probe = Probe(find_denoiser(float_pipeline)[1], find_denoiser(pipeline)[1])
+    probe = Probe(base.denoiser, target.denoiser)
     with probe.listening():
         how = {"steps": steps, "batch": min(batch, MAX_BATCH), "conditioning": conditioning, "track": track}
-        for _ in generate(float_pipeline, seeds, **how):
+        for _ in generate(base.pipeline, seeds, **how):
             pass  # the probe listens
     return probe.describe()
 

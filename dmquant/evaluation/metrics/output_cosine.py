@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from dmquant.diffusion.conditioning import Conditioning
-from dmquant.diffusion.pipeline import find_denoiser
+from dmquant.diffusion.pipeline import Target
 from dmquant.diffusion.sampling import generate
 from dmquant.progress import Track, plain
 from dmquant.quantizers.timestep_clock import find_timestep_name
@@ -24,14 +23,14 @@ NAME = "cosine"
 
 @torch.no_grad()
 def measure_agreement(
-    pipeline: DiffusionPipeline, float_pipeline: DiffusionPipeline, seeds: Sequence[int], *, steps: int, batch: int,
+    target: Target, base: Target, seeds: Sequence[int], *, steps: int, batch: int,
     conditioning: Conditioning = Conditioning(), track: Track = plain,
 ) -> dict[float, float]:
     """Timestep -> cosine between the two denoisers' answers, mean over the trajectories of the seeds, latest noise first."""
-    witness = Witness(find_denoiser(pipeline)[1])
-    hook = find_denoiser(float_pipeline)[1].register_forward_hook(witness.note, with_kwargs=True)
+    witness = Witness(target.denoiser)
+    hook = base.denoiser.register_forward_hook(witness.note, with_kwargs=True)
     try:
-        for _ in generate(float_pipeline, seeds, steps=steps, batch=batch, conditioning=conditioning, track=track):
+        for _ in generate(base.pipeline, seeds, steps=steps, batch=batch, conditioning=conditioning, track=track):
             pass  # the hook listens
     finally:
         hook.remove()

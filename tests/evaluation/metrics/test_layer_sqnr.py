@@ -10,7 +10,7 @@ import torch
 
 from dmquant.checkpoint import serialization
 from dmquant.diffusion.layer_roles import named_layers
-from dmquant.diffusion.pipeline import open_pipeline
+from dmquant.diffusion.pipeline import find_target, open_pipeline
 from dmquant.diffusion.sampling import generate
 from dmquant.evaluation.metrics import layer_sqnr
 from dmquant.evaluation.metrics.layer_sqnr import measure_layers, measure_range, merge, to_db
@@ -35,7 +35,7 @@ def packed(tiny_folder, tmp_path_factory):
 
 
 def measure(other, base, seeds=range(3)):
-    return {layer.name: layer for layer in measure_layers(other, base, seeds, **HOW)}
+    return {layer.name: layer for layer in measure_layers(find_target(other), find_target(base), seeds, **HOW)}
 
 
 def record(pipeline, seeds, batch):
@@ -143,7 +143,7 @@ def test_images_are_profiled_alike_in_any_batch(pipeline):
     other = copy.deepcopy(pipeline)
     with torch.no_grad():
         other.unet.conv_in.weight.mul_(1.1)
-    one, many = (measure_layers(other, pipeline, range(3), steps=2, batch=batch) for batch in (1, 50))
+    one, many = (measure_layers(find_target(other), find_target(pipeline), range(3), steps=2, batch=batch) for batch in (1, 50))
     for first, second in zip(one, many, strict=True):
         assert (first.total_db or 0) == pytest.approx(second.total_db or 0, abs=0.02)
         assert [r[0] for r in first.ranges.values()] == pytest.approx([r[0] for r in second.ranges.values()], rel=1e-3)

@@ -5,7 +5,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 from torch import nn
 
-from dmquant.diffusion.pipeline import find_denoiser, open_pipeline
+from dmquant.diffusion.pipeline import find_target, open_pipeline
 from dmquant.methods.binarydm.basis_schedule import Evolution, WarmUp, group_layers
 from dmquant.methods.binarydm.evolvable_basis import EvolvableBasis
 from dmquant.methods.binarydm.method import BinaryDM
@@ -32,7 +32,7 @@ def run(objective, student, steps):
 
 @pytest.fixture
 def student(tiny_folder):
-    student = copy.deepcopy(find_denoiser(open_pipeline(tiny_folder))[1])
+    student = copy.deepcopy(find_target(open_pipeline(tiny_folder)).denoiser)
     BinaryDM().prepare(student, Clock(torch.tensor([0.0])))
     return student
 

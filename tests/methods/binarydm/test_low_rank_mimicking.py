@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dmquant.diffusion.blocks import find_blocks
-from dmquant.diffusion.pipeline import find_denoiser
+from dmquant.diffusion.pipeline import find_target
 from dmquant.methods.binarydm.low_rank_mimicking import Mimicking, Subspaces, find_subspaces, flatten, principal_directions, watch
 from dmquant.training.objectives import Distillation
 
@@ -36,7 +36,7 @@ def test_the_distance_is_the_mean_over_blocks_of_the_mean_square_in_the_subspace
 
 
 def mimicking(pipeline, samples, weight):
-    teacher = find_denoiser(pipeline)[1]
+    teacher = find_target(pipeline).denoiser
     student, blocks = copy.deepcopy(teacher), find_blocks(teacher)
     with torch.no_grad():
         for parameter in student.parameters():
@@ -52,7 +52,7 @@ def loss(objective, student):
 
 
 def test_subspaces_have_a_quarter_of_the_channels_of_every_block(pipeline, samples):
-    teacher = find_denoiser(pipeline)[1]
+    teacher = find_target(pipeline).denoiser
     blocks = find_blocks(teacher)
     subspaces = find_subspaces(teacher, blocks, samples, compression=4, batch=5)
     with watch(teacher, blocks) as features, torch.no_grad():
@@ -70,7 +70,7 @@ def test_the_loss_is_that_of_the_objective_plus_the_weighted_distance_on_the_sam
         losses.append(loss(objective, student).item())
     assert losses[1] > losses[0]
     assert losses[2] - losses[1] == pytest.approx(losses[1] - losses[0], rel=1e-4)
-    teacher = find_denoiser(pipeline)[1]
+    teacher = find_target(pipeline).denoiser
     _, itself = mimicking(pipeline, samples, 1)
     itself._student = teacher
     assert loss(itself, teacher).item() < 1e-10  # the teacher is at no distance from itself
@@ -80,7 +80,7 @@ def test_gradients_reach_the_student_and_never_the_teacher(pipeline, samples):
     student, objective = mimicking(pipeline, samples, 1)
     loss(objective, student).backward()
     assert student.conv_in.weight.grad.abs().sum() > 0
-    assert all(parameter.grad is None for parameter in find_denoiser(pipeline)[1].parameters())
+    assert all(parameter.grad is None for parameter in find_target(pipeline).denoiser.parameters())
 
 
 def test_the_bases_of_an_interrupted_run_come_back(pipeline, samples):

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from dmquant.diffusion.pipeline import find_denoiser
+from dmquant.diffusion.pipeline import find_target
 from dmquant.errors import Interrupted
 from dmquant.methods.dilatequant.activation_cache import Shelf
 from dmquant.methods.dilatequant.block_reconstruction import Memory
@@ -24,7 +24,7 @@ def student(pipeline, samples):
 
 
 def remember(student, pipeline, samples, folder, index, cache_bytes=1 << 30):
-    teacher, block = find_denoiser(pipeline)[1], find_links(student, samples)[index]
+    teacher, block = find_target(pipeline).denoiser, find_links(student, samples)[index]
     link = Link(student, block, samples)
     memory = Memory(
         student, teacher, block, link, samples, torch.arange(len(samples)).float(), shelf=Shelf(folder, 0),

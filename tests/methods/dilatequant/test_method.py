@@ -10,7 +10,7 @@ import dmquant
 from dmquant.checkpoint import serialization
 from dmquant.cli import app
 from dmquant.diffusion.layer_roles import Role, find_roles
-from dmquant.diffusion.pipeline import find_denoiser, with_denoiser
+from dmquant.diffusion.pipeline import find_target
 from dmquant.errors import DamagedFile, InputError
 from dmquant.methods.dilatequant.method import DilateQuant
 from dmquant.methods.dilatequant.weight_dilation import find_factors
@@ -27,7 +27,7 @@ QUICK = dict(trajectories=4, sampling_steps=3, calibration_samples=12, max_steps
 
 
 def prepared(pipeline, **settings):
-    student = copy.deepcopy(find_denoiser(pipeline)[1])
+    student = copy.deepcopy(find_target(pipeline).denoiser)
     DilateQuant(**{**QUICK, **settings}).prepare(student, Clock(torch.tensor([666.0, 333.0, 0.0])))
     return student
 
@@ -55,7 +55,7 @@ def test_each_part_can_be_left_out(pipeline):
 @pytest.mark.parametrize("dilation", ["weights", "smooth"])
 def test_factors_are_those_of_the_teachers_weights(pipeline, samples, dilation):
     student = make_student(pipeline, DilateQuant(**{**QUICK, "max_steps": 0}, dilation=dilation, fold=False), samples=samples)
-    teacher, dilated = find_denoiser(pipeline)[1], 0
+    teacher, dilated = find_target(pipeline).denoiser, 0
     for name, layer in quantized_layers(student).items():
         factor, limit = layer.weight_quantizer.factor, find_factors(teacher.get_submodule(name).weight)
         assert (factor >= 1).all() and (factor <= limit).all()
@@ -67,7 +67,7 @@ def test_factors_are_those_of_the_teachers_weights(pipeline, samples, dilation):
 
 def test_a_plan_says_how_many_channels_of_each_layer_are_dilated(pipeline, samples):
     method = DilateQuant(**{**QUICK, "max_steps": 0}, keep=(Role.ATTENTION,), fold=False)
-    student, teacher = make_student(pipeline, method, samples=samples), find_denoiser(pipeline)[1]
+    student, teacher = make_student(pipeline, method, samples=samples), find_target(pipeline).denoiser
     notes = DilateQuant(keep=(Role.ATTENTION,)).notes(teacher)
     assert notes.keys() == quantized_layers(student).keys()
     for name, layer in quantized_layers(student).items():
@@ -109,8 +109,8 @@ def test_a_second_part_that_begins_behind_the_input_is_refused(pipeline, samples
 def test_what_a_file_gives_back_computes_what_was_trained(pipeline, samples, bits, split, tmp_path):
     settings = dict(weight_bits=bits, act_bits=bits, attention_bits=8, split=split)
     student = make_student(pipeline, DilateQuant(**{**QUICK, **settings}), samples=samples)
-    dmquant.save(with_denoiser(pipeline, "unet", student), tmp_path / "out")
-    again = find_denoiser(dmquant.load(tmp_path / "out"))[1]
+    dmquant.save(find_target(pipeline).with_denoiser(student).pipeline, tmp_path / "out")
+    again = find_target(dmquant.load(tmp_path / "out")).denoiser
     part = samples[torch.tensor([0, 5, 11, 7])]
     with torch.no_grad():
         assert torch.equal(part.call(again), part.call(student))
@@ -128,15 +128,15 @@ def test_attention_has_a_grid_per_head_where_it_is_asked_for(pipeline, samples, 
     assert len(heads) == 8 and all(len(module.parts) == 2 for module in heads)
     assert all(isinstance(part, TemporalStep) and part.clock is student.clock for module in heads for part in module.parts)
     assert all(not torch.equal(*(part.log_scale for part in module.parts)) for module in heads)
-    dmquant.save(with_denoiser(pipeline, "unet", student), tmp_path / "out")
-    again = find_denoiser(dmquant.load(tmp_path / "out"))[1]
+    dmquant.save(find_target(pipeline).with_denoiser(student).pipeline, tmp_path / "out")
+    again = find_target(dmquant.load(tmp_path / "out")).denoiser
     assert read_layout(again).attention_kinds == (TEMPORAL, HEADS)
     with torch.no_grad():
         assert torch.equal(samples.call(again), samples.call(student))
 
 
 def test_kernels_multiply_what_was_divided_and_what_has_two_parts(pipeline, samples, monkeypatch):
-    denoiser = find_denoiser(quantize(pipeline, "dilatequant", samples=samples, **QUICK, split="all"))[1]
+    denoiser = find_target(quantize(pipeline, "dilatequant", samples=samples, **QUICK, split="all")).denoiser
     with torch.no_grad():
         expected = samples.call(denoiser)
         monkeypatch.setenv("DMQUANT_KERNELS", "c")
@@ -145,7 +145,7 @@ def test_kernels_multiply_what_was_divided_and_what_has_two_parts(pipeline, samp
 
 def test_a_factor_that_is_not_positive_is_refused(pipeline, samples, tmp_path):
     quantized = quantize(pipeline, "dilatequant", samples=samples, **{**QUICK, "max_steps": 0})
-    layer = next(layer for layer in packed_layers(find_denoiser(quantized)[1]).values() if isinstance(layer.divide, Divide))
+    layer = next(layer for layer in packed_layers(find_target(quantized).denoiser).values() if isinstance(layer.divide, Divide))
     layer.divide.reciprocal[0] = 0
     with pytest.raises(DamagedFile, match="reciprocal that is not positive"):
         dmquant.save(quantized, tmp_path / "out")

@@ -4,7 +4,7 @@ import torch
 from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, UNet2DConditionModel, UNet2DModel
 
 from dmquant.diffusion.example_inputs import example_inputs
-from dmquant.diffusion.pipeline import find_denoiser
+from dmquant.diffusion.pipeline import find_target
 from dmquant.methods.dilatequant.method import DilateQuant
 from dmquant.methods.dilatequant.scale_folding import apply_fold, find_folds, share
 from dmquant.methods.dilatequant.weight_dilation import find_factors
@@ -88,7 +88,7 @@ def test_a_tensor_that_another_layer_reads_as_well_is_not_touched():
 
 
 def test_a_folded_layer_stores_no_reciprocal_and_its_student_is_the_teacher_in_float(pipeline, samples):
-    teacher = find_denoiser(pipeline)[1]
+    teacher = find_target(pipeline).denoiser
     student = make_student(pipeline, DilateQuant(**QUICK, bias_correction=False), samples=samples)
     readers = {reader for fold in find_folds(teacher, find_layers(teacher)) for reader in fold.readers}
     kept = 0

@@ -15,7 +15,7 @@ from dmquant.checkpoint import serialization
 from dmquant.cli import app
 from dmquant.diffusion.conditioning import Conditioning
 from dmquant.diffusion.layer_roles import Role, find_roles
-from dmquant.diffusion.pipeline import find_denoiser
+from dmquant.diffusion.pipeline import find_target
 from dmquant.diffusion.sampling import generate, set_sampler
 from dmquant.diffusion.trajectories import Samples, record
 from dmquant.errors import InputError, Interrupted
@@ -40,7 +40,7 @@ TIMESTEPS = torch.tensor([666.0, 333.0, 0.0])
 
 
 def prepared(pipeline, **settings):
-    student = copy.deepcopy(find_denoiser(pipeline)[1])
+    student = copy.deepcopy(find_target(pipeline).denoiser)
     EfficientDM(**{**QUICK, **settings}).prepare(student, Clock(TIMESTEPS))
     return student
 
@@ -224,9 +224,9 @@ def test_a_pipeline_of_any_bits_saves_and_loads_what_it_computes(pipeline, sampl
     settings = {**QUICK, "weight_bits": weight_bits, "act_bits": act_bits, "policy": policy, "max_steps": 2}
     quantized = quantize(pipeline, "efficientdm", samples=samples, **settings)
     dmquant.save(quantized, tmp_path / "out")
-    loaded = find_denoiser(dmquant.load(tmp_path / "out"))[1]
+    loaded = find_target(dmquant.load(tmp_path / "out")).denoiser
     with torch.no_grad():
-        assert torch.equal(samples.call(loaded), samples.call(find_denoiser(quantized)[1]))
+        assert torch.equal(samples.call(loaded), samples.call(find_target(quantized).denoiser))
     grids = [layer.input for layer in packed_layers(loaded).values() if isinstance(layer.input, TemporalGrid)]
     assert grids and all(grid.scale.shape == (3,) and grid.clock is loaded.clock for grid in grids)
     assert not any("quantizer" in name for name in loaded.state_dict())
@@ -237,7 +237,7 @@ def test_a_pipeline_of_any_bits_saves_and_loads_what_it_computes(pipeline, sampl
 def test_any_sampler_and_step_count_runs_on_grids_of_three_steps(pipeline, samples, lookup, tmp_path):
     dmquant.save(quantize(pipeline, "efficientdm", samples=samples, lookup=lookup, **{**QUICK, "max_steps": 0}), tmp_path / "out")
     loaded = dmquant.load(tmp_path / "out")
-    assert find_denoiser(loaded)[1].clock.lookup == lookup
+    assert find_target(loaded).denoiser.clock.lookup == lookup
     for sampler, steps in (("ddim", 3), ("ddim", 7), ("heun", 4), ("dpm++", 5), ("euler", 3)):
         set_sampler(loaded, sampler)
         assert next(iter(generate(loaded, [0, 1], steps=steps))).shape == (2, 3, 8, 8)
@@ -275,7 +275,7 @@ def test_under_guidance_both_halves_of_a_doubled_batch_have_their_step(tmp_path)
     wanted = Conditioning(class_labels=(0, 5), guidance=4.0)
     quantized = quantize(guided, "efficientdm", conditioning=wanted, **QUICK)
     steps = []
-    transformer = find_denoiser(quantized)[1]
+    transformer = find_target(quantized).denoiser
     layer = next(layer for layer in packed_layers(transformer).values() if isinstance(layer.input, TemporalGrid))
     layer.register_forward_pre_hook(lambda layer, args: steps.append((len(args[0]), transformer.clock.step.tolist())))
     images = next(iter(generate(quantized, [0, 1], steps=3, conditioning=wanted)))

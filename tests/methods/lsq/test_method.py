@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from dmquant.diffusion.layer_roles import Role, find_roles
-from dmquant.diffusion.pipeline import find_denoiser, open_pipeline
+from dmquant.diffusion.pipeline import find_target, open_pipeline
 from dmquant.methods.lsq.method import LSQ
 from dmquant.nn.fake_quant_layers import quantized_layers
 from dmquant.quantizers.binary import Binary
@@ -16,7 +16,7 @@ from dmquant.quantizers.uniform import LearnedStep
 
 @pytest.fixture
 def denoiser(tiny_folder):
-    return find_denoiser(open_pipeline(tiny_folder))[1]
+    return find_target(open_pipeline(tiny_folder)).denoiser
 
 
 def prepared(denoiser, **settings):
