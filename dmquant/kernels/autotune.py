@@ -88,7 +88,7 @@ def _random_bytes(count: int) -> Tensor:
 
 def _reference(format: CodeFormat, x: Tensor, outputs: int, geometry: ConvGeometry) -> Callable[[], Tensor]:
     """Returns a call of what a packed layer does without a kernel: unpack, dequantize, fake-quantize the input, convolve."""
-    shape, bits = (outputs, x.shape[-1], *geometry.kernel), format.bits * format.planes
+    shape, bits = (outputs, x.shape[-1], *geometry.kernel_size), format.bits * format.planes
     planes, one, zero = pack(torch.zeros(shape, dtype=torch.uint8), bits), torch.ones(()), torch.zeros(())
     top, bottom, left, right = geometry.padding
     padded = nn.functional.pad(x.permute(0, 3, 1, 2), (left, right, top, bottom))

@@ -11,20 +11,20 @@ ROW = 32  # pixels of a row of a pointwise layer, whose pixels form no image: th
 class ConvGeometry:
     """Kernel size and stride as (height, width), zero padding as (top, bottom, left, right), all in pixels."""
 
-    kernel: tuple[int, int] = (1, 1)
+    kernel_size: tuple[int, int] = (1, 1)
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int, int, int] = (0, 0, 0, 0)
 
     @property
     def taps(self) -> int:
         """Number of kernel positions K."""
-        return self.kernel[0] * self.kernel[1]
+        return self.kernel_size[0] * self.kernel_size[1]
 
     def output_size(self, height: int, width: int, upsample: int = 1) -> tuple[int, int]:
         """Returns (H', W') for an input of this height and width, enlarged by the factor `upsample` before the convolution."""
         top, bottom, left, right = self.padding
         padded = height * upsample + top + bottom, width * upsample + left + right
-        rows, columns = ((size - kernel) // stride + 1 for size, kernel, stride in zip(padded, self.kernel, self.stride))
+        rows, columns = ((size - kernel) // stride + 1 for size, kernel, stride in zip(padded, self.kernel_size, self.stride))
         return rows, columns
 
 

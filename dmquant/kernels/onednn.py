@@ -52,7 +52,7 @@ def conv(x: Tensor, operands: Operands, geometry: ConvGeometry) -> Tensor:
     codes = codes.to(torch.uint8).contiguous(memory_format=torch.channels_last)
     scale = operands.scale.view(-1) * (0.5 if operands.weight.half_scale else 1)
     grid, place = (float(act_scale), int(act_zero)), (list(geometry.stride), [top, left], [1, 1], 1)
-    packed = prepack(operands.weight.weight, scale, grid, place, geometry.kernel, list(codes.shape))
+    packed = prepack(operands.weight.weight, scale, grid, place, geometry.kernel_size, list(codes.shape))
     no_zeros = torch.zeros(len(scale), dtype=torch.int32)
     out = torch.ops.onednn.qconv_pointwise(
         codes, *grid, packed, scale, no_zeros, operands.bias, *place, 1.0, 0, torch.float32, "none", [], ""

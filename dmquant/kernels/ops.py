@@ -88,7 +88,7 @@ def write_conv(
         address(operands.zero), address(bias), act_scale.data_ptr(), operands.act_zero.data_ptr(),
         *map(address, fused_tensors(fused)), activation, upsample, bias_stride, act_stride, (1 << operands.act_bits) - 1,
         weight.bits, planes, plane_bytes, weight.half_scale, block, images, height, width, channels, outputs, pixel_stride,
-        last_width, *geometry.kernel, *geometry.stride, pad_top, pad_left, out_height, out_width, torch.get_num_threads(),
+        last_width, *geometry.kernel_size, *geometry.stride, pad_top, pad_left, out_height, out_width, torch.get_num_threads(),
         fused.epsilon,
     )  # fmt: skip
     failed = run(params)

@@ -46,7 +46,7 @@ def _integer_sums(a: Tensor, operands: Operands, geometry: ConvGeometry) -> Tens
     planes = []
     for plane in weight.weight:
         level = EXACT.from_blocked(plane, shape, weight.bits).double() * step + minimum - shift
-        planes.append(nn.functional.conv2d(a, level.unflatten(2, geometry.kernel), stride=geometry.stride))
+        planes.append(nn.functional.conv2d(a, level.unflatten(2, geometry.kernel_size), stride=geometry.stride))
     return torch.stack(planes)
 
 

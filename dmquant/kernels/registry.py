@@ -58,8 +58,8 @@ class Kernel:
 
     def supports(self, geometry: ConvGeometry) -> bool:
         """Whether it supports this kernel size and stride."""
-        sizes = [(known.kernel, known.stride) for known in self.geometries]
-        return not sizes or (geometry.kernel, geometry.stride) in sizes
+        sizes = [(known.kernel_size, known.stride) for known in self.geometries]
+        return not sizes or (geometry.kernel_size, geometry.stride) in sizes
 
     @cache  # noqa: B019  kernels are few and live as long as the process
     def block_for(self, channels: int) -> int:

@@ -38,7 +38,7 @@ def conv(x: Tensor, operands: Operands, geometry: ConvGeometry, fused: FusedOps 
         conv_tile[(triton.cdiv(outputs, rows) * triton.cdiv(pixels, columns),)](
             codes, weight.weight, weight.weight_sums, operands.scale, operands.zero, bias, operands.act_scale,
             operands.act_zero, residual, out, pixels, outputs, geometry.taps, channels, codes.shape[3], *codes.shape[1:3],
-            *out.shape[1:3], geometry.kernel[1], *geometry.stride, weight.weight.shape[1],
+            *out.shape[1:3], geometry.kernel_size[1], *geometry.stride, weight.weight.shape[1],
             int(operands.act_scale.numel() > 1), weight.bits, operands.act_bits, len(weight.weight), *flags, rows, columns,
             block, num_warps=8 if (rows, columns) == TILES[0] else 4, num_stages=3,
         )  # fmt: skip
