@@ -1,4 +1,4 @@
-"""Every folder that a version wrote loads forever: tests/golden holds one of each method and version (golden/make.py)."""
+"""Every folder that a version wrote loads forever: tests/golden holds one of each method and version (tests/golden/make.py)."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from dmquant.checkpoint import atomic_folder, serialization
 from dmquant.nn.scheme import KINDS
 from tests.golden import make
 
-SETS = Path(__file__).parent / "golden"
+SETS = Path(__file__).parents[1] / "golden"
 FOLDERS = sorted(file.parent for file in SETS.glob("*/*/model_index.json"))
 pytestmark = pytest.mark.filterwarnings("ignore:sampling at timesteps that were not calibrated")  # one is not, on purpose
 every_folder = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.relative_to(SETS).as_posix())
