@@ -2,9 +2,10 @@
 
     python tests/golden/make.py tests/golden/0.2.0
 
-A set is made once for each version and never changed; tests/checkpoint/test_golden_folders.py reads all sets, so that what a
-released version wrote loads forever. METHOD/ is the folder that dmquant.save wrote. METHOD.safetensors beside it holds one call
-of the denoiser (x, timestep, output) and, in its metadata, the SHA-256 of each layer's decoded weight.
+A set is made once, with a release that writes other files than the one before, and never changed.
+tests/checkpoint/test_golden_folders.py reads all sets, so that what a released version wrote loads forever. METHOD/ is the
+folder that dmquant.save wrote. METHOD.safetensors beside it holds one call of the denoiser (x, timestep, output) and, in its
+metadata, the SHA-256 of each layer's decoded weight.
 """
 
 import argparse
