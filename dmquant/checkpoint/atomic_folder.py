@@ -2,11 +2,10 @@
 
 A folder is written under a temporary name beside its final one, every file is flushed to the disk, MANIFEST.json with the
 size and SHA-256 of each file comes last, and one rename publishes it. An older result is renamed aside for the moment
-between two renames; a process that dies there leaves two names, which the next start repairs. Locks and renames are those
-of POSIX file systems. Where a network file system ignores locks, the unique temporary names still keep writers apart.
+between two renames; a process that dies there leaves two names, which the next start repairs. Where a network file system
+ignores locks, the unique temporary names still keep writers apart.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -14,15 +13,19 @@ import secrets
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+import psutil
+from filelock import FileLock, Timeout
 
 from dmquant.errors import DamagedFile, DmquantError, InputError
 
 MANIFEST = "MANIFEST.json"
 FORMAT_VERSION = 1
 LONGEST_NAME = 200  # bytes; file systems allow 255, temporary names need the rest
+LOCK_WAIT_S = 0.5  # for a lock that its holder is about to release
 
 # What may lie beside the published files without being one of them: reports, cards, pictures, and files of other tools
 # (.gitattributes, .cache). Nothing of it is read when a pipeline is loaded.
@@ -106,18 +109,30 @@ def read_manifest(folder: str | Path) -> dict[str, dict[str, Any]]:
 
 @contextmanager
 def lock(folder: str | Path) -> Iterator[None]:
-    """Keeps other processes off a result folder. The kernel drops the lock of a process that dies; nested use is free."""
+    """Keeps other processes off a result folder. Nested use in one process is free.
+
+    The operating system drops the lock of a process that dies. A lock file that is a link is refused, not followed.
+
+    Raises:
+        InputError: another process holds the folder; it is named.
+    """
     folder = Path(os.path.abspath(folder))
     path = folder.with_name(f".{folder.name}.lock")
+    # one object per path and process, shared by its threads: it counts nested use
+    held = FileLock(path, timeout=LOCK_WAIT_S, thread_local=False, is_singleton=True, on_acquired=_write_holder)
     with _named(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        handle = _acquire(path, folder)
+        try:
+            held.acquire()
+        except Timeout:
+            raise InputError(f"{folder} is in use by {_read_holder(path)}; wait for it, or give another folder") from None
     try:
         yield
     finally:
-        if handle is not None:
-            path.unlink(missing_ok=True)
-            os.close(handle)
+        if held.lock_counter == 1:
+            with suppress(PermissionError):  # Windows removes no open file; there filelock removes it after the release
+                path.unlink(missing_ok=True)
+        held.release()
 
 
 def discard(folder: str | Path) -> None:
@@ -140,7 +155,7 @@ def repair(folder: str | Path) -> None:
             continue
         os.rename(aside, folder)
     for temporary in _siblings(folder, "tmp"):
-        if not _is_alive(int(temporary.name.split(".")[-3])):
+        if not psutil.pid_exists(int(temporary.name.split(".")[-3])):
             shutil.rmtree(temporary)
 
 
@@ -209,38 +224,19 @@ def _is_entry(name: str, entry: object) -> bool:
     return type(entry["size"]) is int and isinstance(entry["sha256"], str)
 
 
-def _acquire(path: Path, folder: Path) -> int | None:
-    """The locked file, with our name in it; None if this process holds it already."""
-    owner = f"process {os.getpid()} on {socket.gethostname()}"
-    while True:
-        handle, holder = _try_lock(path)
-        if handle is not None:
-            try:
-                os.truncate(handle, 0)
-                os.write(handle, owner.encode())
-            except OSError:
-                os.close(handle)
-                raise
-            return handle
-        if holder == owner:
-            return None
-        if holder:
-            raise InputError(f"{folder} is in use by {holder}; wait for it, or give another folder")
+def _write_holder(handle: int) -> None:
+    """Writes this process's number and machine into its lock file, behind the byte that Windows lets nobody else read."""
+    os.ftruncate(handle, 0)
+    os.write(handle, f" process {os.getpid()} on {socket.gethostname()}".encode())
 
 
-def _try_lock(path: Path) -> tuple[int | None, str]:
-    """An open, locked file; or who holds it. Neither if it was removed under our hands: then try again."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+def _read_holder(path: Path) -> str:
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.read(handle, 300).decode(errors="replace")
-        os.close(handle)
-        return None, holder or "another process"
-    if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
-        return handle, ""
-    os.close(handle)
-    return None, ""
+        with open(path, "rb", buffering=0) as file:
+            file.seek(1)
+            return file.read(300).decode(errors="replace") or "another process"
+    except OSError:
+        return "another process"
 
 
 def _sibling(folder: Path, kind: str) -> Path:
@@ -254,16 +250,6 @@ def _siblings(folder: Path, kind: str) -> list[Path]:
     return sorted(path for path in found if path.name.count(".") == count and path.name.split(".")[-3].isdigit())
 
 
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 def _files(folder: Path) -> list[str]:
     """Names of all files relative to the folder, with forward slashes, sorted."""
     walk = os.walk(folder)
@@ -271,13 +257,15 @@ def _files(folder: Path) -> list[str]:
 
 
 def _flush(path: Path, mode: int) -> dict[str, int | str]:
-    with open(path, "rb") as file:
-        os.chmod(path, mode)
+    os.chmod(path, mode)
+    with open(path, "r+b") as file:  # Windows flushes only what is open for writing
         os.fsync(file.fileno())
     return {"size": path.stat().st_size, "sha256": _hash(path)}
 
 
 def _flush_folder(path: str | Path) -> None:
+    if os.name == "nt":  # Windows opens no folders
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -12,10 +12,10 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+
+from filelock import FileLock
 
 SOURCES = Path(__file__).parent / "csrc"
 OPTIONS = ("-O3", "-std=c11", "-fPIC", "-shared", "-ffp-contract=off")
@@ -42,7 +42,7 @@ def compile_source(name: str, flags: tuple[str, ...]) -> Path:
     if library.exists():
         return library
     library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with _locked(library.with_suffix(".lock")):
+    with FileLock(library.with_suffix(".lock")):
         if not library.exists():
             _compile(compiler, name, flags, library)
     return library
@@ -94,14 +94,3 @@ def _version(compiler: str) -> str:
         return subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=TIMEOUT_S).stdout
     except (OSError, subprocess.TimeoutExpired) as error:
         raise CannotCompile(f"{compiler}: {error}") from error
-
-
-@contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    try:
-        import fcntl
-    except ImportError as error:
-        raise CannotCompile("this system has no file locks of the POSIX kind") from error
-    with file.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield

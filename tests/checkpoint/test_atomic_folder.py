@@ -77,7 +77,7 @@ def test_an_exception_inside_leaves_no_trace_and_keeps_the_old_result(tmp_path):
 class Faulty:
     """The os module and open, failing at the n-th use of a function that changes the disk."""
 
-    CHANGING = frozenset({"open", "write", "truncate", "fsync", "chmod", "rename"})
+    CHANGING = frozenset({"open", "write", "ftruncate", "fsync", "chmod", "rename"})
 
     def __init__(self, fail_at: int):
         self.left, self.path = fail_at, os.path
@@ -285,11 +285,30 @@ def test_any_changed_byte_is_refused_or_changes_no_file(tmp_path, data):
         path.write_bytes(intact)
 
 
-def test_a_second_process_is_told_who_holds_the_folder(tmp_path):
-    code = "import sys\nfrom dmquant.checkpoint.atomic_folder import publish\nwith publish(sys.argv[1]): pass"
+def publish_elsewhere(folder: Path) -> str:
+    """What another process says on stderr that publishes the folder."""
+    code = "import sys\nfrom dmquant.checkpoint.atomic_folder import publish\nwith publish(sys.argv[1], force=True): pass"
+    return subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True).stderr
+
+
+def test_a_second_process_is_told_who_holds_the_folder_until_the_outermost_block_ends(tmp_path):
+    in_use = f"InputError: {tmp_path / 'out'} is in use by process {os.getpid()} on {socket.gethostname()}"
     with lock(tmp_path / "out"):
-        second = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True)
-    assert f"InputError: {tmp_path / 'out'} is in use by process {os.getpid()} on {socket.gethostname()}" in second.stderr
+        assert in_use in publish_elsewhere(tmp_path / "out")
+        with lock(tmp_path / "out"):
+            pass
+        assert in_use in publish_elsewhere(tmp_path / "out")
+    assert publish_elsewhere(tmp_path / "out") == ""
+
+
+@pytest.mark.parametrize("target", ["thesis.tex", "nowhere"])
+def test_a_lock_that_is_a_link_is_refused_and_what_it_leads_to_is_left_alone(tmp_path, target):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    (tmp_path / ".out.lock").symlink_to(tmp_path / target)
+    with pytest.raises(DmquantError, match="out was not written"):
+        write(tmp_path / "out", "one")
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.lock", "thesis.tex"]
 
 
 def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
