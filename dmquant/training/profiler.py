@@ -1,10 +1,12 @@
 """Watches a run: the clock on the wall, the time of all threads, the memory at the peak of each stage."""
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import torch
 
 from dmquant.training.run_cost import Effort, Stage
@@ -16,8 +18,9 @@ RESET_PEAK = "5"  # proc(5): the peak resident set becomes the present one
 class Meter:
     """Watches a run from its beginning, stage by stage.
 
-    On a GPU memory is what torch has allocated there; on a CPU the resident set of the process, which Linux tells. A process
-    that ran other work before keeps some memory for reuse, so that peaks look smaller: exact figures need a process of their own.
+    On a GPU memory is what torch has allocated there; on a CPU the resident set of the process. A process that ran other work
+    before keeps some memory for reuse, so that peaks look smaller: exact figures need a process of their own. Only Linux lets a
+    process reset its peak; elsewhere the peak of a stage is known only if it is the highest of the process so far.
     """
 
     def __init__(self, device: torch.device):
@@ -28,13 +31,15 @@ class Meter:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Counts what happens inside; nothing is noted of a stage that fails."""
-        _reset_peak(self._device)
-        held = _read_memory(self._device, peak=False)
+        is_reset = _reset_peak(self._device)
+        held, earlier = (_read_memory(self._device, peak=peak) for peak in (False, True))
         started = time.perf_counter(), time.process_time()
         yield
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         ended, peak = (time.perf_counter(), time.process_time()), _read_memory(self._device, peak=True)
+        if not is_reset and peak == earlier:
+            peak = None
         seconds, cpu_seconds = (end - start for end, start in zip(ended, started))
         self.stages[name] = Stage(seconds, cpu_seconds, _beyond(self._held, peak), _beyond(held, peak))
 
@@ -47,20 +52,35 @@ def _beyond(held: int | None, peak: int | None) -> int | None:
     return None if held is None or peak is None else max(0, peak - held)
 
 
-def _reset_peak(device: torch.device) -> None:
+def _reset_peak(device: torch.device) -> bool:
+    """Makes the memory held now the peak; False where that is not possible."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elif device.type == "cpu" and RESET.exists():
-        with suppress(OSError):  # some containers forbid it: the peak is then that of the process so far
+        return True
+    if device.type == "cpu" and RESET.exists():
+        with suppress(OSError):  # some containers forbid it
             RESET.write_text(RESET_PEAK)
+            return True
+    return False
 
 
 def _read_memory(device: torch.device, *, peak: bool) -> int | None:
-    """Bytes held now, or at most since the last reset."""
+    """Bytes held now, or at most since the last reset; None where neither is known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) if peak else torch.cuda.memory_allocated(device)
-    if device.type != "cpu" or not STATUS.exists():
+    if device.type != "cpu":
         return None
-    name = "VmHWM:" if peak else "VmRSS:"
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) << 10
+    return _read_peak() if peak else psutil.Process().memory_info().rss
+
+
+def _read_peak() -> int:
+    """The largest resident set of this process in bytes, which psutil tells on Windows only."""
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    if STATUS.exists():
+        # ru_maxrss cannot be reset, and it starts from the peak of the process that started this one
+        line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) << 10
+    import resource  # POSIX only
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -288,7 +288,7 @@ def test_any_changed_byte_is_refused_or_changes_no_file(tmp_path, data):
 def publish_elsewhere(folder: Path) -> str:
     """What another process says on stderr that publishes the folder."""
     code = "import sys\nfrom dmquant.checkpoint.atomic_folder import publish\nwith publish(sys.argv[1], force=True): pass"
-    return subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True).stderr
+    return subprocess.run([sys.executable, "-c", code, str(folder)], check=False, capture_output=True, text=True).stderr
 
 
 def test_a_second_process_is_told_who_holds_the_folder_until_the_outermost_block_ends(tmp_path):
