@@ -1,6 +1,7 @@
 """What a command line says and what it leaves unsaid: settings given as text, names of folders, doors to try first."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,21 @@ def merge_settings(options: dict[str, int | None], pairs: list[str]) -> dict[str
             raise InputError(f"setting {key!r} is given twice")
         merged[key] = value
     return merged
+
+
+def read_metrics(text: str | None, shorthands: Sequence[str] = ()) -> tuple[str, ...] | None:
+    """Names of metrics as in fid,psnr, and those whose own options are given; each once, and None if there are none.
+
+    Raises:
+        InputError: a name is unknown.
+    """
+    names = [] if text is None else [name.strip() for name in text.split(",")]
+    if not names and not shorthands:
+        return None
+    from dmquant.evaluation.metrics.registry import refuse_unknown
+
+    refuse_unknown(names)
+    return tuple(dict.fromkeys((*names, *shorthands)))
 
 
 def name_run(model: str | None, method: str, weight_bits: int, act_bits: int) -> Path:

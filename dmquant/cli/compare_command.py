@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from dmquant.cli import arguments, console
-from dmquant.cli.options import HIDDEN, Device, Guidance, Labels, Prompts
+from dmquant.cli.options import HIDDEN, METRIC_NAMES, Device, Guidance, Labels, Prompts
 from dmquant.errors import DmquantError, InputError, Interrupted, MissingResource
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 RUN = "METHOD:W/A[,KEY=VALUE...] to quantize and evaluate; may be repeated."
 PLAN = "JSON list of experiments with their protocol."
 Format = Literal["table", "md", "csv", "json", "latex"]
-MEASURED = "For --run: fid,sfid,kid,is,prdc,psnr,ssim,cosine,layers,clip_score."
+MEASURED = f"For --run: metrics to measure, as in fid,psnr. Known: {METRIC_NAMES}."
 Metrics = Annotated[str | None, typer.Option(help=MEASURED, show_default="fid,psnr")]
 
 
@@ -116,7 +116,7 @@ def _make_plan(order: Order) -> "Plan":
         read = read_plan(order.plan)
         return replace(read, experiments=(*read.experiments, *own))
     protocol = {name: value for name, value in order.protocol.items() if value is not None}
-    metrics = tuple(order.metrics.split(",")) if order.metrics else DEFAULT_METRICS
+    metrics = arguments.read_metrics(order.metrics) or DEFAULT_METRICS
     return Plan(own, protocol, metrics, arguments.read_conditioning(*order.conditions))
 
 

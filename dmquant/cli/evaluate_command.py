@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dmquant.cli import arguments, console
-from dmquant.cli.options import HIDDEN, Batch, Device, Guidance, Labels, Model, Prompts, Sampler, Seed, Steps
+from dmquant.cli.options import HIDDEN, METRIC_NAMES, Batch, Device, Guidance, Labels, Model, Prompts, Sampler, Seed, Steps
 from dmquant.errors import Interrupted
 from dmquant.training import distributed
 
@@ -16,13 +16,21 @@ if TYPE_CHECKING:
 
 REPORT = "File NAME.json, or folder for report.json; default: beside a quantized MODEL, else runs/eval-NAME."
 Extractor = Annotated[str, typer.Option(help="resnet-cifar10 or inception.")]
+Metrics = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Metrics to measure, as in fid,psnr. Known: {METRIC_NAMES}. The options below, one per metric, add to them.",
+        show_default="fid, and psnr of a quantized model",
+    ),
+]
 Weights = Annotated[Path | None, typer.Option("--inception-weights", help="File of the FID Inception.", **HIDDEN)]
 
 
 def evaluate(
     context: typer.Context,
     model: Model = None,
-    fid: Annotated[bool, typer.Option("--fid", help="Frechet distance; the default, with --psnr of a quantized model.")] = False,
+    metrics: Metrics = None,
+    fid: Annotated[bool, typer.Option("--fid", help="Frechet distance of features.")] = False,
     sfid: Annotated[bool, typer.Option("--sfid", help="Frechet distance of spatial features.")] = False,
     kid: Annotated[bool, typer.Option("--kid", help="Kernel distance, unbiased for few images.")] = False,
     score: Annotated[bool, typer.Option("--is", help="Inception score.")] = False,
@@ -60,7 +68,7 @@ def evaluate(
               "layers": layers, "clip_score": clip_score}  # fmt: skip
     how = {"num_images": num_images, "seed": seed, "steps": steps, "sampler": sampler, "batch": batch, "extractor": extractor,
            "inception_weights": inception_weights, "reference": reference, "clip": clip}  # fmt: skip
-    how["metrics"] = tuple(name for name, is_wanted in wanted.items() if is_wanted) or None
+    how["metrics"] = arguments.read_metrics(metrics, [name for name, is_wanted in wanted.items() if is_wanted])
     how["conditioning"] = arguments.read_conditioning(prompts, class_labels, guidance_scale)
     denoiser.locate(model)
     file = name_file(output or arguments.name_evaluation(model))

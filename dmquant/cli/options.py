@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 HIDDEN = {"show_default": False}
+METRIC_NAMES = "fid, sfid, kid, is, prdc, psnr, ssim, clip_score, cosine, layers"
 
 Model = Annotated[str | None, typer.Argument(help="Pipeline folder or hub id; without it, the embedded pipeline.", **HIDDEN)]
 GivenModel = Annotated[str, typer.Argument(metavar="MODEL", help="Pipeline folder, float or quantized; hub id; embedded.")]

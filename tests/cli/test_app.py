@@ -90,6 +90,15 @@ def test_eval_json_is_one_document_on_stdout(quantized, capsys):
     assert Report.from_json(capsys.readouterr().out) == Report.load("here")
 
 
+def test_metrics_by_list_by_shorthand_and_by_both_are_measured_alike(quantized, capsys):
+    how = [str(quantized), "--num-images", "2", "--steps", "1", "--json"]
+    shown = []
+    for asked in (["--psnr", "--cosine"], ["--metrics", "psnr,cosine"], ["--metrics", "psnr", "--cosine", "--psnr"]):
+        assert app.run(["eval", *how, *asked, "-o", "here"]) == 0
+        shown.append(json.loads(capsys.readouterr().out) | {"seconds_per_image": 0.0})
+    assert shown[0]["metrics"]["psnr"] > 0 < shown[0]["metrics"]["cosine"] and shown[0] == shown[1] == shown[2]
+
+
 def test_sample_is_repeatable_and_beside_adds_a_row(quantized, tiny_folder, capsys):
     how = ["-n", "4", "--steps", "2", "--seed", "7"]
     assert app.run(["sample", str(quantized), *how, "-o", "a.png"]) == 0
@@ -171,6 +180,9 @@ def test_doctor_reports_versions_as_table_and_json(capsys):
         (["sample", "embedded", "-o", "grid.txt"], ".png"),
         (["fetch", "everything"], "inception"),
         (["quantise"], "quantize"),
+        (["eval", "--metrics", "fid,fdi"], "there is no metric 'fdi' (did you mean 'fid'?); known: fid, sfid, kid, is"),
+        (["eval", "no/such/folder", "--kid", "--metrics", "speed"], "there is no metric 'speed'; known: fid, sfid"),
+        (["eval", "--metrics", ""], "--metrics is empty"),
         (["eval", "--reference", ""], "--reference is empty"),
         (["eval", "--psnr", "--reference", "cifar10-train"], "reference: without effect"),
         (["eval", "--inception-weights", "x.pth"], "inception weights are for the extractor 'inception'"),

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from dmquant.cli import arguments
+from dmquant.cli.options import METRIC_NAMES
 from dmquant.errors import InputError
+from dmquant.evaluation.metrics.registry import NAMES
 
 
 def test_runs_are_named_after_model_method_and_bits():
@@ -58,6 +60,22 @@ def test_a_folder_of_folders_stands_for_the_reports_in_them(tmp_path):
     found = arguments.find_reports([tmp_path / "all", tmp_path / "one", file, missing, tmp_path / "all" / "empty"])
     inner = [tmp_path / "all" / "a", tmp_path / "all" / "b"]
     assert found == [*inner, tmp_path / "one", file, missing, tmp_path / "all" / "empty"]
+
+
+def test_metrics_are_those_of_the_list_and_those_of_options_of_their_own_each_once():
+    assert arguments.read_metrics("psnr, fid", ["fid", "kid"]) == ("psnr", "fid", "kid")
+    assert arguments.read_metrics(None, ["kid"]) == ("kid",)
+    assert arguments.read_metrics(None) is None
+
+
+@pytest.mark.parametrize("text", ["fid,fdi", "fid,", ",", "FID"])
+def test_an_unknown_metric_is_refused_with_the_list(text):
+    with pytest.raises(InputError, match=f"there is no metric .*known: {', '.join(NAMES)}"):
+        arguments.read_metrics(text)
+
+
+def test_the_help_of_commands_lists_all_metrics():
+    assert ", ".join(NAMES) == METRIC_NAMES
 
 
 MISTAKES = [("a.txt", "must end in .npz"), ("taken.npz", "is there already"), ("f/x.npz", "is a file")]

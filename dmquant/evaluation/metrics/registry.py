@@ -67,12 +67,18 @@ class Choice:
         return sorted({kind.reference_part for kind in self.kinds if kind.reference_part is not None})
 
 
-def choose_metrics(names: Sequence[str], num_images: int) -> Choice:
-    """The metrics of those names; refuses what cannot be measured before any image is drawn."""
+def refuse_unknown(names: Sequence[str]) -> None:
+    """Raises InputError for a name that no metric has, with the nearest one and the list of all."""
     for name in names:
         if name not in NAMES:
             near = difflib.get_close_matches(name, NAMES, n=1)
-            raise InputError(f"no metric {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(NAMES)}"))
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise InputError(f"there is no metric {name!r}{hint}; known: {', '.join(NAMES)}")
+
+
+def choose_metrics(names: Sequence[str], num_images: int) -> Choice:
+    """The metrics of those names; refuses what cannot be measured before any image is drawn."""
+    refuse_unknown(names)
     if not names:
         raise InputError(f"no metric asked for; known: {', '.join(NAMES)}")
     chosen = Choice(tuple(dict.fromkeys(names)))
