@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Triton's interpreter stands in for a GPU; read where Triton is first imported, which torch.compile does too
 os.environ.setdefault("TRITON_INTERPRET", "1")
 MAX_WORKERS = 4
+collect_ignore = ["plugin"]  # a package of its own, which testing/test_plugin.py installs and tests
 
 TINY_UNET = dict(
     sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=8,

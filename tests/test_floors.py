@@ -17,7 +17,7 @@ FLOORS = (
     {"methods"},
     {"quantization", "hf"},
     {"evaluation"},
-    {"cli"},
+    {"cli", "testing"},
     {"__init__", "__main__"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
