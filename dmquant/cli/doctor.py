@@ -18,8 +18,8 @@ from dmquant.evaluation.metrics.inception_weights import find_inception
 from dmquant.kernels import status
 
 REQUIRED = (
-    "torch", "diffusers", "accelerate", "safetensors", "torchmetrics", "huggingface_hub", "numpy", "pillow", "pydantic", "typer",
-    "rich", "jinja2",
+    "torch", "diffusers", "accelerate", "safetensors", "filelock", "psutil", "torchmetrics", "huggingface_hub", "numpy",
+    "pillow", "pydantic", "typer", "rich", "jinja2",
 )  # fmt: skip
 OPTIONAL = ("transformers", "triton")
 LOW_SPACE_BYTES = 2 * 10**9
