@@ -14,11 +14,6 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 MAX_WORKERS = 4
 collect_ignore = ["plugin"]  # a package of its own, which testing/test_plugin.py installs and tests
 
-TINY_UNET = dict(
-    sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=8,
-    down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-)  # fmt: skip
-
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -78,14 +73,10 @@ def by_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved float pipeline of some 20 thousand random parameters, 8x8 RGB. Read it; do not write into it."""
-    import torch
-    from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+    from dmquant.testing import make_tiny_pipeline
 
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        pipeline = DDIMPipeline(UNet2DModel(**TINY_UNET), DDIMScheduler())
     folder = tmp_path_factory.mktemp("pipelines") / "tiny"
-    pipeline.save_pretrained(folder)
+    make_tiny_pipeline().save_pretrained(folder)
     return folder
 
 

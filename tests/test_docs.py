@@ -13,7 +13,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 import dmquant
 from dmquant.cli.app import run
 from dmquant.kernels.registry import BY_NAME, CHOICES
-from tests.conftest import TINY_UNET
+from dmquant.testing import TINY_UNET
 from tests.pages import CARDS, DOCS, PAGES, README, ROOT, anchors, cheap_commands, commands, links, name, parse, read, snippets
 from tests.test_floors import FLOOR_OF
 

@@ -36,7 +36,7 @@ from dmquant.quantizers.base import FixedGrid
 from dmquant.quantizers.per_timestep import TemporalStep
 from dmquant.quantizers.timestep_clock import Clock, attach
 from dmquant.quantizers.uniform import Uniform
-from tests.conftest import TINY_UNET
+from dmquant.testing import TINY_UNET
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CROSS = dict(

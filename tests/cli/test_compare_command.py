@@ -13,7 +13,7 @@ from dmquant.cli import app
 from dmquant.evaluation import sweep
 from dmquant.evaluation.model_card import MARK
 from dmquant.evaluation.reports.report import Protocol, Report
-from tests.conftest import TINY_UNET
+from dmquant.testing import TINY_UNET
 from tests.text import make_text_pipeline
 
 SMALL = "trajectories=1,sampling_steps=2,calibration_samples=2,batch=2,max_steps=1,init=minmax"

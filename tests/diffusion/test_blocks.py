@@ -8,7 +8,7 @@ from diffusers import DiTTransformer2DModel, UNet2DModel
 from dmquant.diffusion.blocks import find_blocks, find_ends
 from dmquant.diffusion.example_inputs import example_inputs
 from dmquant.diffusion.layer_roles import Role, find_roles, named_layers
-from tests.conftest import TINY_UNET
+from dmquant.testing import TINY_UNET
 from tests.diffusion.test_pipeline import TINY, every_denoiser, on_meta
 
 

@@ -5,7 +5,7 @@ from torch import nn
 
 from dmquant.diffusion.example_inputs import example_inputs
 from dmquant.errors import InputError
-from tests.conftest import TINY_UNET
+from dmquant.testing import TINY_UNET
 from tests.diffusion.test_pipeline import TINY, every_denoiser, on_meta
 
 

@@ -11,7 +11,7 @@ from dmquant.diffusion import other_tools
 from dmquant.evaluation.cost import measure_cost
 from dmquant.evaluation.evaluator import evaluate
 from dmquant.evaluation.image_cache import hash_pipeline
-from tests.conftest import TINY_UNET
+from dmquant.testing import TINY_UNET
 
 QUICK = {"metrics": "psnr", "num_images": 2, "steps": 2, "batch": 2}
 

@@ -25,7 +25,7 @@ from dmquant.diffusion import pipeline as denoiser
 from dmquant.diffusion.layer_roles import Role, find_roles, is_layer
 from dmquant.diffusion.pipeline import Target, find_target, is_quantized, locate, open_pipeline, place
 from dmquant.errors import DamagedFile, DmquantError, InputError, MissingResource
-from tests.conftest import TINY_UNET
+from dmquant.testing import TINY_UNET
 
 TINY = {
     UNet2DModel: TINY_UNET,

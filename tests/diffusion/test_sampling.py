@@ -22,7 +22,7 @@ from dmquant.diffusion.conditioning import Conditioning, complete
 from dmquant.diffusion.sampling import SAMPLERS, generate, set_sampler
 from dmquant.errors import DmquantError, InputError, OutOfMemory
 from dmquant.evaluation.image_grid import beside, make_grid
-from tests.conftest import TINY_UNET
+from dmquant.testing import TINY_UNET
 from tests.text import make_text_pipeline
 
 

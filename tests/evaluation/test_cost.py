@@ -17,7 +17,7 @@ from dmquant.nn.fake_quant_layers import swap
 from dmquant.nn.scheme import FLOAT, Format, Layout
 from dmquant.quantizers.dilated import DILATED
 from dmquant.quantizers.uniform import LearnedStep
-from tests.conftest import TINY_UNET
+from dmquant.testing import TINY_UNET
 from tests.diffusion.test_pipeline import TINY, every_denoiser, on_meta
 
 GIGA, MIB = 1e9, 2**20
