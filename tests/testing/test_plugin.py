@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dmquant.checkpoint import serialization
-from dmquant.diffusion.pipeline import find_denoiser
+from dmquant.diffusion.pipeline import find_target
 from dmquant.methods.base import Method
 from dmquant.nn.packed_layers import PackedConv2d
 
@@ -61,7 +61,7 @@ def test_an_installed_method_is_listed_used_by_name_and_keeps_the_contract(sourc
     assert "plug-in dmquant_example:Example" in done.stdout and "weight steps are powers of two" in done.stdout
     assert all(name in done.stdout for name in ("TestExample::", "TestPowerOfTwoStep::", "a_power_of_two PASSED"))
     # the file needs the method no longer
-    denoiser = find_denoiser(serialization.load(folder))[1]
+    denoiser = find_target(serialization.load(folder)).denoiser
     steps = [layer.weight.scale for layer in denoiser.modules() if isinstance(layer, PackedConv2d)]
     assert steps and all((scale.log2() == scale.log2().round()).all() for scale in steps)
 
