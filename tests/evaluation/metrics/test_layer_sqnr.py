@@ -20,6 +20,9 @@ from dmquant.quantization import quantize
 HOW = {"steps": 2, "batch": 2}
 SMALL = {"max_steps": 0, "trajectories": 1, "sampling_steps": 2, "calibration_samples": 3, "batch": 2}
 CHANGED = "mid_block.resnets.0.conv2"
+# Matrix products may sum in another order when weights lie at another alignment, as those read from a file and their copies
+# do. Such errors are above 130 dB in this model; the changes that the tests make are below 60 dB.
+ROUNDING_DB = 120
 
 
 @pytest.fixture
@@ -36,6 +39,11 @@ def packed(tiny_folder, tmp_path_factory):
 
 def measure(other, base, seeds=range(3)):
     return {layer.name: layer for layer in measure_layers(find_target(other), find_target(base), seeds, **HOW)}
+
+
+def is_rounding(error_db):
+    """Whether an error is none, or as small as the rounding of float32."""
+    return error_db is None or error_db > ROUNDING_DB
 
 
 def record(pipeline, seeds, batch):
@@ -59,10 +67,10 @@ def test_a_layer_whose_output_is_scaled_has_the_error_of_the_factor_and_only_tho
     found = measure(other, pipeline)
     assert found[CHANGED].local_db == found[CHANGED].total_db == pytest.approx(20 * math.log10(8), abs=0.01)
     place = list(found).index(CHANGED)
-    assert all(layer.local_db is None for name, layer in found.items() if name != CHANGED)
-    assert all(layer.total_db is None for layer in list(found.values())[:place])
+    assert all(is_rounding(layer.local_db) for name, layer in found.items() if name != CHANGED)
+    assert all(is_rounding(layer.total_db) for layer in list(found.values())[:place])
     after = list(found.values())[place + 1:]
-    assert [layer.name for layer in after if layer.total_db is None and layer.role != "time_projection"] == []
+    assert all(is_rounding(layer.total_db) == (layer.role == "time_projection") for layer in after)
 
 
 def test_errors_and_ranges_are_those_of_a_naive_recording(pipeline):
@@ -145,7 +153,9 @@ def test_images_are_profiled_alike_in_any_batch(pipeline):
         other.unet.conv_in.weight.mul_(1.1)
     one, many = (measure_layers(find_target(other), find_target(pipeline), range(3), steps=2, batch=batch) for batch in (1, 50))
     for first, second in zip(one, many, strict=True):
-        assert (first.total_db or 0) == pytest.approx(second.total_db or 0, abs=0.02)
+        assert is_rounding(first.total_db) == is_rounding(second.total_db)
+        if not is_rounding(first.total_db):
+            assert first.total_db == pytest.approx(second.total_db, abs=0.02)
         assert [r[0] for r in first.ranges.values()] == pytest.approx([r[0] for r in second.ranges.values()], rel=1e-3)
 
 
