@@ -49,14 +49,14 @@ def test_many_at_once_get_one_library():
 
 @pytest.mark.needs_compiler
 def test_a_lock_that_is_a_link_is_refused_and_what_it_leads_to_is_left_alone(tmp_path):
-    library, thesis = compile_source("isa", ("-DUNUSED",)), tmp_path / "thesis.tex"
+    library, thesis = compile_source("simd/isa", ("-DUNUSED",)), tmp_path / "thesis.tex"
     thesis.write_text("years of work")
     lock = library.with_suffix(".lock")
     library.unlink()
     lock.unlink()
     lock.symlink_to(thesis)
     with pytest.raises(CannotCompile):
-        build.load("isa", ("-DUNUSED",))
+        build.load("simd/isa", ("-DUNUSED",))
     assert thesis.read_text() == "years of work" and not library.exists()
 
 
