@@ -155,7 +155,7 @@ def test_compare_writes_a_page_beside_its_table(folder, capsys, monkeypatch):
     assert run("compare", "float", "--format", "latex", "--html", "new/page.html", "--samples", 2, "--device", "cpu") == 0
     out, err = capsys.readouterr()
     assert out.startswith(r"\begin{tabular}") and "wrote new/page.html" in err
-    assert Path("new/page.html").read_text(encoding="utf-8").count("data:image/png") == 1
+    assert Path("new/page.html").read_text(encoding="utf-8").count("data:image/png") == 2  # a picture for each sample
     assert run("compare", "float", "--html", "page.txt") == 2 and run("compare", "float", "--html", "new") == 2
 
 
