@@ -30,7 +30,7 @@ from dmquant.kernels import status
 from dmquant.nn.attention import quantize_products
 from dmquant.nn.convert import empty_layer, layers_of, packed_layers
 from dmquant.nn.fused import unet as fusion
-from dmquant.nn.scheme import Format
+from dmquant.nn.scheme import LayerScheme
 from dmquant.quantizers.base import FixedGrid
 
 UNETS = {
@@ -186,11 +186,11 @@ def make_denoiser(name: str, batch: int) -> tuple[nn.Module, dict[str, Tensor]]:
 def pack_randomly(denoiser: nn.Module, weight_bits: int, act_bits: int) -> nn.Module:
     """A copy with packed layers of made-up codes."""
     bits = methods.get("lsq")(weight_bits=weight_bits, act_bits=act_bits).plan(denoiser)
-    memo = {id(layer): make_layer(layer, Format(*bits[name])) for name, layer in layers_of(denoiser).items()}
+    memo = {id(layer): make_layer(layer, LayerScheme(*bits[name])) for name, layer in layers_of(denoiser).items()}
     return copy.deepcopy(denoiser, memo).eval()
 
 
-def make_layer(layer: nn.Module, format: Format) -> nn.Module:
+def make_layer(layer: nn.Module, format: LayerScheme) -> nn.Module:
     packed = empty_layer(layer, format, dtype=torch.float32, device="cpu")
     weight, middle = packed.weight, 1 << (format.weight_bits - 1)
     weight.codes.random_(0, 256)

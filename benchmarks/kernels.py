@@ -33,7 +33,7 @@ from dmquant.kernels.conv_shape import ConvGeometry
 from dmquant.nn import dispatch
 from dmquant.nn.convert import empty_layer
 from dmquant.nn.packed_layers import PackedConv2d
-from dmquant.nn.scheme import Format
+from dmquant.nn.scheme import LayerScheme
 
 ISAS = {  # what oneDNN calls them, and instruction sets that they have not
     "avx512": ("AVX512_CORE_VNNI", registry.AMX), "avx2vnni": ("AVX2_VNNI", registry.AVX512),
@@ -120,7 +120,7 @@ def fitting(weight_bits: int, act_bits: int, geometry: ConvGeometry, without: in
 
 def make_packed(layer: nn.Conv2d, weight_bits: int, act_bits: int, kernel: str) -> PackedConv2d:
     """Made-up codes: times depend on shapes only."""
-    packed = empty_layer(layer, Format(weight_bits, act_bits), dtype=torch.float32, device="cpu")
+    packed = empty_layer(layer, LayerScheme(weight_bits, act_bits), dtype=torch.float32, device="cpu")
     packed.weight.codes.random_(0, 256)
     packed.weight.zero.fill_(0.5 if weight_bits == 1 else 1 << (weight_bits - 1))
     packed.input.scale.fill_(6.0 / (1 << act_bits))

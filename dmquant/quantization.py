@@ -18,9 +18,10 @@ from dmquant.diffusion.pipeline import EMBEDDED, Target, evaluating, find_target
 from dmquant.diffusion.trajectories import Samples, record, recording_seeds
 from dmquant.errors import InputError
 from dmquant.methods.base import Method
-from dmquant.nn.convert import pack_model, read_layout
+from dmquant.nn.convert import pack_model, read_scheme
 from dmquant.nn.fake_quant_layers import find_layers
-from dmquant.nn.scheme import BASES, FLOAT, FLOAT_BITS, Bits, Format, Layout
+from dmquant.nn.packed_weight import Bases
+from dmquant.nn.scheme import FLOAT, FLOAT_BITS, Bits, LayerScheme, Scheme
 from dmquant.progress import Track, plain
 from dmquant.quantizers.timestep_clock import LINEAR, Clock
 from dmquant.training.calibration import correct_answers
@@ -107,21 +108,21 @@ def plan_bits(denoiser: nn.Module, method: Method) -> dict[str, Bits]:
     return {name: pair if name in swappable else (FLOAT_BITS, FLOAT_BITS) for name, pair in bits}
 
 
-def lay_out(pipeline: DiffusionPipeline, method: Method) -> Layout:
+def plan_scheme(pipeline: DiffusionPipeline, method: Method) -> Scheme:
     """How each layer of the result would be stored. What only samples decide (factors of dilation=smooth) is left out."""
     denoiser = find_quantizable(pipeline, method).denoiser
     bits, student = plan_bits(denoiser, method), copy.deepcopy(denoiser)
     method.prepare(student, Clock(torch.arange(method.sampling_steps), LINEAR))
     method.adjust_weights(student)
-    layout = read_layout(student)
-    return replace(layout, default=FLOAT, overrides={name: _end_at(pair, layout.format(name)) for name, pair in bits.items()})
+    scheme = read_scheme(student)
+    return replace(scheme, default=FLOAT, overrides={name: _end_at(pair, scheme.layer(name)) for name, pair in bits.items()})
 
 
-def _end_at(bits: Bits, format: Format) -> Format:
-    """A prepared layer's format at the bits that it ends with: of two bases that become one, one."""
+def _end_at(bits: Bits, scheme: LayerScheme) -> LayerScheme:
+    """Returns the scheme of a prepared layer at its final bits. Two bases that become one are no bases any more."""
     if bits == FLOAT[:2]:
         return FLOAT
-    return Format(*bits, tuple(kind for kind in format.kinds if kind != BASES or bits == format[:2]))
+    return LayerScheme(*bits, tuple(trait for trait in scheme.traits if not isinstance(trait, Bases) or bits == scheme[:2]))
 
 
 def resolve(method: str | Method, settings: Mapping[str, Any]) -> Method:

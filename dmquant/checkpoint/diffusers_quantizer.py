@@ -5,6 +5,7 @@ warns about missing, extra or mistyped tensors, so the strictness is in the hook
 """
 
 import json
+from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
@@ -17,17 +18,13 @@ from torch import Tensor, nn
 
 from dmquant.checkpoint.quantization_config import DmquantConfig, QuantMethod
 from dmquant.errors import DamagedFile, InputError
-from dmquant.nn.convert import prepare_packed, read_layout, restore_float
+from dmquant.nn.convert import prepare_packed, read_scheme, restore_float
 from dmquant.nn.fake_quant_layers import find_layers
 from dmquant.nn.fused.unet import fuse, unfuse
-from dmquant.nn.packed_weight import PackedWeight
-from dmquant.quantizers.base import FixedGrid
-from dmquant.quantizers.dilated import Divide
-from dmquant.quantizers.timestep_clock import Clock
+from dmquant.quantizers.base import Float32Buffers
+from dmquant.quantizers.traits import GridTrait
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-# modules whose tensors keep the dtype of the file whatever the model computes in
-EXACT = (PackedWeight, FixedGrid, Divide, Clock)
 
 
 class DmquantQuantizer(DiffusersQuantizer):
@@ -61,12 +58,12 @@ class DmquantQuantizer(DiffusersQuantizer):
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        layout = self.quantization_config.layout
-        unknown = sorted(layout.unused(list(find_layers(model))))
+        scheme = self.quantization_config.scheme
+        unknown = sorted(scheme.unused(list(find_layers(model))))
         if unknown:
             raise DamagedFile(f"quantization_config.overrides: {type(model).__name__} has no layer {unknown[0]!r} to quantize")
         try:
-            prepare_packed(model, layout, dtype=self.dtype)
+            prepare_packed(model, scheme, dtype=self.dtype)
         except ValueError as error:
             raise DamagedFile(f"quantization_config does not fit {type(model).__name__}: {error}") from error
 
@@ -94,7 +91,7 @@ class DmquantQuantizer(DiffusersQuantizer):
         module, stored = model.get_submodule(path), state_dict[param_name]
         check_tensor(module, leaf, stored, name=param_name)
         # diffusers has cast param_value to torch_dtype already, which would move the grids
-        value = (stored if isinstance(module, EXACT) else param_value).to(target_device)
+        value = (stored if isinstance(module, Float32Buffers) else param_value).to(target_device)
         if leaf in module._parameters:
             module._parameters[leaf] = nn.Parameter(value)
         else:
@@ -136,12 +133,14 @@ def mark(model: ModelMixin) -> None:
     casts, and with fused blocks, so that both give the same floats."""
     run = dict(getattr(model, "dmquant_record", {}))
     bits = run.pop("weight_bits", None), run.pop("act_bits", None)
-    layout = read_layout(model, None if None in bits else bits)
-    overrides = {name: [*format[:2], *format.kinds] for name, format in layout.overrides.items()}
+    scheme = read_scheme(model, None if None in bits else bits)
+    overrides = {name: [*layer[:2], *_list_kinds(layer.traits)] for name, layer in scheme.overrides.items()}
     known = {name: run.pop(name) for name in ("method", "settings", "base_model") if name in run}
-    grids = {**layout.default._asdict(), "overrides": overrides, "attention_bits": layout.attention_bits}
-    grids["attention_kinds"] = layout.attention_kinds
-    grids["timing"] = None if layout.timing is None else layout.timing._asdict()
+    default = scheme.default
+    grids: dict[str, Any] = {"weight_bits": default.weight_bits, "act_bits": default.act_bits}
+    grids |= {"kinds": _list_kinds(default.traits), "overrides": overrides, "attention_bits": scheme.attention_bits}
+    grids["attention_kinds"] = _list_kinds(scheme.attention_traits)
+    grids["timing"] = None if scheme.timing is None else scheme.timing._asdict()
     config = DmquantConfig(**grids, **known, record=run)
     # through JSON, so that what is refused when read is refused before it is written
     config = DmquantConfig.from_dict(json.loads(json.dumps(config.to_dict(), allow_nan=False)))
@@ -152,35 +151,25 @@ def mark(model: ModelMixin) -> None:
     fuse(model)
 
 
+def _list_kinds(traits: Iterable[GridTrait]) -> list[str]:
+    """Returns the traits as quantization_config writes them."""
+    return [trait.text for trait in traits]
+
+
 def check_tensor(module: nn.Module, leaf: str, tensor: Tensor, *, name: str) -> None:
     """A DamagedFile if a stored tensor cannot be this parameter or buffer of this module."""
     expected = getattr(module, leaf)
     if tensor.shape != expected.shape:
         raise DamagedFile(f"{name} has shape {tuple(tensor.shape)} instead of {tuple(expected.shape)}")
-    is_grid = isinstance(module, EXACT)
-    allowed = FLOAT_DTYPES if expected.is_floating_point() and not is_grid else (expected.dtype,)
+    is_exact = isinstance(module, Float32Buffers)
+    allowed = FLOAT_DTYPES if expected.is_floating_point() and not is_exact else (expected.dtype,)
     if tensor.dtype not in allowed:
         raise DamagedFile(f"{name} is {tensor.dtype} instead of {' or '.join(map(str, allowed))}")
     if tensor.is_floating_point() and not tensor.isfinite().all():
         raise DamagedFile(f"{name} holds values that are not finite")
-    if is_grid and leaf in ("scale", "reciprocal") and not (tensor > 0).all():
-        raise DamagedFile(f"{name} holds a {leaf} that is not positive")
-    if isinstance(module, PackedWeight | FixedGrid) and leaf == "zero" and not _is_on_grid(tensor, module):
-        raise DamagedFile(f"{name} holds a zero that is no code of {module.bits} bits")
-    if isinstance(module, PackedWeight) and leaf == "codes" and not _has_zero_padding(tensor, module.numel()):
-        raise DamagedFile(f"{name} has bits set after its last code")
-
-
-def _is_on_grid(zero: Tensor, grid: PackedWeight | FixedGrid) -> bool:
-    """Whether every zero is a code. One half is allowed between the two of a binary weight, {-1, +1}."""
-    is_code = (zero == zero.round()) & (zero >= 0) & (zero < 1 << grid.bits)
-    if isinstance(grid, PackedWeight) and grid.bits == 1:
-        is_code |= zero == 0.5
-    return bool(is_code.all())
-
-
-def _has_zero_padding(planes: Tensor, count: int) -> bool:
-    return count % 8 == 0 or not (planes[:, -1] >> count % 8).any()
+    fault = module.find_fault(leaf, tensor) if isinstance(module, Float32Buffers) else None
+    if fault is not None:
+        raise DamagedFile(f"{name} {fault}")
 
 
 def _name_some(names: list[str]) -> str:

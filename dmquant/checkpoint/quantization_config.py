@@ -1,7 +1,7 @@
 """`quantization_config` of a packed model: how it is stored and how it was made, as JSON that is checked key by key."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 from itertools import chain
 from typing import Any
@@ -10,9 +10,9 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from dmquant import __version__
 from dmquant.errors import DamagedFile, InputError
-from dmquant.nn.scheme import FLOAT_BITS, Format, Layout, Timing, is_kind
-from dmquant.quantizers.per_timestep import TEMPORAL
+from dmquant.nn.scheme import FLOAT_BITS, LayerScheme, Scheme, Timing, parse_trait
 from dmquant.quantizers.timestep_clock import LOOKUPS
+from dmquant.quantizers.traits import GridTrait
 
 FORMAT_VERSION = 1
 
@@ -59,11 +59,12 @@ class DmquantConfig(QuantizationConfigMixin):
     to_diff_dict = to_dict
 
     @property
-    def layout(self) -> Layout:
-        overrides = {name: Format(entry[0], entry[1], tuple(entry[2:])) for name, entry in self.overrides.items()}
+    def scheme(self) -> Scheme:
+        """How the denoiser is stored, typed."""
+        overrides = {name: LayerScheme(entry[0], entry[1], _parse_kinds(entry[2:])) for name, entry in self.overrides.items()}
         timing = None if self.timing is None else Timing(**self.timing)
-        default = Format(self.weight_bits, self.act_bits, tuple(self.kinds))
-        return Layout(default, overrides, self.attention_bits, tuple(self.attention_kinds), timing)
+        default = LayerScheme(self.weight_bits, self.act_bits, _parse_kinds(self.kinds))
+        return Scheme(default, overrides, self.attention_bits, _parse_kinds(self.attention_kinds), timing)
 
     @property
     def run(self) -> dict[str, Any]:
@@ -88,9 +89,14 @@ def _check_config(config: dict[str, Any]) -> None:
         if not _IS_VALID[key](value):
             raise DamagedFile(f"quantization_config.{key} cannot be {value!r}")
     of_layers = chain.from_iterable(entry[2:] for entry in config["overrides"].values())
-    kinds = {*config["kinds"], *config.get("attention_kinds", ()), *of_layers}
-    if TEMPORAL in kinds and config.get("timing") is None:
+    kinds = [*config["kinds"], *config.get("attention_kinds", ()), *of_layers]
+    if any(trait.needs_clock for trait in _parse_kinds(kinds)) and config.get("timing") is None:
         raise DamagedFile("quantization_config.timing is missing: there are grids per timestep")
+
+
+def _parse_kinds(kinds: Iterable[str]) -> tuple[GridTrait, ...]:
+    """Returns the grid traits that are written as `kinds`."""
+    return tuple(trait for kind in kinds if (trait := parse_trait(kind)) is not None)
 
 
 def _is_bits(value: object) -> bool:
@@ -98,7 +104,7 @@ def _is_bits(value: object) -> bool:
 
 
 def _is_kinds(value: object) -> bool:
-    return isinstance(value, list) and all(map(is_kind, value)) and len(set(value)) == len(value)
+    return isinstance(value, list) and all(map(parse_trait, value)) and len(set(value)) == len(value)
 
 
 def _is_overrides(value: object) -> bool:

@@ -113,7 +113,7 @@ def _refuse_unreadable(denoiser: ModelMixin) -> None:
     with init_empty_weights():
         # through JSON: config in memory also holds marks of diffusers that no file has
         skeleton = type(denoiser).from_config(json.loads(denoiser.to_json_string()))
-    prepare_packed(skeleton, denoiser.config.quantization_config.layout, dtype=denoiser.dtype)
+    prepare_packed(skeleton, denoiser.config.quantization_config.scheme, dtype=denoiser.dtype)
     expected, found = skeleton.state_dict(), denoiser.state_dict()
     odd = sorted(set(expected) ^ set(found))
     if odd:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
 
     from dmquant.methods.base import Method
-    from dmquant.nn.scheme import Layout
+    from dmquant.nn.scheme import Scheme
 
 app = typer.Typer(
     name="dmquant",
@@ -223,20 +223,20 @@ def fetch(resource: Annotated[Literal["inception", "clip"], typer.Argument(help=
 def _show_plan(pipeline: "DiffusionPipeline", method: "Method") -> None:
     """What would become of each layer."""
     from dmquant.diffusion.pipeline import find_target
-    from dmquant.quantization import lay_out
+    from dmquant.quantization import plan_scheme
 
     denoiser = find_target(pipeline).denoiser
     notes = method.notes(denoiser)
-    _show_coverage(denoiser, method.weight_bits, method.act_bits, layout=lay_out(pipeline, method), notes=notes)
+    _show_coverage(denoiser, method.weight_bits, method.act_bits, scheme=plan_scheme(pipeline, method), notes=notes)
 
 
 def _show_coverage(
-    denoiser: "ModelMixin", weight_bits: int, act_bits: int, *, layout: "Layout | None" = None, notes: dict | None = None
+    denoiser: "ModelMixin", weight_bits: int, act_bits: int, *, scheme: "Scheme | None" = None, notes: dict | None = None
 ) -> None:
     from dmquant.cli import layer_table
     from dmquant.evaluation.cost import measure_cost
 
-    cost = measure_cost(denoiser, layout=layout, notes=notes)
+    cost = measure_cost(denoiser, scheme=scheme, notes=notes)
     rows = layer_table.tabulate(cost, weight_bits=weight_bits, act_bits=act_bits)
     console.show_table(layer_table.HEADINGS, rows, align="lllrrrl", notes=["", *layer_table.summarize(cost)])
 

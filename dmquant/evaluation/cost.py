@@ -31,10 +31,9 @@ from dmquant.diffusion import other_tools
 from dmquant.diffusion.example_inputs import example_inputs
 from dmquant.diffusion.layer_roles import Role, find_roles, named_layers
 from dmquant.errors import InputError
-from dmquant.nn.convert import layer_format, prepare_packed, read_layout
+from dmquant.nn.convert import layer_scheme, prepare_packed, read_scheme
 from dmquant.nn.fake_quant_layers import find_layers
-from dmquant.nn.scheme import FLOAT, FLOAT_BITS, Bits, Format, Layout
-from dmquant.quantizers.dilated import DILATED
+from dmquant.nn.scheme import FLOAT, FLOAT_BITS, Bits, LayerScheme, Scheme
 
 BINARY_OPS_PER_WORD = 64  # one-bit products that a 64-bit word does at once
 OPS_PER_INPUT = 4  # divide, round, clip below, clip above
@@ -128,10 +127,10 @@ class Cost:
 
 
 def measure_cost(
-    denoiser: nn.Module, *, bits: Mapping[str, Bits] | None = None, layout: Layout | None = None,
+    denoiser: nn.Module, *, bits: Mapping[str, Bits] | None = None, scheme: Scheme | None = None,
     notes: Mapping[str, str] | None = None, inputs: Mapping[str, Any] | None = None,
 ) -> Cost:
-    """Cost of a denoiser in a layout, or with static uniform grids at the bits of each layer by name; one not named is float.
+    """Cost of a denoiser in a scheme, or with static uniform grids at the bits of each layer by name; one not named is float.
 
     Without both they are read off the denoiser. `inputs` replaces `example_inputs`: other sizes, more text tokens.
     """
@@ -140,21 +139,21 @@ def measure_cost(
     if unknown:
         raise InputError(f"the denoiser has no layer {unknown[0]!r} to give bits to")
     if bits is not None:
-        layout = Layout(FLOAT, {name: Format(*pair) for name, pair in bits.items()})
-    layout = layout or _read_layout(denoiser)
+        scheme = Scheme(FLOAT, {name: LayerScheme(*pair) for name, pair in bits.items()})
+    scheme = scheme or _read_scheme(denoiser)
     skeleton = build_skeleton(denoiser)
     num_params = sum(parameter.numel() for parameter in skeleton.parameters())
     shapes = {name: layer.get_parameter("weight").shape for name, layer in named_layers(skeleton).items()}
     meter, attention_macs = _run(skeleton, example_inputs(skeleton) if inputs is None else inputs)
-    _pack(skeleton, layout)
+    _pack(skeleton, scheme)
     tensors = _list_tensors(skeleton, denoiser)
     costs = tuple(
-        _cost_layer(name, role, layout.format(name), shapes[name], meter, tensors, (notes or {}).get(name, ""))
+        _cost_layer(name, role, scheme.layer(name), shapes[name], meter, tensors, (notes or {}).get(name, ""))
         for name, role in roles.items()
     )
     header_bytes = _count_header(tensors)
     size_bytes = header_bytes + sum(entry.size_bytes for entry in tensors.values())
-    return Cost(costs, num_params, size_bytes, header_bytes, attention_macs, layout.attention_bits)
+    return Cost(costs, num_params, size_bytes, header_bytes, attention_macs, scheme.attention_bits)
 
 
 def build_skeleton(denoiser: ModelMixin) -> ModelMixin:
@@ -196,20 +195,20 @@ def _run(skeleton: nn.Module, inputs: Mapping[str, Any]) -> tuple[_Meter, int]:
     return meter, counter.get_total_flops() // 2 - meter.macs.total()  # products that belong to no layer
 
 
-def _read_layout(denoiser: nn.Module) -> Layout:
+def _read_scheme(denoiser: nn.Module) -> Scheme:
     """How each layer of a denoiser is stored; of one that another tool quantized, at which bits."""
-    layers, layout = named_layers(denoiser), read_layout(denoiser)
+    layers, scheme = named_layers(denoiser), read_scheme(denoiser)
     others = {name: bits for name, layer in layers.items() if (bits := other_tools.layer_bits(layer))}
-    formats = {name: Format(*others[name]) if name in others else layer_format(layer) for name, layer in layers.items()}
-    return replace(layout, default=FLOAT, overrides=formats)
+    schemes = {name: LayerScheme(*others[name]) if name in others else layer_scheme(layer) for name, layer in layers.items()}
+    return replace(scheme, default=FLOAT, overrides=schemes)
 
 
-def _pack(skeleton: nn.Module, layout: Layout) -> None:
+def _pack(skeleton: nn.Module, scheme: Scheme) -> None:
     """Gives the skeleton the layers that are written; layers of other tools that ours cannot stand for stay float."""
     swappable = find_layers(skeleton)
-    widths = {name: [bits for bits in layout.format(name)[:2] if bits != FLOAT_BITS] for name in swappable}
-    formats = {name: layout.format(name) for name in swappable if max(widths[name], default=0) <= WIDEST_CODE}
-    prepare_packed(skeleton, replace(layout, default=FLOAT, overrides=formats), dtype=torch.float32)
+    widths = {name: [bits for bits in scheme.layer(name)[:2] if bits != FLOAT_BITS] for name in swappable}
+    schemes = {name: scheme.layer(name) for name in swappable if max(widths[name], default=0) <= WIDEST_CODE}
+    prepare_packed(skeleton, replace(scheme, default=FLOAT, overrides=schemes), dtype=torch.float32)
 
 
 @dataclass(frozen=True)
@@ -243,13 +242,13 @@ def _count_header(tensors: Mapping[str, _Entry]) -> int:
 
 
 def _cost_layer(
-    name: str, role: Role, format: Format, shape: torch.Size, meter: _Meter, tensors: Mapping[str, _Entry], note: str
+    name: str, role: Role, scheme: LayerScheme, shape: torch.Size, meter: _Meter, tensors: Mapping[str, _Entry], note: str
 ) -> LayerCost:
     own = [entry for tensor, entry in tensors.items() if tensor.startswith(f"{name}.")]
     bias = tensors.get(f"{name}.bias")
     return LayerCost(
         name=name, role=role, shape=tuple(shape), params=shape.numel() + (math.prod(bias.shape) if bias else 0),
         macs=meter.macs[name], num_inputs=meter.num_inputs[name], num_outputs=meter.num_outputs[name],
-        weight_bits=format.weight_bits, act_bits=format.act_bits, size_bytes=sum(entry.size_bytes for entry in own),
-        note=note, is_divided=DILATED in format.kinds,
+        weight_bits=scheme.weight_bits, act_bits=scheme.act_bits, size_bytes=sum(entry.size_bytes for entry in own),
+        note=note, is_divided=any(trait.divides_input for trait in scheme.traits),
     )  # fmt: skip

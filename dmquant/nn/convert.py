@@ -6,7 +6,9 @@ the model computes in; a cast would move the grid.
 """
 
 from collections import Counter
+from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -16,61 +18,59 @@ from torch import Tensor, nn
 from dmquant.nn.attention import QuantInput, product_bits, quantize_products, restore_products
 from dmquant.nn.fake_quant_layers import Layer, QuantLayer, find_layers, quantized_layers
 from dmquant.nn.packed_layers import PACKED, PackedLayer
-from dmquant.nn.packed_weight import PackedBases, PackedWeight, dense
-from dmquant.nn.scheme import BASES, FLOAT, FLOAT_BITS, KINDS, Bits, Format, Layout, Timing, generalize
+from dmquant.nn.packed_weight import PackedWeight, dense
+from dmquant.nn.scheme import FLOAT, FLOAT_BITS, Bits, LayerScheme, Scheme, Timing, generalize, sort_traits
 from dmquant.quantizers.base import FixedGrid, Quantizer
-from dmquant.quantizers.dilated import DILATED, DilatedInput, Divide, spread
-from dmquant.quantizers.per_part import HEADS, HeadGrids, SplitGrid, split_place
-from dmquant.quantizers.per_timestep import TEMPORAL, TemporalGrid
+from dmquant.quantizers.dilated import DilatedInput, Divide, spread
 from dmquant.quantizers.timestep_clock import Clock, attach, detach, link
+from dmquant.quantizers.traits import GridSite, GridTrait, traits_of
 
 CONVOLUTION = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 OPTIONS = {nn.Linear: ("in_features", "out_features"), nn.Conv1d: CONVOLUTION, nn.Conv2d: CONVOLUTION}
 
 
-def read_layout(denoiser: nn.Module, bits: Bits | None = None) -> Layout:
+def read_scheme(denoiser: nn.Module, bits: Bits | None = None) -> Scheme:
     """The formats of a quantized or packed model. The default is the most frequent one, of those with the bits given."""
-    found = {name: layer_format(layer) for name, layer in layers_of(denoiser).items()}
-    frequent = Counter(format for format in found.values() if bits is None or format[:2] == tuple(bits)).most_common(1)
-    default = frequent[0][0] if frequent else Format(*(bits or FLOAT[:2]))
-    groups: dict[str, set[Format]] = {}
-    for name, format in found.items():
-        groups.setdefault(generalize(name), set()).add(format)
+    found = {name: layer_scheme(layer) for name, layer in layers_of(denoiser).items()}
+    frequent = Counter(scheme for scheme in found.values() if bits is None or scheme[:2] == tuple(bits)).most_common(1)
+    default = frequent[0][0] if frequent else LayerScheme(*(bits or FLOAT[:2]))
+    groups: dict[str, set[LayerScheme]] = {}
+    for name, scheme in found.items():
+        groups.setdefault(generalize(name), set()).add(scheme)
     overrides = {
-        generalize(name) if len(groups[generalize(name)]) == 1 else name: format
-        for name, format in found.items()
-        if format != default
+        generalize(name) if len(groups[generalize(name)]) == 1 else name: scheme
+        for name, scheme in found.items()
+        if scheme != default
     }
     clock = getattr(denoiser, "clock", None)
     timing = Timing(len(clock.timesteps), clock.lookup) if isinstance(clock, Clock) else None
-    return Layout(default, overrides, *product_format(denoiser), timing)
+    return Scheme(default, overrides, *attention_scheme(denoiser), timing)
 
 
-def product_format(denoiser: nn.Module) -> tuple[int, tuple[str, ...]]:
-    """Bits and kinds of the grids of the factors of attention products."""
+def attention_scheme(denoiser: nn.Module) -> tuple[int, tuple[GridTrait, ...]]:
+    """Returns the bits and traits of the grids of the factors of attention products."""
     grids = (module.input_quantizer for module in denoiser.modules() if isinstance(module, QuantInput))
-    return product_bits(denoiser) or FLOAT_BITS, getattr(next(grids, None), "kinds", ())
+    return product_bits(denoiser) or FLOAT_BITS, traits_of(next(grids, None))
 
 
 def layer_bits(layer: nn.Module) -> Bits:
     """Weight and activation bits of a float, quantized or packed layer."""
-    return layer_format(layer)[:2]
+    return layer_scheme(layer)[:2]
 
 
-def layer_format(layer: nn.Module) -> Format:
+def layer_scheme(layer: nn.Module) -> LayerScheme:
     """How a float, quantized or packed layer is or will be stored."""
     weight = getattr(layer, "weight_quantizer", layer.weight)
     grid = getattr(layer, "input_quantizer", getattr(layer, "input", None))
     parts = (weight, grid, getattr(layer, "divide", None))
-    found = {kind for part in parts for kind in getattr(part, "kinds", ())}
-    kinds = tuple(sorted(found, key=lambda kind: KINDS.index(kind.partition(":")[0])))
-    return Format(getattr(weight, "bits", FLOAT_BITS), getattr(grid, "bits", FLOAT_BITS), kinds)
+    traits = sort_traits({trait for part in parts for trait in traits_of(part)})
+    return LayerScheme(getattr(weight, "bits", FLOAT_BITS), getattr(grid, "bits", FLOAT_BITS), traits)
 
 
 def layers_of(denoiser: nn.Module) -> dict[str, nn.Module]:
     """Float, quantized and packed layers by name, in module order."""
-    kinds = set(find_layers(denoiser)) | set(quantized_layers(denoiser)) | set(packed_layers(denoiser))
-    return {name: layer for name, layer in denoiser.named_modules() if name in kinds}
+    names = set(find_layers(denoiser)) | set(quantized_layers(denoiser)) | set(packed_layers(denoiser))
+    return {name: layer for name, layer in denoiser.named_modules() if name in names}
 
 
 def packed_layers(denoiser: nn.Module) -> dict[str, PackedLayer]:
@@ -93,9 +93,9 @@ def pack_model(denoiser: nn.Module) -> nn.Module:
 @torch.no_grad()
 def pack_layer(layer: QuantLayer) -> Layer | PackedLayer:
     """The packed layer of a quantized one; a float layer if neither its weight nor its input is quantized."""
-    format = layer_format(layer)
+    scheme = layer_scheme(layer)
     clock = getattr(layer.input_quantizer, "clock", None)
-    packed = empty_layer(layer, format, dtype=layer.weight.dtype, device=layer.weight.device, clock=clock)
+    packed = empty_layer(layer, scheme, dtype=layer.weight.dtype, device=layer.weight.device, clock=clock)
     if isinstance(packed.weight, PackedWeight) and isinstance(layer.weight_quantizer, Quantizer):
         packed.weight.fill(layer.weight_quantizer.encode(layer.weight))
     else:
@@ -109,21 +109,21 @@ def pack_layer(layer: QuantLayer) -> Layer | PackedLayer:
     return packed.train(layer.training)
 
 
-def prepare_packed(denoiser: nn.Module, layout: Layout, *, dtype: torch.dtype) -> None:
+def prepare_packed(denoiser: nn.Module, scheme: Scheme, *, dtype: torch.dtype) -> None:
     """Replaces the float layers by empty packed ones on the meta device, ready to be loaded."""
     layers = find_layers(denoiser)
-    unknown = sorted(layout.unused(list(layers)))
+    unknown = sorted(scheme.unused(list(layers)))
     if unknown:
         raise ValueError(f"no Linear, Conv1d or Conv2d layer named {unknown[0]!r} in {type(denoiser).__name__}")
-    clock = None if layout.timing is None else Clock(torch.zeros(layout.timing.num_steps, device="meta"), layout.timing.lookup)
+    clock = None if scheme.timing is None else Clock(torch.zeros(scheme.timing.num_steps, device="meta"), scheme.timing.lookup)
     for name, layer in layers.items():
-        if layout.format(name) != FLOAT:
-            _replace(denoiser, name, empty_layer(layer, layout.format(name), dtype=dtype, device="meta", clock=clock))
+        if scheme.layer(name) != FLOAT:
+            _replace(denoiser, name, empty_layer(layer, scheme.layer(name), dtype=dtype, device="meta", clock=clock))
     if clock is not None:
         attach(clock, denoiser)
-    if layout.attention_bits != FLOAT_BITS:
-        format = Format(FLOAT_BITS, layout.attention_bits, layout.attention_kinds)
-        quantize_products(denoiser, lambda heads: empty_grid(format, device="meta", clock=clock, channels=heads))
+    if scheme.attention_bits != FLOAT_BITS:
+        factor = LayerScheme(FLOAT_BITS, scheme.attention_bits, scheme.attention_traits)
+        quantize_products(denoiser, lambda heads: empty_grid(factor, device="meta", clock=clock, channels=heads))
 
 
 @torch.no_grad()
@@ -142,45 +142,36 @@ def restore_float(denoiser: nn.Module) -> None:
 
 
 def empty_layer(
-    layer: Layer | PackedLayer, format: Format, *, dtype: torch.dtype, device: torch.device | str, clock: Clock | None = None
+    layer: Layer | PackedLayer, scheme: LayerScheme, *, dtype: torch.dtype, device: torch.device | str, clock: Clock | None = None
 ) -> Layer | PackedLayer:
     """A layer with the options of the one given, its parameters on the meta device: packed, or plain where all is float."""
     kind = next(kind for kind in PACKED if isinstance(layer, kind))
     options: dict[str, Any] = {name: getattr(layer, name) for name in OPTIONS[kind]}
     options |= {"bias": layer.bias is not None, "dtype": dtype, "device": "meta"}
-    if format == FLOAT:
+    if scheme == FLOAT:
         return kind(**options)
     new = PACKED[kind](**options)
     shape = new.weight.shape
     channels = shape[1] * getattr(layer, "groups", 1)
-    new.input = empty_grid(format, device=device, clock=clock, channels=channels)
-    new.divide = Divide(channels, len(shape) - 2, device) if DILATED in format.kinds else nn.Identity()
-    if format.weight_bits != FLOAT_BITS:
+    new.input = empty_grid(scheme, device=device, clock=clock, channels=channels)
+    is_divided = any(trait.divides_input for trait in scheme.traits)
+    new.divide = Divide(channels, len(shape) - 2, device) if is_divided else nn.Identity()
+    if scheme.weight_bits != FLOAT_BITS:
         del new.weight
-        holder = PackedBases if BASES in format.kinds else PackedWeight
-        new.weight = holder(shape, format.weight_bits, dtype=dtype, device=device)
+        holder = next((trait.weight_class for trait in scheme.traits if trait.weight_class is not None), PackedWeight)
+        new.weight = holder(shape, scheme.weight_bits, dtype=dtype, device=device)
     return new
 
 
-def empty_grid(format: Format, *, device: torch.device | str, clock: Clock | None, channels: int = 0) -> nn.Module:
-    """What quantizes the input of a packed layer; a temporal grid has a row for each step of the clock."""
-    if format.act_bits == FLOAT_BITS:
+def empty_grid(scheme: LayerScheme, *, device: torch.device | str, clock: Clock | None, channels: int = 0) -> nn.Module:
+    """Returns an empty quantizer for the input of a packed layer; Identity where the input stays in float."""
+    if scheme.act_bits == FLOAT_BITS:
         return nn.Identity()
-    place = split_place(format.kinds)
-    if HEADS in format.kinds:
-        return HeadGrids([_whole_grid(format, device, clock) for _ in range(channels)])
-    if place is not None:
-        return SplitGrid([_whole_grid(format, device, clock) for _ in range(2)], (place, channels - place))
-    return _whole_grid(format, device, clock)
-
-
-def _whole_grid(format: Format, device: torch.device | str, clock: Clock | None) -> FixedGrid:
-    """One grid for a whole tensor, or for one of its parts."""
-    if TEMPORAL not in format.kinds:
-        return FixedGrid(format.act_bits, device)
-    if clock is None:
-        raise ValueError("a grid per timestep needs the clock that it follows")
-    return TemporalGrid(format.act_bits, clock, device)
+    site = GridSite(scheme.act_bits, device, channels, clock)
+    make: Callable[[], Any] = partial(FixedGrid, site.bits, site.device)
+    for trait in sort_traits(scheme.traits):
+        make = partial(trait.make_grid, make, site)
+    return make()
 
 
 def _share(tensor: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Weights as they are stored: bit planes with a grid, or with a scale each."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -10,8 +11,8 @@ from dmquant.kernels import onednn
 from dmquant.kernels.operands import BlockedWeight
 from dmquant.kernels.packing import check_bits, pack, unpack
 from dmquant.kernels.weight_packing import arrange, restore
-from dmquant.nn.scheme import BASES
-from dmquant.quantizers.base import BasisCodes, Codes, Float32Buffers
+from dmquant.quantizers.base import BasisCodes, Codes, Float32Buffers, find_grid_fault
+from dmquant.quantizers.traits import GridTrait
 
 
 class BlockedCodes(Float32Buffers):
@@ -95,6 +96,15 @@ class PackedWeight(BlockedCodes):
                 raise ValueError(f"a packed weight holds one grid per output channel ({len(target)}), got {tuple(value.shape)}")
             target.copy_(value.reshape(-1))
 
+    def find_fault(self, name: str, value: Tensor) -> str | None:
+        if name == "codes":
+            count = self.numel()
+            has_rest = count % 8 != 0 and bool((value[:, -1] >> count % 8).any())
+            return "has bits set after its last code" if has_rest else None
+        if name == "zero" and self.bits == 1:
+            value = value[value != 0.5]  # the middle of the codes of a binary weight, {-1, +1}
+        return find_grid_fault(name, value, self.bits)
+
     def extra_repr(self) -> str:
         return f"{tuple(self.shape)}, bits={self.bits}"
 
@@ -102,7 +112,9 @@ class PackedWeight(BlockedCodes):
 class PackedBases(PackedWeight):
     """Bit planes of signs, each with its own scale per slice of dimension 0: value = sum over planes of scale * sign."""
 
-    kinds = (BASES,)
+    @property
+    def traits(self) -> tuple[GridTrait, ...]:
+        return (Bases(),)
 
     def __init__(self, shape: torch.Size, bits: int, *, dtype: torch.dtype, device: torch.device | str | None = None):
         super().__init__(shape, bits, dtype=dtype, device=device)
@@ -117,6 +129,14 @@ class PackedBases(PackedWeight):
         assert isinstance(codes, BasisCodes)
         self.codes.copy_(pack(codes.codes, codes.bits))
         self.scale.copy_(codes.scale.reshape(self.scale.shape))
+
+
+@dataclass(frozen=True)
+class Bases(GridTrait):
+    """Every bit plane of the weight is a binary basis with a scale of its own."""
+
+    name = "bases"
+    weight_class = PackedBases
 
 
 def dense(weight: PackedWeight | nn.Parameter, dtype: torch.dtype) -> Tensor:

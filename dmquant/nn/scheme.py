@@ -1,35 +1,44 @@
 """How layers are stored: bits, and what is said where a grid is not uniform and static."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from dmquant.quantizers.dilated import DILATED
-from dmquant.quantizers.per_part import HEADS, SPLIT, is_split
-from dmquant.quantizers.per_timestep import TEMPORAL
+from dmquant.nn.packed_weight import Bases
+from dmquant.quantizers.dilated import Dilated
+from dmquant.quantizers.per_part import PerHead, PerPart
+from dmquant.quantizers.per_timestep import PerTimestep
 from dmquant.quantizers.timestep_clock import NEAREST
+from dmquant.quantizers.traits import GridTrait
 
 FLOAT_BITS = 32
 Bits = tuple[int, int]  # of weights, of activations
-BASES = "bases"  # every bit plane of the weight is a binary basis with a scale of its own
-KINDS = (BASES, TEMPORAL, DILATED, SPLIT, HEADS)
+# Every trait that a stored layer can have, in the order in which they are written and applied. quantization_config calls them
+# "kinds".
+TRAITS: tuple[type[GridTrait], ...] = (Bases, PerTimestep, Dilated, PerPart, PerHead)
 
 
-class Format(NamedTuple):
-    """How a layer is stored: bits of weights and of activations, and in what its grids are not uniform and static."""
+class LayerScheme(NamedTuple):
+    """How a layer is stored: bits of weights and of activations, and the traits of its grids in the order of `TRAITS`."""
 
     weight_bits: int
     act_bits: int
-    kinds: tuple[str, ...] = ()
+    traits: tuple[GridTrait, ...] = ()
 
 
-FLOAT = Format(FLOAT_BITS, FLOAT_BITS)
+FLOAT = LayerScheme(FLOAT_BITS, FLOAT_BITS)
 
 
-def is_kind(text: object) -> bool:
-    """Whether this is a kind that layers are stored in."""
-    return isinstance(text, str) and (is_split(text) or (text in KINDS and text != SPLIT))
+def parse_trait(text: object) -> GridTrait | None:
+    """Returns the trait that quantization_config writes as this text; None if there is none."""
+    found = (trait.parse(text) for trait in TRAITS) if isinstance(text, str) else iter(())
+    return next((trait for trait in found if trait is not None), None)
+
+
+def sort_traits(traits: Iterable[GridTrait]) -> tuple[GridTrait, ...]:
+    """Returns the traits in the order of `TRAITS`."""
+    return tuple(sorted(traits, key=lambda trait: TRAITS.index(type(trait))))
 
 
 class Timing(NamedTuple):
@@ -40,20 +49,21 @@ class Timing(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Layout:
-    """The format of each layer. The names of the overrides are layers, `*` in them any number: blocks.*.conv1."""
+class Scheme:
+    """How the layers of a denoiser are stored. The keys of `overrides` are layers; `*` in them is any number: blocks.*.conv1."""
 
-    default: Format
-    overrides: Mapping[str, Format] = field(default_factory=dict)
+    default: LayerScheme
+    overrides: Mapping[str, LayerScheme] = field(default_factory=dict)
     attention_bits: int = FLOAT_BITS  # of the factors of attention products
-    attention_kinds: tuple[str, ...] = ()  # in what their grids are not uniform and static
-    timing: Timing | None = None  # of a denoiser with temporal grids
+    attention_traits: tuple[GridTrait, ...] = ()  # of the grids of these factors
+    timing: Timing | None = None  # of a denoiser with grids per timestep
 
-    def format(self, name: str) -> Format:
+    def layer(self, name: str) -> LayerScheme:
+        """Returns the scheme of the layer with this name."""
         return self.overrides.get(name, self.overrides.get(generalize(name), self.default))
 
     def unused(self, names: list[str]) -> set[str]:
-        """Overrides that speak of none of these layers."""
+        """Returns the keys of overrides that match none of these layers."""
         return set(self.overrides) - set(names) - set(map(generalize, names))
 
 

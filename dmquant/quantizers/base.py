@@ -88,7 +88,14 @@ class Quantizer(nn.Module):
 
 
 class Float32Buffers(nn.Module):
-    """A module that moves between devices and never changes the dtype of its buffers: a cast would move the grid."""
+    """A module whose buffers move between devices but keep their dtype: a cast would change the values of the grid."""
+
+    def find_fault(self, name: str, value: Tensor) -> str | None:
+        """Says why a stored value cannot be the buffer of this name, or returns None.
+
+        The loader has checked shape, dtype and finiteness before. The text completes a sentence: "<name of the tensor> ...".
+        """
+        return None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def move(tensor: Tensor) -> Tensor:
@@ -115,7 +122,19 @@ class FixedGrid(Float32Buffers):
         codes = quantize(widen(x), self.scale, self.zero, self.bits)
         return codes.sub_(self.zero).mul_(self.scale).to(x.dtype)
 
+    def find_fault(self, name: str, value: Tensor) -> str | None:
+        return find_grid_fault(name, value, self.bits)
+
     def extra_repr(self) -> str:
         return f"bits={self.bits}"
+
+
+def find_grid_fault(name: str, value: Tensor, bits: int) -> str | None:
+    """Says why a tensor cannot be the "scale" or the "zero" of a uniform grid, or returns None."""
+    if name == "scale" and not (value > 0).all():
+        return "holds a scale that is not positive"
+    if name == "zero" and not ((value == value.round()) & (value >= 0) & (value < 1 << bits)).all():
+        return f"holds a zero that is no code of {bits} bits"
+    return None
 
 

@@ -5,14 +5,22 @@ DilateQuant (Liu et al., 2024), eq. 5-9.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from dmquant.quantizers.base import BasisCodes, Codes, Float32Buffers, Quantizer
 from dmquant.quantizers.timestep_clock import Clock
+from dmquant.quantizers.traits import GridTrait, traits_of
 
-DILATED = "dilated"  # the kind of a layer whose input is divided, channel by channel, before it is quantized
+
+@dataclass(frozen=True)
+class Dilated(GridTrait):
+    """The layer divides its input, channel by channel, before it quantizes it."""
+
+    name = "dilated"
+    divides_input = True
 
 
 class DilatedWeight(Quantizer):
@@ -26,8 +34,8 @@ class DilatedWeight(Quantizer):
         self.register_buffer("factor", torch.ones(channels))  # of each input channel of the layer
 
     @property
-    def kinds(self) -> tuple[str, ...]:
-        return getattr(self.inner, "kinds", ())
+    def traits(self) -> tuple[GridTrait, ...]:
+        return traits_of(self.inner)
 
     def dilate(self, weight: Tensor) -> Tensor:
         return weight * spread(self.factor, weight, self.groups)
@@ -45,7 +53,7 @@ class DilatedWeight(Quantizer):
 class Divide(Float32Buffers):
     """Each channel times a reciprocal (C,). `trailing` is the number of dimensions behind the channels: 0 for a linear layer."""
 
-    kinds = (DILATED,)
+    traits = (Dilated(),)
     reciprocal: Tensor
 
     def __init__(self, channels: int, trailing: int, device: torch.device | str | None = None):
@@ -55,6 +63,9 @@ class Divide(Float32Buffers):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.reciprocal.view(-1, *(1,) * self.trailing).to(x.dtype)
+
+    def find_fault(self, name: str, value: Tensor) -> str | None:
+        return None if (value > 0).all() else f"holds a {name} that is not positive"
 
     def cut(self, place: int, channels: int) -> "Divide":
         """The same for so many channels from a place on, in the same memory."""
@@ -75,10 +86,10 @@ class DilatedInput(Quantizer):
         return getattr(self.inner, "clock", None)
 
     @property
-    def kinds(self) -> tuple[str, ...]:
+    def traits(self) -> tuple[GridTrait, ...]:
         """A layer of which no channel is dilated is stored like any other."""
-        own = (DILATED,) if bool(self.divide.reciprocal.ne(1).any()) else ()
-        return (*getattr(self.inner, "kinds", ()), *own)
+        own = (Dilated(),) if bool(self.divide.reciprocal.ne(1).any()) else ()
+        return (*traits_of(self.inner), *own)
 
     def leaves(self, x: Tensor) -> Iterator[tuple[Quantizer, Tensor]]:
         yield from self.inner.leaves(self.divide(x))

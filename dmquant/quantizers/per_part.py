@@ -4,18 +4,49 @@ What an up block of a UNet reads is a concatenation: one part comes from below, 
 The split shortcuts of Q-Diffusion (Li et al., 2023), which EDA-DM and DilateQuant take over; theirs split the weight's grid too.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Generic, TypeVar, cast
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from dmquant.quantizers.base import Codes, FixedGrid, Quantizer
 from dmquant.quantizers.timestep_clock import Clock
+from dmquant.quantizers.traits import GridSite, GridTrait, traits_of
 
-SPLIT = "split"  # the kind of an input on two grids; where the second begins is written behind it: split:128
-HEADS = "heads"  # the kind of a factor of an attention product with a grid per head
 Grid = TypeVar("Grid", Quantizer, FixedGrid)
+
+
+@dataclass(frozen=True)
+class PerPart(GridTrait):
+    """The input of a layer is on two grids: one for its first channels, one for the rest. Stored as split:<first_channels>."""
+
+    name = "split"
+    first_channels: int
+
+    @property
+    def text(self) -> str:
+        return f"{self.name}:{self.first_channels}"
+
+    @classmethod
+    def parse(cls, text: str) -> Self | None:
+        name, _, count = text.partition(":")
+        is_count = count.isascii() and count.isdecimal() and count[0] != "0" and len(count) < 10
+        return cls(int(count)) if name == cls.name and is_count else None
+
+    def make_grid(self, make_part: Callable[[], FixedGrid], site: GridSite) -> nn.Module:
+        return SplitGrid([make_part(), make_part()], (self.first_channels, site.channels - self.first_channels))
+
+
+@dataclass(frozen=True)
+class PerHead(GridTrait):
+    """Each head of a factor of an attention product is on a grid of its own."""
+
+    name = "heads"
+
+    def make_grid(self, make_part: Callable[[], FixedGrid], site: GridSite) -> nn.Module:
+        return HeadGrids([make_part() for _ in range(site.channels)])
 
 
 class Parts(nn.Module, Generic[Grid]):
@@ -36,12 +67,12 @@ class Parts(nn.Module, Generic[Grid]):
         return cast(Sequence[Grid], self.parts)
 
     @property
-    def kind(self) -> str:
-        return f"{SPLIT}:{self.channels[0]}"
+    def trait(self) -> GridTrait:
+        return PerPart(self.channels[0])
 
     @property
-    def kinds(self) -> tuple[str, ...]:
-        return (*getattr(self.parts[0], "kinds", ()), self.kind)
+    def traits(self) -> tuple[GridTrait, ...]:
+        return (*traits_of(self.parts[0]), self.trait)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([part(piece) for part, piece in self.pairs(x)], 1)
@@ -93,7 +124,7 @@ class Split(Parts[Quantizer], Quantizer):
 class HeadGrids(SplitGrid):
     """A grid for each head of an attention, whose factors are (B, heads, N, C)."""
 
-    kind = HEADS
+    trait = PerHead()
 
     def __init__(self, parts: Sequence[FixedGrid]):
         super().__init__(parts, (1,) * len(parts))
@@ -102,24 +133,13 @@ class HeadGrids(SplitGrid):
 class Heads(Split):
     """A quantizer for each head of an attention, whose factors are (B, heads, N, C)."""
 
-    kind = HEADS
+    trait = PerHead()
 
     def __init__(self, parts: Sequence[Quantizer]):
         super().__init__(parts, (1,) * len(parts))
 
     def freeze(self) -> HeadGrids:
         return HeadGrids(self.freeze_parts())
-
-
-def split_place(kinds: Iterable[str]) -> int | None:
-    """Channels of the first part by the kinds of a layer; None where it has one grid."""
-    return next((int(kind.partition(":")[2]) for kind in kinds if is_split(kind)), None)
-
-
-def is_split(kind: str) -> bool:
-    """Whether a kind says that an input is split, and where."""
-    name, _, place = kind.partition(":")
-    return name == SPLIT and place.isascii() and place.isdecimal() and place[0] != "0" and len(place) < 10
 
 
 def _per_channel(values: Tensor, size: int, ndim: int) -> Tensor:

@@ -4,6 +4,9 @@ The clock says which step each sample of a batch is at, so a batch of mixed time
 one. The temporal LSQ of EfficientDM (He et al., 2024) and the temporal parallel quantizer of DilateQuant (Liu et al., 2024).
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -11,9 +14,21 @@ from dmquant.kernels.packing import check_bits
 from dmquant.kernels.rounding import quantize, widen
 from dmquant.quantizers.base import SMALLEST_SCALE, Codes, Context, FixedGrid, Quantizer
 from dmquant.quantizers.timestep_clock import Clock, Timed
+from dmquant.quantizers.traits import GridSite, GridTrait
 from dmquant.quantizers.uniform import INIT_AFFINE, INITIALISATIONS
 
-TEMPORAL = "temporal"  # the kind of a stored grid that has one row per timestep
+
+@dataclass(frozen=True)
+class PerTimestep(GridTrait):
+    """The stored grid has one row per calibrated timestep."""
+
+    name = "temporal"
+    needs_clock = True
+
+    def make_grid(self, make_part: Callable[[], FixedGrid], site: GridSite) -> nn.Module:
+        if site.clock is None:
+            raise ValueError("a grid per timestep needs the clock that it follows")
+        return TemporalGrid(site.bits, site.clock, site.device)
 
 
 class TemporalStep(Quantizer, Timed):
@@ -24,7 +39,7 @@ class TemporalStep(Quantizer, Timed):
     paper's zero is real, its formula has scales only.
     """
 
-    kinds = (TEMPORAL,)
+    traits = (PerTimestep(),)
 
     def __init__(self, bits: int, clock: Clock, *, init: str = "mse"):
         super().__init__()
@@ -91,7 +106,7 @@ class TemporalStep(Quantizer, Timed):
 class TemporalGrid(FixedGrid, Timed):
     """The same for inference: tables of scales and zeros (S,) that stay float32."""
 
-    kinds = (TEMPORAL,)
+    traits = (PerTimestep(),)
 
     def __init__(self, bits: int, clock: Clock, device: torch.device | str | None = None):
         super().__init__(bits, device)

@@ -7,25 +7,27 @@ a clock of its own along.
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from dmquant.quantizers.base import Float32Buffers
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "timestep_ratio")  # most denoisers; HiDream; Z-Image; Stable Cascade
 Place = tuple[int, int, float]  # entries before and after, share of the latter
 NEAREST, LINEAR = LOOKUPS = ("nearest", "linear")  # what a timestep that was not calibrated reads of a table over steps
 
 
-class Clock(nn.Module):
+class Clock(Float32Buffers):
     """Calibrated timesteps (S,), any order, and `step`: for each sample of the running call the index of the nearest one.
 
     Between two calibrated timesteps a table over the steps gives its nearest entry, or with lookup "linear" a mean of both.
     """
 
-    timesteps: Tensor
+    timesteps: Tensor  # float32 in every model: bfloat16 cannot represent 999
 
     def __init__(self, timesteps: Tensor, lookup: str = NEAREST):
         super().__init__()
@@ -98,14 +100,6 @@ class Clock(nn.Module):
         low, high = ordered[above - 1], ordered[above]
         share = ((values - low) / (high - low).clamp(min=torch.finfo(low.dtype).tiny)).clamp(0, 1)
         return order[above - 1], order[above], share
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        def move(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            # timesteps stay in float32: bfloat16 has no 999
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(move, recurse)
 
     def _tolerance(self) -> Tensor:
         """Distance that counts as the same step: half a timestep of 1000, or as much of a range that ends at 1."""

@@ -19,7 +19,7 @@ from dmquant.evaluation.cost import measure_cost
 from dmquant.methods.base import Method
 from dmquant.nn.fake_quant_layers import quantized_layers
 from dmquant.progress import plain
-from dmquant.quantization import lay_out, make_student, quantize
+from dmquant.quantization import make_student, plan_scheme, quantize
 from dmquant.quantizers import uniform
 from dmquant.quantizers.base import Quantizer
 from dmquant.quantizers.timestep_clock import Clock
@@ -136,7 +136,7 @@ class MethodContract:
         tmp_path: Path,
     ) -> None:  # fmt: skip
         method = method_class.parse({**quick, "act_bits": 4, "attention_bits": attention_bits})
-        planned = measure_cost(find_target(pipeline).denoiser, layout=lay_out(pipeline, method))
+        planned = measure_cost(find_target(pipeline).denoiser, scheme=plan_scheme(pipeline, method))
         folder = serialization.save(quantize(pipeline, method, samples=samples), tmp_path / "out")
         assert planned.size_bytes == (folder / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
         assert planned == measure_cost(find_target(serialization.load(folder)).denoiser)

@@ -10,7 +10,7 @@ from safetensors import safe_open
 import dmquant
 from dmquant import methods
 from dmquant.checkpoint import atomic_folder, serialization
-from dmquant.nn.scheme import KINDS
+from dmquant.nn.scheme import TRAITS
 from tests.golden import make
 
 SETS = Path(__file__).parents[1] / "golden"
@@ -45,7 +45,7 @@ def test_every_method_and_every_kind_of_grid_is_in_a_golden_folder():
     assert {config["method"] for config in configs} == set(methods.names()) == set(make.METHODS), advice
     of_layers = [kind for config in configs for entry in config["overrides"].values() for kind in entry[2:]]
     of_models = [kind for config in configs for kind in config["kinds"] + config["attention_kinds"]]
-    assert {kind.partition(":")[0] for kind in of_layers + of_models} == set(KINDS), advice
+    assert {kind.partition(":")[0] for kind in of_layers + of_models} == {trait.name for trait in TRAITS}, advice
 
 
 def test_what_the_script_writes_is_what_these_tests_read(tmp_path):

@@ -6,7 +6,9 @@ import pytest
 
 from dmquant.checkpoint.quantization_config import DmquantConfig
 from dmquant.errors import DamagedFile, InputError
-from dmquant.nn.scheme import Format
+from dmquant.nn.scheme import LayerScheme
+from dmquant.quantizers.per_part import PerPart
+from dmquant.quantizers.per_timestep import PerTimestep
 
 CONFIG = DmquantConfig(
     weight_bits=4, act_bits=8, kinds=["temporal"], overrides={"conv_in": [8, 8, "temporal", "split:2"]}, attention_bits=8,
@@ -19,14 +21,14 @@ def test_a_config_prints_itself_and_survives_json():
     assert json.loads(CONFIG.to_json_string()) == CONFIG.to_dict() and CONFIG.to_dict()["quant_method"] == "dmquant"
     assert type(CONFIG.to_dict()["quant_method"]) is str and "minmax" in repr(CONFIG)
     again = DmquantConfig.from_dict(json.loads(json.dumps(CONFIG.to_dict())))
-    assert again.to_dict() == CONFIG.to_dict() and again.layout == CONFIG.layout and again.run == CONFIG.run
+    assert again.to_dict() == CONFIG.to_dict() and again.scheme == CONFIG.scheme and again.run == CONFIG.run
 
 
 def test_the_layout_is_that_of_the_words():
-    layout = CONFIG.layout
-    assert layout.format("conv_in") == Format(8, 8, ("temporal", "split:2"))
-    assert layout.format("mid") == Format(4, 8, ("temporal",))
-    assert layout.attention_bits == 8 and layout.timing == (3, "linear")
+    scheme = CONFIG.scheme
+    assert scheme.layer("conv_in") == LayerScheme(8, 8, (PerTimestep(), PerPart(2)))
+    assert scheme.layer("mid") == LayerScheme(4, 8, (PerTimestep(),))
+    assert scheme.attention_bits == 8 and scheme.timing == (3, "linear")
 
 
 def test_grids_per_timestep_need_a_timing():

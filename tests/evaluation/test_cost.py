@@ -14,8 +14,8 @@ from dmquant.errors import InputError
 from dmquant.evaluation.cost import Cost, measure_cost
 from dmquant.nn.convert import pack_model
 from dmquant.nn.fake_quant_layers import swap
-from dmquant.nn.scheme import FLOAT, Format, Layout
-from dmquant.quantizers.dilated import DILATED
+from dmquant.nn.scheme import FLOAT, LayerScheme, Scheme
+from dmquant.quantizers.dilated import Dilated
 from dmquant.quantizers.uniform import LearnedStep
 from dmquant.testing import TINY_UNET
 from tests.diffusion.test_pipeline import TINY, every_denoiser, on_meta
@@ -158,9 +158,9 @@ def test_a_weight_only_layer_computes_in_float(beds):
 
 
 def test_an_input_that_is_divided_costs_one_operation_more_per_value():
-    format = Format(4, 4)
-    layout = Layout(FLOAT, {"conv_out": format._replace(kinds=(DILATED,)), "conv_in": format})
-    cost = measure_cost(on_meta(UNet2DModel, **TINY_UNET), layout=layout)
+    format = LayerScheme(4, 4)
+    scheme = Scheme(FLOAT, {"conv_out": format._replace(traits=(Dilated(),)), "conv_in": format})
+    cost = measure_cost(on_meta(UNet2DModel, **TINY_UNET), scheme=scheme)
     divided, plain = (next(layer for layer in cost.layers if layer.name == name) for name in ("conv_out", "conv_in"))
     assert divided.quantizer_ops == 5 * divided.num_inputs + divided.num_outputs
     assert plain.quantizer_ops == 4 * plain.num_inputs + plain.num_outputs

@@ -11,22 +11,22 @@ from torch import nn
 
 from dmquant.nn.convert import (
     layer_bits,
-    layer_format,
+    layer_scheme,
     layers_of,
     pack_layer,
     pack_model,
     packed_layers,
     prepare_packed,
-    read_layout,
+    read_scheme,
     restore_float,
 )
 from dmquant.nn.fake_quant_layers import quantized, swap
 from dmquant.nn.packed_layers import PackedConv2d
-from dmquant.nn.packed_weight import PackedBases, PackedWeight
-from dmquant.nn.scheme import BASES, FLOAT, FLOAT_BITS, Format, Layout, Timing
+from dmquant.nn.packed_weight import Bases, PackedBases, PackedWeight
+from dmquant.nn.scheme import FLOAT, FLOAT_BITS, LayerScheme, Scheme, Timing
 from dmquant.quantizers.base import BasisCodes, FixedGrid
 from dmquant.quantizers.binary import Binary
-from dmquant.quantizers.per_timestep import TEMPORAL, TemporalGrid, TemporalStep
+from dmquant.quantizers.per_timestep import PerTimestep, TemporalGrid, TemporalStep
 from dmquant.quantizers.timestep_clock import Clock, attach
 from dmquant.quantizers.uniform import Uniform
 
@@ -159,7 +159,7 @@ def test_an_empty_model_of_the_same_layout_takes_the_tensors():
     packed = pack_model(tiny_unet({"conv_in": (32, 32), "conv_out": (32, 8)}))
     with torch.device("meta"):
         empty = UNet2DModel.from_config(packed.config)
-    prepare_packed(empty, read_layout(packed), dtype=torch.float32)
+    prepare_packed(empty, read_scheme(packed), dtype=torch.float32)
     assert all(tensor.is_meta for tensor in empty.state_dict().values())
     empty.load_state_dict(packed.state_dict(), assign=True)
     assert torch.equal(run(empty.eval()), run(packed))
@@ -193,23 +193,23 @@ def test_the_layout_says_the_bits_of_every_layer(data):
     bits = {name: data.draw(st.sampled_from([(4, 8), (8, 8), (32, 32), (32, 8)])) for name in names}
     swap(model, lambda name, layer: quantizers(layer, *bits[name], torch.randn(9)))
     default = data.draw(st.sampled_from([None, (4, 8), (2, 2)]))
-    layout = read_layout(model, default)
-    assert {name: layout.format(name)[:2] for name in names} == bits
-    assert layout.unused(names) == set() and layout.unused(["x"]) == set(layout.overrides)
+    scheme = read_scheme(model, default)
+    assert {name: scheme.layer(name)[:2] for name in names} == bits
+    assert scheme.unused(names) == set() and scheme.unused(["x"]) == set(scheme.overrides)
 
 
 def test_repeated_blocks_take_one_override():
     bits = {name: (8, 8) for name in layers_of(tiny_unet()) if name.endswith("conv1")}
     assert len(bits) > 5
-    overrides = read_layout(tiny_unet(bits)).overrides
+    overrides = read_scheme(tiny_unet(bits)).overrides
     patterns = {"down_blocks.*.resnets.*.conv1", "mid_block.resnets.*.conv1", "up_blocks.*.resnets.*.conv1"}
     assert overrides == dict.fromkeys(patterns, (8, 8, ()))
 
 
-class Bases(Binary):
+class BinaryBases(Binary):
     """A weight quantizer that keeps several binary bases: random signs, always the same."""
 
-    kinds = (BASES,)
+    traits = (Bases(),)
 
     def __init__(self, count: int, *, num_channels: int):
         super().__init__(num_channels=num_channels)
@@ -223,20 +223,20 @@ class Bases(Binary):
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_binary_bases_are_planes_with_scales_of_their_own(count):
-    layer, quantizer = nn.Conv2d(4, 6, 3), Bases(count, num_channels=6)
+    layer, quantizer = nn.Conv2d(4, 6, 3), BinaryBases(count, num_channels=6)
     packed, wanted = pack_layer(quantized(layer, quantizer, nn.Identity())), quantizer.encode(layer.weight).decode()
     assert torch.equal(packed.weight.dequantize(), wanted) and len(wanted[0].unique()) == 2**count
     assert sum(tensor.nbytes for tensor in packed.weight.state_dict().values()) == count * 6 * 4 * 9 // 8 + count * 6 * 4
-    assert layer_format(packed) == (count, 32, (BASES,))
+    assert layer_scheme(packed) == (count, 32, (Bases(),))
 
 
 def test_a_layout_remembers_which_weights_are_bases():
     unet = tiny_unet()
-    unet.conv_out.weight_quantizer = Bases(2, num_channels=3)
+    unet.conv_out.weight_quantizer = BinaryBases(2, num_channels=3)
     packed = pack_model(unet)
     with torch.device("meta"):
         empty = UNet2DModel.from_config(packed.config)
-    prepare_packed(empty, read_layout(packed), dtype=torch.float32)
+    prepare_packed(empty, read_scheme(packed), dtype=torch.float32)
     empty.load_state_dict(packed.state_dict(), assign=True)
     assert isinstance(empty.conv_out.weight, PackedBases) and torch.equal(run(empty.eval()), run(packed))
 
@@ -267,12 +267,12 @@ def test_temporal_grids_run_packed_as_they_did_each_model_by_its_own_clock(looku
 @pytest.mark.parametrize("lookup", ["nearest", "linear"])
 def test_a_layout_says_which_grids_are_temporal_and_over_how_many_steps(lookup):
     packed = pack_model(timed_unet(lookup))
-    layout = read_layout(packed)
-    assert layout.timing == Timing(3, lookup) and layout.default == Format(4, 8, (TEMPORAL,))
-    assert layout.format("time_embedding.linear_1") == Format(4, 8)
+    scheme = read_scheme(packed)
+    assert scheme.timing == Timing(3, lookup) and scheme.default == LayerScheme(4, 8, (PerTimestep(),))
+    assert scheme.layer("time_embedding.linear_1") == LayerScheme(4, 8)
     with torch.device("meta"):
         empty = UNet2DModel.from_config(packed.config)
-    prepare_packed(empty, layout, dtype=torch.float32)
+    prepare_packed(empty, scheme, dtype=torch.float32)
     empty.load_state_dict(packed.state_dict(), assign=True)
     assert type(empty.conv_in.input) is TemporalGrid and type(empty.time_embedding.linear_1.input) is FixedGrid
     assert torch.equal(run(empty.eval()), run(packed))
@@ -281,9 +281,9 @@ def test_a_layout_says_which_grids_are_temporal_and_over_how_many_steps(lookup):
 def test_a_model_made_float_again_has_no_clock():
     restored = pack_model(timed_unet())
     restore_float(restored)
-    assert not any("clock" in name for name in restored.state_dict()) and read_layout(restored).timing is None
+    assert not any("clock" in name for name in restored.state_dict()) and read_scheme(restored).timing is None
     assert run(restored).isfinite().all()
 
 
 def test_an_override_of_no_layer_is_found():
-    assert Layout(Format(4, 8), {"conv_in": FLOAT, "conv_inn": FLOAT}).unused(["conv_in"]) == {"conv_inn"}
+    assert Scheme(LayerScheme(4, 8), {"conv_in": FLOAT, "conv_inn": FLOAT}).unused(["conv_in"]) == {"conv_inn"}

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from dmquant import methods
 from dmquant.diffusion.trajectories import Samples
 from dmquant.kernels.reference import fma
-from dmquant.nn.convert import layer_format, pack_model, packed_layers
+from dmquant.nn.convert import layer_scheme, pack_model, packed_layers
 from dmquant.nn.fake_quant_layers import quantized_layers
 from dmquant.nn.fused import unet
 from dmquant.quantization import make_student
 from dmquant.quantizers.base import BasisCodes
-from dmquant.quantizers.per_part import split_place
+from dmquant.quantizers.per_part import PerPart
 from tests.kernels.test_ops import error
 
 SETTINGS = {"max_steps": 0, "clip_images": 0}
@@ -55,7 +55,8 @@ def call(model: nn.Module, sample: Samples) -> tuple[Tensor, dict[str, Tensor]]:
 def multiply(layer: nn.Module, x: Tensor) -> Tensor:
     """The output of a quantized layer by its own quantizers: float64 adds whole numbers, part by part and plane by plane."""
     read, weight = layer.input_quantizer.encode(x), layer.weight_quantizer.encode(layer.weight)
-    place, column = split_place(layer_format(layer).kinds), (-1, *(1,) * (layer.weight.dim() - 2))
+    parts = [trait.first_channels for trait in layer_scheme(layer).traits if isinstance(trait, PerPart)]
+    place, column = next(iter(parts), None), (-1, *(1,) * (layer.weight.dim() - 2))
     a, parts = read.codes.double() - read.zero, [slice(None)] if place is None else [slice(place), slice(place, None)]
     planes = [(weight.codes - weight.zero, weight.scale)]
     if isinstance(weight, BasisCodes):

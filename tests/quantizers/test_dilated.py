@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from dmquant.nn.convert import layer_format, pack_layer, restore_float
+from dmquant.nn.convert import layer_scheme, pack_layer, restore_float
 from dmquant.nn.fake_quant_layers import bypassed, quantized
-from dmquant.quantizers.dilated import DILATED, DilatedInput, DilatedWeight, spread
-from dmquant.quantizers.per_timestep import TEMPORAL, TemporalStep
+from dmquant.quantizers.dilated import Dilated, DilatedInput, DilatedWeight, spread
+from dmquant.quantizers.per_timestep import PerTimestep, TemporalStep
 from dmquant.quantizers.timestep_clock import Clock
 from dmquant.quantizers.uniform import LearnedStep
 
@@ -48,7 +48,7 @@ def test_the_law_holds_and_a_packed_layer_computes_the_same(name, temporal):
         assert torch.equal(quantizer(value), quantizer.encode(value).decode()) and quantizer.bits == 4
     packed = pack_layer(layer)
     assert torch.equal(packed(x), layer(x))
-    assert layer_format(packed) == layer_format(layer) == (4, 4, (TEMPORAL, DILATED) if temporal else (DILATED,))
+    assert layer_scheme(packed) == layer_scheme(layer) == (4, 4, (PerTimestep(), Dilated()) if temporal else (Dilated(),))
     assert torch.equal(packed.divide.reciprocal, FACTOR.reciprocal())
 
 
@@ -70,12 +70,12 @@ def test_a_layer_made_float_again_reads_undivided_inputs(name):
     model = nn.Sequential(pack_layer(layer))
     weight = layer.weight_quantizer(layer.weight) / spread(FACTOR, layer.weight, getattr(layer, "groups", 1))
     restore_float(model)
-    assert torch.allclose(model[0].weight, weight, atol=1e-6) and DILATED not in layer_format(model[0]).kinds
+    assert torch.allclose(model[0].weight, weight, atol=1e-6) and Dilated() not in layer_scheme(model[0]).traits
 
 
 def test_a_layer_without_a_dilated_channel_is_stored_like_any_other():
     layer, _x = dilated("conv2d", torch.ones(8))
-    assert layer_format(layer) == (4, 4, ())
+    assert layer_scheme(layer) == (4, 4, ())
     assert sorted(pack_layer(layer).state_dict()) == [
         "bias", "input.scale", "input.zero", "weight.codes", "weight.scale", "weight.zero"
     ]  # fmt: skip

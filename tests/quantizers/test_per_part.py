@@ -5,13 +5,13 @@ import torch
 from torch import nn
 
 from dmquant.nn import dispatch
-from dmquant.nn.convert import empty_layer, layer_format, pack_layer, restore_float
+from dmquant.nn.convert import empty_layer, layer_scheme, pack_layer, restore_float
 from dmquant.nn.fake_quant_layers import quantized
 from dmquant.nn.packed_layers import slices_of
-from dmquant.nn.scheme import is_kind
-from dmquant.quantizers.dilated import DILATED, DilatedInput, DilatedWeight
-from dmquant.quantizers.per_part import HEADS, Heads, Split, SplitGrid, split_place
-from dmquant.quantizers.per_timestep import TEMPORAL, TemporalStep
+from dmquant.nn.scheme import parse_trait
+from dmquant.quantizers.dilated import Dilated, DilatedInput, DilatedWeight
+from dmquant.quantizers.per_part import Heads, PerHead, PerPart, Split, SplitGrid
+from dmquant.quantizers.per_timestep import PerTimestep, TemporalStep
 from dmquant.quantizers.timestep_clock import Clock
 from dmquant.quantizers.uniform import LearnedStep
 from dmquant.training.calibration import Collector
@@ -65,9 +65,9 @@ def test_a_packed_layer_computes_the_same_and_says_where_the_second_part_begins(
     layer, x = split_layer(name, factor=factor)
     packed = pack_layer(layer)
     assert torch.equal(packed(x), layer(x)) and type(packed.input) is SplitGrid
-    kinds = (TEMPORAL, "split:5") if factor is None else (TEMPORAL, DILATED, "split:5")
-    assert layer_format(packed) == layer_format(layer) == (4, 4, kinds) and split_place(kinds) == 5
-    empty = empty_layer(layer, layer_format(layer), dtype=torch.float32, device="cpu", clock=CLOCK)
+    traits = (PerTimestep(), PerPart(5)) if factor is None else (PerTimestep(), Dilated(), PerPart(5))
+    assert layer_scheme(packed) == layer_scheme(layer) == (4, 4, traits)
+    empty = empty_layer(layer, layer_scheme(layer), dtype=torch.float32, device="cpu", clock=CLOCK)
     empty.load_state_dict(packed.state_dict(), assign=True)
     assert torch.equal(empty(x), layer(x))
     model = nn.Sequential(packed)
@@ -127,8 +127,8 @@ def test_each_head_is_rounded_on_its_own_grid_for_inference_too():
     heads = Heads([TemporalStep(8, CLOCK) for _ in range(4)])
     heads.observe(x)
     y, codes = heads(x), heads.encode(x)
-    assert torch.equal(y, codes.decode()) and codes.scale.shape == (3, 4, 1, 1) and heads.kinds == (TEMPORAL, HEADS)
-    assert torch.equal(heads.freeze()(x), y) and heads.freeze().kinds == (TEMPORAL, HEADS)
+    assert torch.equal(y, codes.decode()) and codes.scale.shape == (3, 4, 1, 1) and heads.traits == (PerTimestep(), PerHead())
+    assert torch.equal(heads.freeze()(x), y) and heads.freeze().traits == heads.traits
     assert torch.equal(y[:, 2:3], heads.parts[2](x[:, 2:3])) and (codes.scale[:, 1] > 5 * codes.scale[:, 0]).all()
     alone = []
     for index, timestep in enumerate(CLOCK.timesteps):
@@ -139,9 +139,9 @@ def test_each_head_is_rounded_on_its_own_grid_for_inference_too():
 
 
 @pytest.mark.parametrize("text", ["split", "split:", "split:0", "split:-1", "split:x", "split:5.0", "other", "split:٣", 5, None])
-def test_kinds_that_say_no_place_are_none(text):
-    assert not is_kind(text)
-    assert is_kind("split:12") and is_kind(TEMPORAL)
+def test_a_split_without_a_count_of_channels_is_no_trait(text):
+    assert parse_trait(text) is None
+    assert parse_trait("split:12") == PerPart(12)
 
 
 def test_parts_that_do_not_fit_are_refused():

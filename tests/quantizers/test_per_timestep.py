@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmquant.quantizers.base import FixedGrid
-from dmquant.quantizers.per_timestep import TEMPORAL, TemporalGrid, TemporalStep
+from dmquant.quantizers.per_timestep import PerTimestep, TemporalGrid, TemporalStep
 from dmquant.quantizers.timestep_clock import Clock
 from dmquant.quantizers.uniform import LearnedStep
 
@@ -194,7 +194,7 @@ def test_zero_stays_on_every_grid():
 def test_a_frozen_grid_has_one_row_per_step_in_float32_and_follows_the_same_clock():
     quantizer = make()
     frozen = quantizer.freeze().bfloat16()
-    assert isinstance(frozen, FixedGrid) and frozen.kinds == quantizer.kinds == (TEMPORAL,)
+    assert isinstance(frozen, FixedGrid) and frozen.traits == quantizer.traits == (PerTimestep(),)
     assert {name: (tuple(value.shape), value.dtype) for name, value in frozen.state_dict().items()} == {
         "scale": ((4,), torch.float32), "zero": ((4,), torch.float32)
     }

@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from dmquant.kernels.rounding import widen
-from dmquant.nn.scheme import BASES
+from dmquant.nn.packed_weight import Bases
 from dmquant.quantizers.base import SMALLEST_SCALE, BasisCodes, Codes
 from dmquant.quantizers.binary import Binary, ScaledSign
+from dmquant.quantizers.traits import GridTrait
 
 
 class EvolvableBasis(Binary):
@@ -22,8 +23,8 @@ class EvolvableBasis(Binary):
         self.bits = 2  # one per basis
 
     @property
-    def kinds(self) -> tuple[str, ...]:
-        return (BASES,) if self.bits > 1 else ()
+    def traits(self) -> tuple[GridTrait, ...]:
+        return (Bases(),) if self.bits > 1 else ()
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:

@@ -10,6 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from dmquant.nn.fake_quant_layers import QuantLayer, quantized_layers
 from dmquant.quantizers.base import BasisCodes, Codes, Quantizer
+from dmquant.quantizers.traits import GridTrait, traits_of
 
 
 class QALoRA(Quantizer):
@@ -28,8 +29,8 @@ class QALoRA(Quantizer):
         self.up = nn.Parameter(torch.zeros(shape[0], rank))
 
     @property
-    def kinds(self) -> tuple[str, ...]:
-        return getattr(self.inner, "kinds", ())
+    def traits(self) -> tuple[GridTrait, ...]:
+        return traits_of(self.inner)
 
     @torch.no_grad()
     def start(self, generator: torch.Generator) -> None:

@@ -15,12 +15,12 @@ from dmquant.errors import DamagedFile, InputError
 from dmquant.methods.dilatequant.method import DilateQuant
 from dmquant.methods.dilatequant.weight_dilation import find_factors
 from dmquant.nn.attention import QuantInput
-from dmquant.nn.convert import packed_layers, read_layout
+from dmquant.nn.convert import packed_layers, read_scheme
 from dmquant.nn.fake_quant_layers import quantized_layers
 from dmquant.quantization import make_student, quantize
-from dmquant.quantizers.dilated import DILATED, DilatedInput, Divide
-from dmquant.quantizers.per_part import HEADS, Heads, Split, SplitGrid
-from dmquant.quantizers.per_timestep import TEMPORAL, TemporalGrid, TemporalStep
+from dmquant.quantizers.dilated import Dilated, DilatedInput, Divide
+from dmquant.quantizers.per_part import Heads, PerHead, Split, SplitGrid
+from dmquant.quantizers.per_timestep import PerTimestep, TemporalGrid, TemporalStep
 from dmquant.quantizers.timestep_clock import Clock
 
 QUICK = dict(trajectories=4, sampling_steps=3, calibration_samples=12, max_steps=2, batch=4)
@@ -114,8 +114,8 @@ def test_what_a_file_gives_back_computes_what_was_trained(pipeline, samples, bit
     part = samples[torch.tensor([0, 5, 11, 7])]
     with torch.no_grad():
         assert torch.equal(part.call(again), part.call(student))
-    layout = read_layout(again)
-    assert layout.attention_kinds == (TEMPORAL,) and any(DILATED in format.kinds for format in layout.overrides.values())
+    scheme = read_scheme(again)
+    assert scheme.attention_traits == (PerTimestep(),) and any(Dilated() in layer.traits for layer in scheme.overrides.values())
     assert any(isinstance(layer.divide, Divide) for layer in packed_layers(again).values())
     assert sum(isinstance(module, TemporalGrid) for module in again.modules()) > len(packed_layers(again)) / 2
     assert sum(isinstance(module, SplitGrid) for module in again.modules()) == {"skip": 2, "all": 4, "none": 0}[split]
@@ -130,7 +130,7 @@ def test_attention_has_a_grid_per_head_where_it_is_asked_for(pipeline, samples, 
     assert all(not torch.equal(*(part.log_scale for part in module.parts)) for module in heads)
     dmquant.save(find_target(pipeline).with_denoiser(student).pipeline, tmp_path / "out")
     again = find_target(dmquant.load(tmp_path / "out")).denoiser
-    assert read_layout(again).attention_kinds == (TEMPORAL, HEADS)
+    assert read_scheme(again).attention_traits == (PerTimestep(), PerHead())
     with torch.no_grad():
         assert torch.equal(samples.call(again), samples.call(student))
 

@@ -8,10 +8,10 @@ from dmquant.diffusion.pipeline import find_target
 from dmquant.methods.dilatequant.method import DilateQuant
 from dmquant.methods.dilatequant.scale_folding import apply_fold, find_folds, share
 from dmquant.methods.dilatequant.weight_dilation import find_factors
-from dmquant.nn.convert import layer_format, pack_layer
+from dmquant.nn.convert import layer_scheme, pack_layer
 from dmquant.nn.fake_quant_layers import bypassed, find_layers, quantized_layers
 from dmquant.quantization import make_student
-from dmquant.quantizers.dilated import DILATED
+from dmquant.quantizers.dilated import Dilated
 from tests.diffusion.test_pipeline import TINY, every_denoiser
 from tests.methods.dilatequant.test_block_runner import randomized
 from tests.methods.dilatequant.test_weight_dilation import ranges
@@ -93,7 +93,7 @@ def test_a_folded_layer_stores_no_reciprocal_and_its_student_is_the_teacher_in_f
     readers = {reader for fold in find_folds(teacher, find_layers(teacher)) for reader in fold.readers}
     kept = 0
     for name, layer in quantized_layers(student).items():
-        is_divided = DILATED in layer_format(layer).kinds
+        is_divided = Dilated() in layer_scheme(layer).traits
         assert is_divided == any(key.startswith("divide.") for key in pack_layer(layer).state_dict())
         kept += is_divided
         assert not (is_divided and name in readers), name

@@ -9,7 +9,7 @@ from torch import nn
 from dmquant.methods.efficientdm.qalora import QALoRA, adapted_layers, halved, light_layers
 from dmquant.nn.convert import pack_layer
 from dmquant.nn.fake_quant_layers import quantized, swap
-from dmquant.nn.scheme import BASES
+from dmquant.nn.packed_weight import Bases
 from dmquant.quantizers.base import BasisCodes
 from dmquant.quantizers.binary import Binary
 from dmquant.quantizers.uniform import LearnedStep
@@ -80,8 +80,8 @@ def test_nothing_of_an_adapter_is_in_the_packed_layer():
         assert torch.equal(packed(x), layer(x))
 
 
-class Bases(Binary):
-    kinds = (BASES,)
+class BinaryBases(Binary):
+    traits = (Bases(),)
 
     def encode(self, x):
         return BasisCodes(torch.zeros_like(x, dtype=torch.uint8), self.scale.unsqueeze(0))
@@ -89,9 +89,9 @@ class Bases(Binary):
 
 def test_what_the_inner_quantizer_is_stored_as_is_what_it_is_stored_as():
     layer = nn.Conv2d(4, 6, 3)
-    adapter = QALoRA(Bases(num_channels=6), layer.weight.shape, 2)
-    assert adapter.kinds == (BASES,) and isinstance(adapter.encode(layer.weight), BasisCodes)
-    assert adapted(layer).kinds == ()
+    adapter = QALoRA(BinaryBases(num_channels=6), layer.weight.shape, 2)
+    assert adapter.traits == (Bases(),) and isinstance(adapter.encode(layer.weight), BasisCodes)
+    assert adapted(layer).traits == ()
 
 
 def test_gradients_reach_the_adapter_and_the_step_through_rounding():
