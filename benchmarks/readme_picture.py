@@ -18,7 +18,7 @@ import dmquant
 from dmquant.diffusion.pipeline import find_target
 from dmquant.diffusion.sampling import generate
 from dmquant.evaluation.cost import measure_cost
-from dmquant.evaluation.image_grid import beside
+from dmquant.evaluation.image_grid import stack_rows
 
 STEPS = 20  # as in the evaluations of benchmarks/results
 
@@ -33,7 +33,7 @@ def main() -> None:
     pipelines = [dmquant.load(), *(dmquant.load(folder) for folder in args.quantized)]
     rows = {describe(pipeline): draw(pipeline, args.num_images, args.side) for pipeline in pipelines}
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    beside(rows).save(args.output, optimize=True)
+    stack_rows(rows).save(args.output, optimize=True)
 
 
 def describe(pipeline: DiffusionPipeline) -> str:

@@ -181,7 +181,7 @@ def sample(
         pipeline = arguments.open_model(name, device, any_tool=True)
         sampling.set_sampler(pipeline, sampler)
         rows[name] = torch.cat(list(sampling.generate(pipeline, range(seed, seed + count), **how)))
-    picture = image_grid.beside(rows) if beside else image_grid.make_grid(rows[model], math.ceil(count**0.5))
+    picture = image_grid.stack_rows(rows) if beside else image_grid.make_grid(rows[model], math.ceil(count**0.5))
     output.parent.mkdir(parents=True, exist_ok=True)
     picture.save(output)
     console.say(f"wrote {output}")

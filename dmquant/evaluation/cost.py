@@ -1,17 +1,18 @@
-"""What a denoiser costs: parameters, multiply-accumulates (MACs), operations and bytes, counted and never estimated.
+"""Counts the cost of a denoiser: parameters, multiply-accumulates (MACs), operations and bytes.
 
-Nothing is run: the architecture is built once more from its config on the meta device, where tensors have shapes but no
-values, so that a packed or fake-quantized denoiser counts like the float one it came from, on any backend.
+The architecture is built from the denoiser's config on the meta device, where tensors have shapes but no values, and called
+once. A packed, a fake-quantized and a float denoiser of one architecture therefore have equal counts of MACs on any backend.
 
 Operations follow BinaryDM (Zheng et al., 2025), eq. 16-17: a quantized layer has BOPs = MACs * weight bits * activation
-bits, and OPs = BOPs / 64 + the MACs of float layers. Attention products (q.k, p.v) stay float in the papers and are not
-in their numbers: they stand apart in `attention_macs`. One term is ours. The papers' 24.3, 12.3 and 6.3 G (W4A4, W2A4, W1A4
-on LDM-4) exceed their formula by 0.25 G each and no text says why. Counting the float work of the quantizers themselves
-(four operations per input, one per output) gives all three to the printed digit; it was chosen because it does, so those
-three are a fit and only the float model's 96.0 G is an independent check. The term is `quantizer_ops`, a part of `ops`. An
-input that is divided channel by channel (DilateQuant) costs one more; that a grid is looked up by timestep costs nothing.
+bits, and OPs = BOPs / 64 + the MACs of float layers. Attention products (q.k, p.v) stay float in the papers, whose
+numbers do not contain them: `attention_macs` counts them separately. `ops` has one term that is not in the papers,
+`quantizer_ops`: four operations per input and one per output of a quantized layer. The papers' 24.3, 12.3 and 6.3 G (W4A4,
+W2A4, W1A4 on LDM-4) exceed their formula by 0.25 G each without an explanation. With this term all three agree to the printed
+digit. The term was chosen for that reason: the three numbers are a fit, and only the float model's 96.0 G is an independent
+check. An input that is divided channel by channel (DilateQuant) costs one operation more per value. Selecting a grid by
+timestep costs none.
 
-Bytes are those of the file: the same skeleton is given packed layers, whose tensors are the ones that are written.
+Bytes are those of the file: the architecture on the meta device gets packed layers, whose tensors are the ones written.
 """
 
 import json
@@ -44,7 +45,7 @@ WIDEST_CODE = 8  # bits that packed layers hold
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One layer at batch 1: MACs and elements in and out of one denoiser call, bytes in our file."""
+    """Cost of one layer in one denoiser call at batch 1: MACs, input and output elements, and its bytes in the file."""
 
     name: str
     role: Role
@@ -57,16 +58,16 @@ class LayerCost:
     act_bits: int
     size_bytes: int
     note: str = ""
-    is_divided: bool = False  # its input, channel by channel, before it is quantized
+    is_divided: bool = False  # whether the input is divided channel by channel before it is quantized
 
     @property
     def is_integer(self) -> bool:
-        """Whether both factors are codes: with one of them float the products are float products."""
+        """Whether weight and input are both quantized; products with one float factor are float products."""
         return max(self.weight_bits, self.act_bits) < FLOAT_BITS
 
     @property
     def ops(self) -> float:
-        """BOPs / 64 plus the quantizers' own work, or the MACs of a float layer."""
+        """Operations: BOPs / 64 + quantizer operations of a quantized layer, the MACs of a float layer."""
         return self.bops / BINARY_OPS_PER_WORD + self.quantizer_ops if self.is_integer else self.macs
 
     @property
@@ -81,29 +82,29 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class Cost:
-    """One denoiser call at batch 1, and the bytes of the denoiser's file: `header_bytes` of them are names and shapes."""
+    """Cost of one denoiser call at batch 1, and the size of the denoiser's file, of which `header_bytes` are names and shapes."""
 
     layers: tuple[LayerCost, ...]
     num_params: int
     size_bytes: int
     header_bytes: int
     attention_macs: int
-    attention_bits: int = FLOAT_BITS  # of their factors
+    attention_bits: int = FLOAT_BITS  # bits of the factors of attention products
 
     @property
     def float_size_bytes(self) -> int:
-        """Size in float32, the papers' base."""
+        """Size of all parameters in float32, which the papers compare with."""
         return 4 * self.num_params
 
     @property
     def scaled_size_bytes(self) -> float:
-        """The papers' size, f + (1 - f) * bits / 32 of the float32 one: weights by their bits, scales not counted."""
+        """Size as the papers count it: each weight at its bits, other parameters in float32, scales not counted."""
         saved = sum((FLOAT_BITS - layer.weight_bits) * math.prod(layer.shape) for layer in self.layers)
         return self.float_size_bytes - saved / 8
 
     @property
     def weight_bits_effective(self) -> float:
-        """Bits of the file per parameter, scales, biases and norms included."""
+        """Bits of the file per parameter; the file includes scales, biases and norms."""
         return 8 * self.size_bytes / self.num_params
 
     @property
@@ -113,16 +114,17 @@ class Cost:
 
     @property
     def bops(self) -> int:
-        """Bit operations of all layers, a float layer at 32 x 32. EfficientDM's measure."""
+        """Bit operations of all layers, 32 x 32 per MAC of a float layer (EfficientDM)."""
         return sum(layer.bops for layer in self.layers)
 
     @property
     def quantizer_ops(self) -> int:
+        """Float operations of the quantizers of all layers."""
         return sum(layer.quantizer_ops for layer in self.layers)
 
     @property
     def ops(self) -> float:
-        """Operations worth one float MAC each: see the module's text."""
+        """Operations in float MACs: BOPs / 64 of quantized layers, their quantizers, and MACs of float layers."""
         return sum(layer.ops for layer in self.layers)
 
 
@@ -130,9 +132,16 @@ def measure_cost(
     denoiser: nn.Module, *, bits: Mapping[str, Bits] | None = None, scheme: Scheme | None = None,
     notes: Mapping[str, str] | None = None, inputs: Mapping[str, Any] | None = None,
 ) -> Cost:
-    """Cost of a denoiser in a scheme, or with static uniform grids at the bits of each layer by name; one not named is float.
+    """Returns the cost of a denoiser with the layers of `scheme`, or with static uniform grids of `bits`.
 
-    Without both they are read off the denoiser. `inputs` replaces `example_inputs`: other sizes, more text tokens.
+    Args:
+        bits: Layer name -> (weight bits, activation bits); layers that it does not name are float.
+        scheme: How each layer is stored. Without `bits` and `scheme`, the layers that the denoiser has.
+        notes: Layer name -> text for `LayerCost.note`.
+        inputs: Arguments of the denoiser on the meta device, such as other image sizes or more text tokens.
+
+    Raises:
+        InputError: `bits` names a layer that the denoiser does not have.
     """
     roles = find_roles(denoiser)
     unknown = sorted(set(bits or ()) - set(roles))
@@ -144,11 +153,11 @@ def measure_cost(
     skeleton = build_skeleton(denoiser)
     num_params = sum(parameter.numel() for parameter in skeleton.parameters())
     shapes = {name: layer.get_parameter("weight").shape for name, layer in named_layers(skeleton).items()}
-    meter, attention_macs = _run(skeleton, example_inputs(skeleton) if inputs is None else inputs)
-    _pack(skeleton, scheme)
+    counter, attention_macs = _count_call(skeleton, example_inputs(skeleton) if inputs is None else inputs)
+    _convert_to_packed(skeleton, scheme)
     tensors = _list_tensors(skeleton, denoiser)
     costs = tuple(
-        _cost_layer(name, role, scheme.layer(name), shapes[name], meter, tensors, (notes or {}).get(name, ""))
+        _cost_layer(name, role, scheme.layer(name), shapes[name], counter, tensors, (notes or {}).get(name, ""))
         for name, role in roles.items()
     )
     header_bytes = _count_header(tensors)
@@ -157,29 +166,29 @@ def measure_cost(
 
 
 def build_skeleton(denoiser: ModelMixin) -> ModelMixin:
-    """The float architecture of a diffusers model on the meta device: shapes without memory."""
+    """Returns the float architecture of a diffusers model on the meta device; it takes no memory."""
     config = {key: value for key, value in denoiser.config.items() if key != "quantization_config"}
     with torch.device("meta"):
         return type(denoiser).from_config(config).eval()
 
 
-class _Meter:
-    """Counts MACs and elements of the layers that run while it is entered."""
+class _LayerCounter:
+    """Counts MACs, inputs and outputs of each layer by forward hooks, which exist inside a `with` block."""
 
     def __init__(self, layers: Mapping[str, nn.Module]):
         self.layers = layers
         self.macs, self.num_inputs, self.num_outputs = Counter[str](), Counter[str](), Counter[str]()
         self._names = {layer: name for name, layer in layers.items()}
 
-    def __enter__(self) -> "_Meter":
-        self._hooks = [layer.register_forward_hook(self.count) for layer in self.layers.values()]
+    def __enter__(self) -> "_LayerCounter":
+        self._hooks = [layer.register_forward_hook(self._count) for layer in self.layers.values()]
         return self
 
     def __exit__(self, *exception: object) -> None:
         for hook in self._hooks:
             hook.remove()
 
-    def count(self, layer: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+    def _count(self, layer: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
         name = self._names[layer]
         self.macs[name] += output.numel() * layer.get_parameter("weight")[0].numel()
         self.num_inputs[name] += arguments[0].numel()
@@ -187,24 +196,24 @@ class _Meter:
 
 
 @torch.no_grad()
-def _run(skeleton: nn.Module, inputs: Mapping[str, Any]) -> tuple[_Meter, int]:
-    """One call of the skeleton: what its layers did, and the MACs of its attention products."""
-    # the counter knows the plain attention kernel, not every fused one
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, _Meter(named_layers(skeleton)) as meter:
+def _count_call(skeleton: nn.Module, inputs: Mapping[str, Any]) -> tuple[_LayerCounter, int]:
+    """Calls the skeleton once; returns the counts of its layers and the MACs of its attention products."""
+    # FlopCounterMode counts the MATH backend; it does not know every fused attention kernel
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as flops, _LayerCounter(named_layers(skeleton)) as layers:
         skeleton(**inputs)
-    return meter, counter.get_total_flops() // 2 - meter.macs.total()  # products that belong to no layer
+    return layers, flops.get_total_flops() // 2 - layers.macs.total()  # the products outside of layers are attention's
 
 
 def _read_scheme(denoiser: nn.Module) -> Scheme:
-    """How each layer of a denoiser is stored; of one that another tool quantized, at which bits."""
+    """Returns how each layer of a denoiser is stored; layers of other tools get static uniform grids of their bits."""
     layers, scheme = named_layers(denoiser), read_scheme(denoiser)
     others = {name: bits for name, layer in layers.items() if (bits := other_tools.layer_bits(layer))}
     schemes = {name: LayerScheme(*others[name]) if name in others else layer_scheme(layer) for name, layer in layers.items()}
     return replace(scheme, default=FLOAT, overrides=schemes)
 
 
-def _pack(skeleton: nn.Module, scheme: Scheme) -> None:
-    """Gives the skeleton the layers that are written; layers of other tools that ours cannot stand for stay float."""
+def _convert_to_packed(skeleton: nn.Module, scheme: Scheme) -> None:
+    """Replaces layers by packed ones; layers with more than WIDEST_CODE bits (of other tools) stay float."""
     swappable = find_layers(skeleton)
     widths = {name: [bits for bits in scheme.layer(name)[:2] if bits != FLOAT_BITS] for name in swappable}
     schemes = {name: scheme.layer(name) for name in swappable if max(widths[name], default=0) <= WIDEST_CODE}
@@ -212,8 +221,8 @@ def _pack(skeleton: nn.Module, scheme: Scheme) -> None:
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """One tensor of the file."""
+class _TensorEntry:
+    """Dtype and shape of one tensor of the file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -223,14 +232,16 @@ class _Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def _list_tensors(packed: nn.Module, denoiser: nn.Module) -> dict[str, _Entry]:
-    """What is written, by name; what stays float at the dtype that it has in the denoiser."""
+def _list_tensors(packed: nn.Module, denoiser: nn.Module) -> dict[str, _TensorEntry]:
+    """Returns the tensors of the file by name; those that are not packed keep their dtype in the denoiser."""
     own = denoiser.state_dict()
-    return {name: _Entry(own.get(name, value).dtype, tuple(value.shape)) for name, value in packed.state_dict().items()}
+    return {
+        name: _TensorEntry(own.get(name, value).dtype, tuple(value.shape)) for name, value in packed.state_dict().items()
+    }
 
 
-def _count_header(tensors: Mapping[str, _Entry]) -> int:
-    """Bytes in front of the tensors of a safetensors file: its length, and their names, dtypes, shapes and places as JSON."""
+def _count_header(tensors: Mapping[str, _TensorEntry]) -> int:
+    """Returns the size in bytes of a safetensors header: its length (8 bytes), then names, dtypes, shapes and offsets as JSON."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begin = 0
     for name, entry in sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
@@ -242,13 +253,15 @@ def _count_header(tensors: Mapping[str, _Entry]) -> int:
 
 
 def _cost_layer(
-    name: str, role: Role, scheme: LayerScheme, shape: torch.Size, meter: _Meter, tensors: Mapping[str, _Entry], note: str
+    name: str, role: Role, scheme: LayerScheme, shape: torch.Size, counter: _LayerCounter, tensors: Mapping[str, _TensorEntry],
+    note: str,
 ) -> LayerCost:
+    """Returns the cost of one layer; its bytes are those of all tensors whose names begin with that of the layer."""
     own = [entry for tensor, entry in tensors.items() if tensor.startswith(f"{name}.")]
     bias = tensors.get(f"{name}.bias")
     return LayerCost(
         name=name, role=role, shape=tuple(shape), params=shape.numel() + (math.prod(bias.shape) if bias else 0),
-        macs=meter.macs[name], num_inputs=meter.num_inputs[name], num_outputs=meter.num_outputs[name],
+        macs=counter.macs[name], num_inputs=counter.num_inputs[name], num_outputs=counter.num_outputs[name],
         weight_bits=scheme.weight_bits, act_bits=scheme.act_bits, size_bytes=sum(entry.size_bytes for entry in own),
         note=note, is_divided=any(trait.divides_input for trait in scheme.traits),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""."""
+"""Draws images of several seeds as one picture: a grid, or one captioned row per model."""
 
 from collections.abc import Mapping
 
@@ -9,7 +9,11 @@ CAPTION_SIZE = 12  # pixels
 
 
 def make_grid(images: Tensor, columns: int, *, zoom: int | None = None) -> Image.Image:
-    """Images uint8 (N, 3, H, W) row by row on white; `zoom` enlarges each pixel (default: tiles of at least 64 pixels)."""
+    """Returns images uint8 (N, 3, H, W) as a grid on white, filled row by row.
+
+    Args:
+        zoom: Factor of enlargement; default: the largest whole one with which an image is at most 64 pixels wide.
+    """
     count, _, height, width = images.shape
     zoom = zoom or max(1, 64 // width)
     gap = 2
@@ -24,8 +28,8 @@ def make_grid(images: Tensor, columns: int, *, zoom: int | None = None) -> Image
     return grid
 
 
-def beside(rows: Mapping[str, Tensor]) -> Image.Image:
-    """One captioned row of images uint8 (N, 3, H, W) per model, for the same seeds from left to right."""
+def stack_rows(rows: Mapping[str, Tensor]) -> Image.Image:
+    """Returns one picture with a captioned row of images uint8 (N, 3, H, W) per model; equal columns have equal seeds."""
     font = ImageFont.load_default(CAPTION_SIZE)
     strips = {caption: make_grid(images, len(images)) for caption, images in rows.items()}
     band = CAPTION_SIZE + 6

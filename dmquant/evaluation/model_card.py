@@ -1,4 +1,4 @@
-"""A model card beside a quantized pipeline: what it is, how to open it, how it measures, how it was made."""
+"""Writes the model card of a quantized pipeline: description, code that loads it, metrics, command that made it."""
 
 import shlex
 from collections.abc import Sequence
@@ -51,29 +51,33 @@ pipe = DiffusionPipeline.from_pretrained("{folder}")
 def write_card(folder: Path, report: Report, reports: Sequence[Report], *, mixed: bool = False) -> Path:
     """Writes README.md into the folder of the pipeline that `report` measured, with the table of all `reports`.
 
-    Raises InputError where a card is there that somebody else wrote.
+    Args:
+        mixed: Accept reports with different protocols.
+
+    Raises:
+        InputError: the folder has a README.md that dmquant did not write.
     """
     file = folder / FILE_NAME
     if file.exists() and MARK not in file.read_text(encoding="utf-8"):
         raise InputError(f"{file} was not written by dmquant; move it away to get a new card")
-    file.write_text(write_text(report, reports, mixed=mixed), encoding="utf-8")
+    file.write_text(format_card(report, reports, mixed=mixed), encoding="utf-8")
     return file
 
 
-def write_text(report: Report, reports: Sequence[Report], *, mixed: bool = False) -> str:
-    """The card's text. Of paths only the last part is shown: a card travels, and the folders around it do not."""
+def format_card(report: Report, reports: Sequence[Report], *, mixed: bool = False) -> str:
+    """Returns the card's text. It contains only the last part of each path: readers have no access to the folders above."""
     name = Path(report.model).name
     short = [replace(other, model=Path(other.model).name, base_model=_shorten(other.base_model)) for other in reports]
     return str(ModelCard(BODY.format(
-        data=describe(report, name).to_yaml(), mark=MARK, title=name, folder=name, method=report.method,
+        data=make_metadata(report, name).to_yaml(), mark=MARK, title=name, folder=name, method=report.method,
         weight_bits=report.weight_bits, act_bits=report.act_bits, size_mb=report.size_bytes / 1e6,
         bits_per_weight=report.bits_per_weight, float_mb=report.float_size_bytes / 1e6,
-        table=compare(short, mixed=mixed).to_markdown().rstrip(), command=write_command(report, name),
+        table=compare(short, mixed=mixed).to_markdown().rstrip(), command=format_command(report, name),
     )))  # fmt: skip
 
 
-def describe(report: Report, name: str) -> ModelCardData:
-    """What the hub reads: tags, where the model comes from, and each number with its conditions."""
+def make_metadata(report: Report, name: str) -> ModelCardData:
+    """Returns the card's metadata for the hub: tags, base model, and each metric with its protocol."""
     protocol = report.protocol
     conditions = {"num_images": protocol.num_images, "steps": protocol.steps, "sampler": protocol.sampler, "seed": protocol.seed}
     results = [
@@ -91,8 +95,8 @@ def describe(report: Report, name: str) -> ModelCardData:
     )
 
 
-def write_command(report: Report, name: str) -> str:
-    """The command line that quantizes like this, with the settings that are not the method's defaults."""
+def format_command(report: Report, name: str) -> str:
+    """Returns the command line that quantizes in the same way; it contains the settings that differ from the defaults."""
     defaults = {item.name: item.default for item in methods.get(report.method).describe()}
     defaults = methods.get(report.method).parse(defaults).settings()
     bits = {"weight_bits": "--wbits", "act_bits": "--abits"}
@@ -100,18 +104,19 @@ def write_command(report: Report, name: str) -> str:
     words = ["dmquant", "quantize", *([base] if base and base != "embedded" else []), "--method", report.method]
     words += [word for key, option in bits.items() for word in (option, str(getattr(report, key)))]
     changed = {key: value for key, value in report.settings.items() if key not in bits and defaults.get(key) != value}
-    words += [word for key, value in changed.items() for word in ("--set", f"{key}={_write(value)}")]
+    words += [word for key, value in changed.items() for word in ("--set", f"{key}={_format_setting(value)}")]
     return shlex.join([*words, "-o", name])
 
 
 def is_hub_id(model: str | None) -> bool:
-    """Whether a name is one that the hub could know: owner/name, and no folder here."""
+    """Whether a name has the form owner/name of the hub and is no local path."""
     return model is not None and model.count("/") == 1 and not model.startswith(("/", ".")) and not Path(model).exists()
 
 
 def _shorten(model: str | None) -> str | None:
+    """Returns a hub id as it is, and the last part of a path."""
     return model if model is None or is_hub_id(model) else Path(model).name
 
 
-def _write(value: Any) -> str:
+def _format_setting(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dmquant.diffusion.conditioning import Conditioning, complete
 from dmquant.diffusion.sampling import SAMPLERS, generate, set_sampler
 from dmquant.errors import DmquantError, InputError, OutOfMemory
-from dmquant.evaluation.image_grid import beside, make_grid
+from dmquant.evaluation.image_grid import make_grid, stack_rows
 from dmquant.testing import TINY_UNET
 from tests.text import make_text_pipeline
 
@@ -299,7 +299,7 @@ def test_small_images_are_enlarged_to_be_seen_and_large_ones_left():
 
 def test_models_stand_one_above_the_other_under_their_captions():
     row = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
-    sheet = beside({"float": row, "lsq W4A8, with a caption wider than two small images": row + 100})
+    sheet = stack_rows({"float": row, "lsq W4A8, with a caption wider than two small images": row + 100})
     assert sheet.width > 2 * 66 + 2 and sheet.height == 2 * (68 + 18)
     assert sheet.getpixel((10, 18 + 10)) == (0, 0, 0) and sheet.getpixel((10, 86 + 18 + 10)) == (100,) * 3
     band = [sheet.getpixel((x, y)) for x in range(sheet.width) for y in range(18)]

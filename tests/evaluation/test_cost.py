@@ -1,3 +1,5 @@
+"""Tests of the counts of parameters, MACs, operations and bytes against the papers."""
+
 import math
 from functools import cache
 
@@ -23,7 +25,7 @@ from tests.diffusion.test_pipeline import TINY, every_denoiser, on_meta
 GIGA, MIB = 1e9, 2**20
 EDGES = (Role.FIRST, Role.LAST, Role.TIME_EMBEDDING)
 
-# The UNets of the papers, in the words of diffusers
+# The UNets of the papers, as diffusers configs
 LDM4_BEDS = dict(  # 224 channels, 1-2-3-4, attention at 32, 16 and 8 pixels
     sample_size=64, block_out_channels=(224, 448, 672, 896), attention_head_dim=32,
     down_block_types=("DownBlock2D", *["AttnDownBlock2D"] * 3), up_block_types=(*["AttnUpBlock2D"] * 3, "UpBlock2D"),

@@ -1,4 +1,4 @@
-"""A card says what the report says, in the hub's own form, and its command makes the same model."""
+"""Tests of the model card: its metadata hold the report, and its command makes the same model."""
 
 import shlex
 from dataclasses import replace
@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from dmquant import methods
 from dmquant.cli.arguments import merge_settings
 from dmquant.errors import InputError
-from dmquant.evaluation.model_card import MARK, is_hub_id, write_card, write_command, write_text
+from dmquant.evaluation.model_card import MARK, format_card, format_command, is_hub_id, write_card
 from dmquant.evaluation.reports.report import Protocol, Report
 
 PROTOCOL = Protocol(
@@ -29,26 +29,26 @@ QUANTIZED = replace(
 
 
 def test_the_hub_reads_every_number_with_its_conditions():
-    data = ModelCard(write_text(QUANTIZED, [FLOAT, QUANTIZED])).data
+    data = ModelCard(format_card(QUANTIZED, [FLOAT, QUANTIZED])).data
     assert {result.metric_type: result.metric_value for result in data.eval_results} == QUANTIZED.metrics
     assert all(result.dataset_args["num_images"] == 5000 for result in data.eval_results)
     assert data.library_name == "diffusers" and {"dmquant", "lsq", "w3a8"} <= set(data.tags) and data.base_model is None
 
 
 def test_a_base_from_the_hub_is_linked():
-    data = ModelCard(write_text(replace(QUANTIZED, base_model="google/ddpm-cifar10-32"), [QUANTIZED])).data
+    data = ModelCard(format_card(replace(QUANTIZED, base_model="google/ddpm-cifar10-32"), [QUANTIZED])).data
     assert (data.base_model, data.base_model_relation) == ("google/ddpm-cifar10-32", "quantized")
     assert not is_hub_id("embedded") and not is_hub_id("/a/b") and not is_hub_id(None) and not is_hub_id("./a")
 
 
 def test_the_table_is_in_it_and_no_path_of_this_machine():
-    text = write_text(QUANTIZED, [FLOAT, QUANTIZED])
+    text = format_card(QUANTIZED, [FLOAT, QUANTIZED])
     assert "| w3a8 | lsq | 3/8 |" in text and "+10.0" in text and "/home" not in text
     assert 'from_pretrained("w3a8")' in text
 
 
 def test_its_command_has_the_settings_of_the_run():
-    words = shlex.split(write_command(QUANTIZED, "w3a8"))
+    words = shlex.split(format_command(QUANTIZED, "w3a8"))
     options = dict(zip(words[2::2], words[3::2]))
     assert words[:2] == ["dmquant", "quantize"] and options["-o"] == "w3a8"
     given = {"weight_bits": int(options["--wbits"]), "act_bits": int(options["--abits"])}

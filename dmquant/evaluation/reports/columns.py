@@ -1,4 +1,4 @@
-"""The quantities that reports are compared by: how each is called, its unit, which way is better, how it is rounded."""
+"""The columns of a comparison: key, title, unit, direction (lower or higher is better), decimals of each quantity."""
 
 from dataclasses import dataclass, replace
 
@@ -8,22 +8,23 @@ ABSENT = "–"
 
 @dataclass(frozen=True)
 class Column:
-    """One quantity."""
+    """One quantity of a report. `key` is its name in CSV and JSON, `title` its name in tables and plots."""
 
     key: str
     title: str
     unit: str = ""
-    better: str = ""  # "lower", "higher" or neither
+    better: str = ""  # "lower", "higher", or "" where neither is better
     decimals: int = 2
     is_signed: bool = False
 
     @property
     def heading(self) -> str:
+        """The title with its unit and an arrow (↓ lower is better, ↑ higher is better)."""
         arrow = {"lower": " ↓", "higher": " ↑", "": ""}[self.better]
         return self.title + (f", {self.unit}" if self.unit else "") + arrow
 
-    def write(self, value: Cell) -> str:
-        """The value as a reader wants it."""
+    def format(self, value: Cell) -> str:
+        """Returns a float rounded to `decimals`, other values as text, and ABSENT for None."""
         if value is None:
             return ABSENT
         if isinstance(value, float):
@@ -32,7 +33,7 @@ class Column:
 
     @property
     def is_change(self) -> bool:
-        """Whether it repeats another column, as a difference to the float model."""
+        """Whether the column shows the change of another column against the float model."""
         return self.key.endswith(CHANGE)
 
 
@@ -65,38 +66,38 @@ METRICS = {
     "ssim": Column("ssim", "SSIM to float", "", "higher", 4),
     "cosine": Column("cosine", "cosine to float", "", "higher", 5),
 }
-# the same quantities in features that are not Inception's: short name -> (title, decimals)
-ELSEWHERE = {"fid": ("fd", "FD", 4), "sfid": ("sfd", "SFD", 4), "kid": ("kd", "KD", 5), "is": ("cs", "CS", 3)}
+# metrics of features that are not Inception's: metric -> (short name in keys, title, decimals)
+OTHER_FEATURES = {"fid": ("fd", "FD", 4), "sfid": ("sfd", "SFD", 4), "kid": ("kd", "KD", 5), "is": ("cs", "CS", 3)}
 DISTANCES = ("fid", "sfid")
 
 
 def name_metric(name: str) -> Column:
-    """The column of a metric, also where its name carries an extractor's: `fd-resnet-cifar10`."""
+    """Returns the column of a metric; a name may end in that of an extractor, as in `fd-resnet-cifar10`."""
     kind, extractor = split_name(name)
     if kind not in METRICS:
         return Column(name, name, "", "", 4)
     known = METRICS[kind]
     if not extractor:
         return known
-    if kind not in ELSEWHERE:  # a name that promises no network: whose features it was taken in stands in the protocol
+    if kind not in OTHER_FEATURES:  # a title that implies no network; the protocol names the extractor
         return replace(known, key=name)
-    _, title, decimals = ELSEWHERE[kind]
+    _, title, decimals = OTHER_FEATURES[kind]
     return Column(name, f"{title} {extractor}", known.unit, known.better, decimals)
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """What a metric measures and in whose features: "sfd-vgg" -> ("sfid", "vgg"), "fid" -> ("fid", "")."""
+    """Returns the metric and the extractor that a name consists of: "sfd-vgg" -> ("sfid", "vgg"), "fid" -> ("fid", "")."""
     short, _, extractor = name.partition("-")
-    kinds = {entry[0]: kind for kind, entry in ELSEWHERE.items()}
+    kinds = {entry[0]: kind for kind, entry in OTHER_FEATURES.items()}
     return kinds.get(short, short) if extractor else name, extractor
 
 
 def is_distance(name: str) -> bool:
-    """Whether it is a Frechet distance, in any features."""
+    """Whether a metric is a Frechet distance, in the features of any extractor."""
     return split_name(name)[0] in DISTANCES
 
 
-def rank(name: str) -> tuple[int, str]:
-    """Order of metrics in a table."""
+def sort_key(name: str) -> tuple[int, str]:
+    """Returns the key that sorts metrics in the order of METRICS, then by extractor; unknown ones come last."""
     order, (kind, extractor) = list(METRICS), split_name(name)
     return (order.index(kind) if kind in order else len(order), extractor or name)

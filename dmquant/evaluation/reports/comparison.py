@@ -1,6 +1,6 @@
-"""Reports -> one table: rows, differences to the float model, and the conditions they hold under.
+"""Builds one table from reports: rows, changes against the float model, and notes on the protocol.
 
-One model of the rows serves every format. Markdown and the terminal show rounded text, CSV and JSON the full numbers.
+Markdown, LaTeX and the terminal show rounded text, CSV and JSON the full numbers.
 """
 
 import csv
@@ -26,14 +26,14 @@ from dmquant.evaluation.reports.columns import (
     Column,
     is_distance,
     name_metric,
-    rank,
+    sort_key,
 )  # fmt: skip
 from dmquant.evaluation.reports.report import FLOAT_METHOD, Protocol, Report
 from dmquant.training.run_cost import Effort
 
 # below this many images a Frechet distance is clearly biased upwards (Chong & Forsyth, 2020)
 FEW_IMAGES = 2048
-BOLD = "\0"  # in no text that is shown
+BOLD = "\0"  # marks a cell as bold; occurs in no text
 LATEX = {
     **{char: "\\" + char for char in "&%$#_{}"}, "\\": r"\textbackslash{}", "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}", "↓": r"$\downarrow$", "↑": r"$\uparrow$", "–": "--", "<": "$<$", ">": "$>$",
@@ -43,25 +43,29 @@ LATEX_SPECIAL = re.compile("|".join(map(re.escape, LATEX)))
 
 @dataclass(frozen=True)
 class Comparison:
-    """Columns, rows (column key -> value) and the notes without which the numbers mean nothing."""
+    """Columns, rows (column key -> value) and notes: the conditions under which the numbers were measured."""
 
     columns: tuple[Column, ...]
     rows: tuple[dict[str, Cell], ...]
     notes: tuple[str, ...]
 
     def headings(self) -> list[str]:
+        """Returns the heading of each column."""
         return [column.heading for column in self.columns]
 
     def cells(self, *, mark: Callable[[str], str] = str) -> list[list[str]]:
-        """The table's body, rounded and written out; `mark` gets the text of the best of the quantized models."""
+        """Returns the rows as rounded text. `mark` is applied to the best value of the quantized models in each column."""
         best = self.best()
         return [
-            [(mark if (number, column.key) in best else str)(column.write(row[column.key])) for column in self.columns]
+            [(mark if (number, column.key) in best else str)(column.format(row[column.key])) for column in self.columns]
             for number, row in enumerate(self.rows)
         ]
 
     def best(self) -> set[tuple[int, str]]:
-        """(row, column key) of the best value of each column, float models apart; none where there is nothing to choose."""
+        """Returns (row, column key) of the best value of the quantized models in each column.
+
+        A column without a direction, or in which all values are equal, has none.
+        """
         found = set()
         for column in self.columns:
             rows = {n: row[column.key] for n, row in enumerate(self.rows) if row.get("method") != FLOAT_METHOD}
@@ -72,14 +76,15 @@ class Comparison:
         return found
 
     def to_markdown(self) -> str:
-        # names stand on the left, numbers on the right
+        """Returns a Markdown table with the best values in bold, followed by the notes."""
+        # names are aligned left, numbers right
         rules = [":--" if column in IDENTITY else "--:" for column in self.columns]
         table = [self.headings(), rules, *self.cells(mark="**{}**".format)]
         lines = ["| " + " | ".join(map(_escape_markdown, line)) + " |" for line in table]
         return "\n".join([*lines, "", *(_escape_markdown(note) + "  " for note in self.notes)]) + "\n"
 
     def to_latex(self) -> str:
-        """A tabular for the booktabs package; the notes stand below it as comments."""
+        """Returns a tabular for the booktabs package, followed by the notes as comments."""
         sides = "".join("l" if column in IDENTITY else "r" for column in self.columns)
         body = [[_escape_latex(cell) for cell in line] for line in self.cells(mark=lambda text: f"{BOLD}{text}")]
         head = [_escape_latex(heading) for heading in self.headings()]
@@ -89,6 +94,7 @@ class Comparison:
         return "\n".join([*rules, r"\end{tabular}", *notes]) + "\n"
 
     def to_csv(self) -> str:
+        """Returns the rows as CSV: column keys in the first line, unrounded numbers, no notes."""
         text = io.StringIO()
         writer = csv.DictWriter(text, [column.key for column in self.columns], lineterminator="\n")
         writer.writeheader()
@@ -96,21 +102,26 @@ class Comparison:
         return text.getvalue()
 
     def to_json(self) -> str:
+        """Returns an object with "columns", "rows" (unrounded numbers) and "notes"."""
         document = {"columns": [asdict(column) for column in self.columns], "rows": self.rows, "notes": self.notes}
         return json.dumps(document, indent=2, allow_nan=False) + "\n"
 
 
 def compare(reports: Report | str | Path | Sequence[Report | str | Path], *, mixed: bool = False) -> Comparison:
-    """The table of `reports` (or of the files or folders that hold them), float models first.
+    """Returns the table of `reports` (or of files or folders that hold them), float models first.
 
-    Reports taken under different protocols are refused, unless `mixed`: then what differs becomes a column.
+    Args:
+        mixed: Accept reports with different protocols; each field that differs becomes a column.
+
+    Raises:
+        InputError: there are no reports, or their protocols differ and `mixed` is False.
     """
     if isinstance(reports, Report | str | Path):
         reports = [reports]
     loaded = [report if isinstance(report, Report) else Report.load(report) for report in reports]
     if not loaded:
         raise InputError("nothing to compare; give report files or folders that hold a report.json")
-    ordered = sorted(loaded, key=lambda report: not report.is_float)  # stable: otherwise in the order given
+    ordered = sorted(loaded, key=lambda report: not report.is_float)  # stable: models of one kind keep the given order
     varying = find_differences(ordered)
     if varying and not mixed:
         raise InputError(_describe_differences(ordered, varying))
@@ -120,22 +131,28 @@ def compare(reports: Report | str | Path | Sequence[Report | str | Path], *, mix
 
 
 def add_efforts(table: Comparison, efforts: Sequence[Effort | None]) -> Comparison:
-    """The table with what quantizing took, an effort per row; of a run that was continued only a part is known: none is shown."""
+    """Returns the table with the seconds and the memory of quantizing; `efforts` has one entry per row.
+
+    A run that was interrupted and resumed has no complete record: its cells are empty.
+
+    Raises:
+        InputError: no row has a record.
+    """
     if not any(efforts):
-        raise InputError("none of these rows says what quantizing took; give folders that dmquant quantized")
+        raise InputError("none of these folders has a record of the cost of quantizing; give folders that dmquant quantized")
     seconds, memory = (column.key for column in QUANTIZING)
     rows = []
     for row, effort in zip(table.rows, efforts, strict=True):
         is_known = effort is not None and effort.is_whole
         peak_bytes = effort.peak_bytes if effort is not None and is_known else None
-        taken = effort.seconds if effort is not None and is_known else None
-        rows.append({**row, seconds: taken, memory: peak_bytes and peak_bytes / 1e6})
-    note = "quantize: seconds of all stages, but for a recording that runs share; memory beyond what was held at the start"
+        duration = effort.seconds if effort is not None and is_known else None
+        rows.append({**row, seconds: duration, memory: peak_bytes and peak_bytes / 1e6})
+    note = "quantize: seconds of all stages without a recording that several runs share; memory beyond that in use at the start"
     return Comparison((*table.columns, *QUANTIZING), tuple(rows), (*table.notes, note))
 
 
 def find_differences(reports: Sequence[Report]) -> list[str]:
-    """Names of the protocol fields in which the reports do not all agree."""
+    """Returns the names of the protocol fields that differ between reports."""
     values = {field.name: {getattr(report.protocol, field.name) for report in reports} for field in fields(Protocol)}
     return [name for name, found in values.items() if len(found) > 1]
 
@@ -144,10 +161,10 @@ def _describe_differences(reports: Sequence[Report], varying: Sequence[str]) -> 
     first = reports[0]
     other = next(report for report in reports if first.protocol.differences(report.protocol))
     pairs = first.protocol.differences(other.protocol)
-    said = "; ".join(f"{name} is {here} and {there}" for name, (here, there) in pairs.items())
+    listed = "; ".join(f"{name} is {here} and {there}" for name, (here, there) in pairs.items())
     return (
-        f"{first.model} and {other.model} were measured under different protocols: {said}. "
-        f"Evaluate them alike, or pass --mixed (in Python: mixed=True) to show {', '.join(varying)} as columns"
+        f"{first.model} and {other.model} were measured under different protocols: {listed}. "
+        f"Evaluate both with the same options, or pass --mixed (in Python: mixed=True) to show {', '.join(varying)} as columns"
     )
 
 
@@ -158,11 +175,11 @@ def _choose_columns(reports: Sequence[Report], varying: Sequence[str]) -> tuple[
 
 
 def _metric_columns(reports: Sequence[Report]) -> list[Column]:
-    """A column per metric; Frechet distances are followed by their change where a float model has them too."""
+    """Returns a column per metric, and after a Frechet distance that a float model has too, its change in percent."""
     names = {name for report in reports for name in report.metrics}
     measured_on_float = {name for report in reports if report.is_float for name in report.metrics}
     columns = []
-    for name in sorted(names, key=rank):
+    for name in sorted(names, key=sort_key):
         metric = name_metric(name)
         columns.append(metric)
         if is_distance(name) and name in measured_on_float and len(reports) > 1:
@@ -189,7 +206,7 @@ def _make_row(report: Report, baseline: Report | None, columns: Sequence[Column]
 
 
 def _changes(report: Report, baseline: Report | None) -> dict[str, float]:
-    """Change of each metric against the float model, in percent of its value there."""
+    """Returns the change of each metric in percent of the float model's value."""
     if baseline is None or report.is_float:
         return {}
     shared = {name: value for name, value in report.metrics.items() if baseline.metrics.get(name)}
@@ -239,7 +256,7 @@ def _write_notes(reports: Sequence[Report], varying: Sequence[str]) -> list[str]
     if measured & {"psnr", "ssim"}:
         notes.append("PSNR and SSIM: mean over the first seeds, at most 64")
     if "cosine" in measured:
-        notes.append("cosine: of the denoisers' answers along the float model's trajectories, mean over the timesteps")
+        notes.append("cosine: between the denoisers' outputs along the float model's trajectories, mean over the timesteps")
     return notes
 
 

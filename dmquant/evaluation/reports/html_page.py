@@ -1,4 +1,4 @@
-"""Reports -> one HTML file: samples, table, plots, protocol, settings. It runs no script and fetches nothing."""
+"""Renders reports as one HTML file: samples, table, plots, protocol, settings. The file has no script and loads nothing."""
 
 import base64
 import json
@@ -46,13 +46,15 @@ class Figures:
 
 @dataclass(frozen=True)
 class Cell:
+    """One cell of the table."""
+
     text: str
     is_best: bool
     is_number: bool
 
 
 @dataclass(frozen=True)
-class Run:
+class ReportDetails:
     """Facts and settings of one report that the table does not show."""
 
     model: str
@@ -61,8 +63,12 @@ class Run:
 
 
 def draw_figures(comparison: Comparison, reports: Sequence[Report]) -> Figures:
-    """Draws all plots for which the reports have values. MissingResource if there are some and matplotlib is not installed."""
-    marks = marks_of(comparison)
+    """Draws all plots for which the reports have values.
+
+    Raises:
+        MissingResource: there are plots to draw and matplotlib is not installed.
+    """
+    marks = choose_table_marks(comparison)
     quality, cosine = draw_quality(comparison, marks), draw_cosine(reports, marks)
     return Figures(tuple(quality), cosine, draw_profiles(reports, marks), tuple(draw_ranges(reports)))
 
@@ -73,16 +79,16 @@ def render(
     """Returns the HTML text. `reports` are those of the comparison; `strips` holds the samples of some of them."""
     environment = Environment(loader=FileSystemLoader(TEMPLATE.parent), autoescape=True, undefined=StrictUndefined)
     return environment.get_template(TEMPLATE.name).render(
-        version=__version__, headings=comparison.headings(), rows=lay_out(comparison), notes=comparison.notes,
-        protocol=describe_protocol(reports), runs=[describe_run(report) for report in reports],
+        version=__version__, headings=comparison.headings(), rows=make_rows(comparison), notes=comparison.notes,
+        protocol=describe_protocol(reports), runs=[describe_report(report) for report in reports],
         quality=[Markup(plot) for plot in figures.quality], cosine=Markup(figures.cosine), layers=Markup(figures.layers),
         ranges=[Markup(plot) for plot in figures.ranges], plots_note=figures.note, legend=make_legend(comparison),
-        samples=[show_strip(strip) for strip in strips],
+        samples=[format_strip(strip) for strip in strips],
     )  # fmt: skip
 
 
-def lay_out(comparison: Comparison) -> list[list[Cell]]:
-    """Returns the rows of the table."""
+def make_rows(comparison: Comparison) -> list[list[Cell]]:
+    """Returns the rows of the table as cells."""
     best = comparison.best()
     return [
         [
@@ -95,16 +101,16 @@ def lay_out(comparison: Comparison) -> list[list[Cell]]:
 
 def make_legend(comparison: Comparison) -> dict[str, Mark]:
     """Returns name and bits of each model -> its mark in all plots."""
-    marks = marks_of(comparison)
+    marks = choose_table_marks(comparison)
     return {f"{marks[str(row['model'])].name} {row['bits']}": marks[str(row["model"])] for row in comparison.rows}
 
 
-def marks_of(comparison: Comparison) -> dict[str, Mark]:
+def choose_table_marks(comparison: Comparison) -> dict[str, Mark]:
     """Returns model -> its mark, in the order of the table."""
     return choose_marks(str(row["model"]) for row in comparison.rows)
 
 
-def show_strip(strip: Strip) -> dict[str, object]:
+def format_strip(strip: Strip) -> dict[str, object]:
     """Returns the values of a strip for the template: images as data URIs, with the size at which a page shows them."""
     width, height = strip.size
     shown = tile_size(width, height) if strip.images else strip.size
@@ -128,7 +134,8 @@ def describe_protocol(reports: Sequence[Report]) -> dict[str, str]:
     return {name.replace("_", " "): ", ".join(values) for name, values in found.items() if values != ["None"]}
 
 
-def describe_run(report: Report) -> Run:
+def describe_report(report: Report) -> ReportDetails:
+    """Returns the facts and settings that the page lists under the plots."""
     versions = ", ".join(f"{name} {number}" for name, number in report.versions.items())
     facts = {
         "method": report.method, "weight / activation bits": f"{report.weight_bits} / {report.act_bits}",
@@ -136,7 +143,7 @@ def describe_run(report: Report) -> Run:
         "BOPs": _giga(report.bops, "G"), "attention": _giga(report.attention_macs, "G float MACs, in no other count"),
         "versions": versions,
     }  # fmt: skip
-    return Run(report.model, facts, {key: json.dumps(value) for key, value in report.settings.items()})
+    return ReportDetails(report.model, facts, {key: json.dumps(value) for key, value in report.settings.items()})
 
 
 def _giga(count: int | None, unit: str) -> str:

@@ -1,4 +1,4 @@
-"""Plots of single layers: errors of all layers, the widths of their input ranges, and one layer's range by timestep."""
+"""Plots of layers: the errors of all layers, the widths of their input ranges, and one layer's input range by timestep."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,9 +11,9 @@ from dmquant.evaluation.reports.svg import COLOURS, Canvas, Mark, plot_style
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-WIDTH = 1168  # pixels, all the width of the page
-PANEL, MAP, STRIP, GAP = 200, 160, 10, 24  # heights in pixels: a panel of curves, the map, the strip of roles, between two
-LETTER = 7  # width of a letter of a layer's name in pixels, about
+WIDTH = 1168  # pixels, the width of the page
+PANEL, MAP, STRIP, GAP = 200, 160, 10, 24  # heights in pixels: a panel of curves, the map, the strip of roles, a gap
+LETTER = 7  # approximate width of a letter of a layer's name in pixels
 MIN_PITCH = 14  # pixels between the names of two layers
 MAX_ROWS = 25  # of the map
 SMALL_WIDTH, SMALL_HEIGHT = 412, 240
@@ -21,12 +21,12 @@ NUM_BANDS = 6  # layers whose ranges are drawn
 ROLE_COLOURS = ("#999999", "#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#8c6d1f", "#0072b2", "#d55e00", "#f0e442")
 ERRORS = {"SQNR alone, dB": "local_db", "SQNR in its model, dB": "total_db"}
 
-Values = Sequence[float | None]  # one per layer, None where there is none
+Values = Sequence[float | None]  # one per layer; None: no value
 
 
 @dataclass(frozen=True)
 class Band:
-    """Range of a layer's input at one timestep: least and largest value, and the 0.1 % and 99.9 % quantiles."""
+    """Range of a layer's input at one timestep: smallest and largest value, and the 0.1 % and 99.9 % quantiles."""
 
     timestep: float
     least: float
@@ -59,7 +59,7 @@ def draw_profiles(reports: Sequence[Report], marks: Mapping[str, Mark]) -> str:
 
 
 def draw_ranges(reports: Sequence[Report]) -> list[str]:
-    """Draws the inputs whose range varies most between timesteps; layers with the same input are drawn once."""
+    """Draws the NUM_BANDS inputs whose range varies most between timesteps; layers with the same input share a plot."""
     readers: dict[str, list[LayerProfile]] = {}
     for layer in next((report.layers for report in reports if report.layers), ()):
         readers.setdefault(str(layer.ranges), []).append(layer)
@@ -102,7 +102,7 @@ def _draw_panel(canvas: Canvas, axes: "Axes", row: Row, title: str, curves: Mapp
 
 
 def _draw_map(canvas: Canvas, axes: "Axes", heat: Mapping[float, Values]) -> None:
-    """Draws a cell per layer and timestep, the largest timestep on top: transparent for the least share of all, full for 1."""
+    """Draws a cell per layer and timestep, largest timestep on top; transparent for the smallest share of all, opaque for 1."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, Normalize
 
@@ -122,7 +122,7 @@ def _draw_map(canvas: Canvas, axes: "Axes", heat: Mapping[float, Values]) -> Non
 
 
 def _draw_roles(canvas: Canvas, axes: "Axes", row: Row) -> None:
-    """Draws a strip with a colour per role over the names of as many layers as have room, and the legend of the roles."""
+    """Draws a strip with a colour per role, below it the names of every n-th layer so that they do not overlap, and a legend."""
     from matplotlib.patches import Patch
 
     roles = dict.fromkeys(row.roles)
@@ -141,7 +141,7 @@ def _draw_roles(canvas: Canvas, axes: "Axes", row: Row) -> None:
 
 @plot_style()
 def draw_bands(bands: Sequence[Band], title: str) -> str:
-    """Draws the range of a layer's input by timestep: all values in a light colour, the bulk in a strong one."""
+    """Draws the range of a layer's input by timestep: smallest to largest value light, 0.1 % to 99.9 % quantile dark."""
     bands = sorted(bands, key=lambda band: band.timestep)
     timesteps = [band.timestep for band in bands]
     canvas = Canvas(SMALL_WIDTH, SMALL_HEIGHT)
@@ -155,7 +155,7 @@ def draw_bands(bands: Sequence[Band], title: str) -> str:
 
 
 def relative_widths(layers: Sequence[LayerProfile]) -> dict[float, list[float | None]]:
-    """Returns timestep -> for each layer the width of its input's bulk, as a share of its widest at any timestep."""
+    """Returns timestep -> the width of each layer's input range as a share (0 to 1) of its largest width at any timestep."""
     widths = [measure_widths(layer) for layer in layers]
     timesteps = {timestep for found in widths for timestep in found}
     widest = [max(found.values(), default=0.0) for found in widths]
@@ -168,6 +168,6 @@ def measure_widths(layer: LayerProfile) -> dict[float, float]:
 
 
 def measure_variation(layer: LayerProfile) -> float:
-    """Returns the ratio of the input's widest bulk to its narrowest over the timesteps; 1 if the input is constant."""
+    """Returns the ratio of the input's largest range width to its smallest over the timesteps; 1 if the input is constant."""
     widths = [width for width in measure_widths(layer).values() if width > 0]
     return max(widths, default=1.0) / min(widths, default=1.0)

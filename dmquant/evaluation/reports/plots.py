@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dmquant.evaluation.reports.columns import COST, Column, name_metric, rank
+from dmquant.evaluation.reports.columns import COST, Column, name_metric, sort_key
 from dmquant.evaluation.reports.comparison import Comparison
 from dmquant.evaluation.reports.report import Report
 from dmquant.evaluation.reports.svg import Canvas, Mark, plot_style
@@ -19,6 +19,8 @@ COSTS = tuple(column for column in COST if column.key in ("size_mb", "giga_ops",
 
 @dataclass(frozen=True)
 class Point:
+    """One model in a plot of quality against cost."""
+
     x: float
     y: float
     mark: Mark
@@ -26,7 +28,10 @@ class Point:
 
 
 def draw_quality(comparison: Comparison, marks: Mapping[str, Mark]) -> list[str]:
-    """Draws the first metric of which less is better against size, bits per weight and operations; no plot of one point."""
+    """Draws the first metric for which lower is better against size, bits per weight and operations.
+
+    A plot needs at least two models.
+    """
     metric = choose_metric(comparison)
     if metric is None:
         return []
@@ -46,18 +51,18 @@ def draw_cosine(reports: Sequence[Report], marks: Mapping[str, Mark]) -> str:
     """Draws the cosine between the outputs of each denoiser and of the float one by timestep; "" if no report has it."""
     found = {marks[report.model]: report.curves["cosine"] for report in reports if "cosine" in report.curves}
     curves = {mark: [(float(timestep), value) for timestep, value in curve.items()] for mark, curve in found.items()}
-    return lines(curves, x_title="timestep", y_title="cosine to the float denoiser's output") if curves else ""
+    return line_chart(curves, x_title="timestep", y_title="cosine to the float denoiser's output") if curves else ""
 
 
 def choose_metric(comparison: Comparison) -> Column | None:
-    """Returns the first metric in the table's order of which less is better."""
+    """Returns the first metric in the table's order for which lower is better."""
     known = [name_metric(column.key) for column in comparison.columns if not column.is_change]
-    return min((metric for metric in known if metric.better == "lower"), key=lambda metric: rank(metric.key), default=None)
+    return min((metric for metric in known if metric.better == "lower"), key=lambda metric: sort_key(metric.key), default=None)
 
 
 @plot_style()
 def scatter(points: Sequence[Point], *, x_title: str, y_title: str) -> str:
-    """Draws a mark per point and a dashed line through those that no other one beats in both quantities."""
+    """Draws a mark per point and a dashed line through the Pareto front: low x and low y are better."""
     canvas = Canvas(WIDTH, HEIGHT)
     axes = canvas.figure.subplots()
     front = find_front(points)
@@ -71,7 +76,7 @@ def scatter(points: Sequence[Point], *, x_title: str, y_title: str) -> str:
 
 
 @plot_style()
-def lines(curves: Mapping[Mark, Sequence[tuple[float, float]]], *, x_title: str, y_title: str) -> str:
+def line_chart(curves: Mapping[Mark, Sequence[tuple[float, float]]], *, x_title: str, y_title: str) -> str:
     """Draws one line per model through its (x, y)."""
     canvas = Canvas(WIDTH, HEIGHT)
     axes = canvas.figure.subplots()
@@ -83,7 +88,7 @@ def lines(curves: Mapping[Mark, Sequence[tuple[float, float]]], *, x_title: str,
 
 
 def find_front(points: Sequence[Point]) -> list[Point]:
-    """Returns, by rising x, the points for which no other one is at most as large in both x and y."""
+    """Returns the Pareto front, sorted by x: points such that no other point is as small or smaller in both x and y."""
     front: list[Point] = []
     for point in sorted(points, key=lambda point: (point.x, point.y)):
         if not front or point.y < front[-1].y:

@@ -1,7 +1,7 @@
-"""Report: what was measured, on which model, under which protocol. Kept as one strict JSON file.
+"""Report: the measurements of one model with their protocol, stored as one JSON file.
 
-Reading is strict both ways: an unknown key, a missing one or a value of the wrong type is refused with its key path,
-because a table that silently drops what it does not know compares unlike things.
+Reading raises DamagedFile with the key path for an unknown key, a missing key or a value of the wrong type: a reader that
+ignored unknown keys could compare reports whose protocols differ.
 """
 
 import json
@@ -19,20 +19,20 @@ from dmquant.errors import DamagedFile, InputError
 
 FILE_NAME = "report.json"
 FORMAT_VERSION = 3
-# what a version added; a file of an earlier one is read with their defaults
+# format version -> keys that it added; files of an earlier version are read with the defaults of these keys
 ADDED = {2: ("bops", "attention_macs", "peak_memory_bytes", "curves"), 3: ("layers",)}
 ADDED_TO_PROTOCOL = {
     3: ("condition", "num_conditions", "conditions_sha256", "guidance_scale", "clip", "clip_sha256"),
 }  # fmt: skip
 FLOAT_METHOD = "float"
 MAX_FILE_BYTES = 16 * 2**20
-NUMBERS = re.compile(r"\[\n[-+.\deE,\s]+\]")  # a list of numbers as json indents it; no string holds a line break
-Range = tuple[float, float, float, float]  # least, 0.1 % and 99.9 % quantile, largest
+NUMBERS = re.compile(r"\[\n[-+.\deE,\s]+\]")  # a list of numbers as json indents it; JSON strings contain no line break
+Range = tuple[float, float, float, float]  # smallest value, 0.1 % quantile, 99.9 % quantile, largest value
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How the numbers were taken. Two reports compare only where all of this agrees."""
+    """Conditions of a measurement. Two reports are comparable if all fields are equal."""
 
     num_images: int
     seed: int  # of the first image; image i is drawn with seed + i
@@ -40,16 +40,16 @@ class Protocol:
     sampler: str
     batch: int
     image_size: int  # side in pixels
-    extractor: str | None = None  # None: no metric in use looks at features
+    extractor: str | None = None  # None: no metric uses features
     extractor_sha256: str | None = None
     reference: str | None = None
     reference_sha256: str | None = None
     reference_images: int | None = None
     condition: str | None = None  # "prompts" or "class labels"; None: an unconditional pipeline
-    num_conditions: int | None = None  # seed s is drawn by number s mod this
+    num_conditions: int | None = None  # seed s uses condition s mod this number
     conditions_sha256: str | None = None
     guidance_scale: float | None = None
-    clip: str | None = None  # the network of clip_score
+    clip: str | None = None  # folder or hub id of the CLIP model of clip_score
     clip_sha256: str | None = None
 
     def __post_init__(self) -> None:
@@ -57,27 +57,27 @@ class Protocol:
             _require_positive(name, getattr(self, name))
 
     def differences(self, other: "Protocol") -> dict[str, tuple[Any, Any]]:
-        """The fields that differ: name -> (value here, value there)."""
+        """Returns the fields that differ: name -> (own value, value of `other`)."""
         pairs = {field.name: (getattr(self, field.name), getattr(other, field.name)) for field in fields(self)}
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 @dataclass(frozen=True)
 class LayerProfile:
-    """One layer along some of the float model's own trajectories (evaluation/metrics/layer_sqnr.py)."""
+    """One layer's error and input range along trajectories of the float model (evaluation/metrics/layer_sqnr.py)."""
 
     name: str
     role: str
     weight_bits: int
     act_bits: int
-    local_db: float | None  # SQNR where it reads what the float layer reads; None: no error, or nothing to compare
-    total_db: float | None  # SQNR where it reads what its own model gives it
-    ranges: dict[str, Range]  # timestep -> of the float layer's input
+    local_db: float | None  # SQNR of the layer on the float layer's input; None: no error, or no float layer
+    total_db: float | None  # SQNR on the input that its own model computes: errors of earlier layers included
+    ranges: dict[str, Range]  # timestep -> range of the float layer's input
 
 
 @dataclass(frozen=True)
 class Report:
-    """One model measured once. Sizes in bytes, `ops` in MAC equivalents (BOPs / 64 + float MACs)."""
+    """Measurements of one model. Sizes are in bytes, `ops` in float MACs (BOPs / 64 + float MACs)."""
 
     model: str
     method: str  # "float" for a pipeline that is not quantized
@@ -93,8 +93,8 @@ class Report:
     seconds_per_image: float
     versions: dict[str, str]
     base_model: str | None = None
-    bops: int | None = None  # bit operations of the layers, a float layer at 32 x 32
-    attention_macs: int | None = None  # of the attention products, which are in neither count
+    bops: int | None = None  # bit operations of the layers; a float layer counts 32 x 32 per MAC
+    attention_macs: int | None = None  # MACs of the attention products, which `ops` and `bops` do not contain
     peak_memory_bytes: int | None = None  # of the accelerator while sampling; None on a CPU
     curves: dict[str, dict[str, float]] = field(default_factory=dict)  # metric -> timestep -> value
     layers: tuple[LayerProfile, ...] = ()  # in the order in which the denoiser runs them
@@ -108,10 +108,15 @@ class Report:
 
     @property
     def is_float(self) -> bool:
+        """Whether the model is not quantized."""
         return self.method == FLOAT_METHOD
 
     def to_json(self) -> str:
-        """The file's text: sorted keys, no NaN and no infinity (InputError names the metric)."""
+        """Returns the file's text, keys sorted.
+
+        Raises:
+            InputError: a metric is NaN or infinite.
+        """
         curves = {f"{name} at {at}": value for name, curve in self.curves.items() for at, value in curve.items()}
         for name, value in {**self.metrics, **curves}.items():
             if not math.isfinite(value):
@@ -122,25 +127,35 @@ class Report:
 
     @classmethod
     def from_json(cls, text: str, *, source: str = FILE_NAME) -> "Report":
-        """The report in `text`; `source` names it in errors."""
+        """Returns the report that `text` holds; errors name it `source`.
+
+        Raises:
+            DamagedFile: the text is not a valid report.
+            InputError: a newer version of dmquant wrote it.
+        """
         document = _parse(text, source)
         version = document.pop("format_version", None)
         if type(version) is not int:
-            raise DamagedFile(f"{source}: format_version is {version!r}, not a number: this is not a dmquant report")
+            raise DamagedFile(f"{source}: format_version is {version!r}, not a whole number: this is not a dmquant report")
         if version > FORMAT_VERSION:
             raise InputError(f"{source}: format_version {version} is newer than {FORMAT_VERSION}; update dmquant")
-        return _build(cls, _complete(document, version, source), source)
+        return _build(cls, _add_defaults(document, version, source), source)
 
     def save(self, path: str | Path) -> Path:
-        """Write to `path` (a .json file, else a folder that gets a report.json), all or nothing; the file written."""
+        """Writes report.json into the folder `path`, or `path` itself if it ends in .json; atomic. Returns the file."""
         file = name_file(path)
         file.parent.mkdir(parents=True, exist_ok=True)
-        _write_whole(file, self.to_json())
+        _write_atomically(file, self.to_json())
         return file
 
     @classmethod
     def load(cls, path: str | Path) -> "Report":
-        """Read a report file, or the report.json of a folder."""
+        """Returns the report in a file, or in the report.json of a folder.
+
+        Raises:
+            InputError: there is no such file.
+            DamagedFile: the file cannot be read or is not a valid report.
+        """
         path = Path(path)
         if path.is_dir() and not (path / FILE_NAME).exists():
             raise InputError(f"no {FILE_NAME} in {path}; make one with: dmquant eval {path} --fid")
@@ -156,7 +171,7 @@ class Report:
 
 
 def name_file(path: str | Path) -> Path:
-    """The file that a report is saved to: `path` itself if it ends in .json and is no folder, else a file inside it."""
+    """Returns the file that a report is saved to: `path` itself if it ends in .json and is no folder, else a file inside it."""
     path = Path(path)
     return path if path.suffix == ".json" and not path.is_dir() else path / FILE_NAME
 
@@ -171,17 +186,19 @@ def _parse(text: str, source: str) -> dict[str, Any]:
     return document
 
 
-def _complete(document: dict[str, Any], version: int, source: str) -> dict[str, Any]:
-    """The document with the defaults of what its version did not know yet."""
-    whole = document | _fill(Report, ADDED, document, version, source)
+def _add_defaults(document: dict[str, Any], version: int, source: str) -> dict[str, Any]:
+    """Returns the document with the defaults of keys that later versions added."""
+    whole = document | _later_defaults(Report, ADDED, document, version, source)
     protocol = document.get("protocol")
     if isinstance(protocol, dict):
-        whole["protocol"] = protocol | _fill(Protocol, ADDED_TO_PROTOCOL, protocol, version, f"{source}: protocol")
+        whole["protocol"] = protocol | _later_defaults(Protocol, ADDED_TO_PROTOCOL, protocol, version, f"{source}: protocol")
     return whole
 
 
-def _fill(cls: type, added: Mapping[int, tuple[str, ...]], values: dict[str, Any], version: int, where: str) -> dict[str, Any]:
-    """Defaults of the keys that were added after the version; a file that has one of them all the same is refused."""
+def _later_defaults(
+    cls: type, added: Mapping[int, tuple[str, ...]], values: dict[str, Any], version: int, where: str
+) -> dict[str, Any]:
+    """Returns the defaults of keys that were added after `version`; raises DamagedFile if `values` has one of them."""
     later = {name for number, names in added.items() if number > version for name in names}
     for name in sorted(later & values.keys()):
         raise DamagedFile(f"{where}: unknown key {name!r} in format_version {version}")
@@ -205,7 +222,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _build(cls: type, values: dict[str, Any], where: str) -> Any:
-    """An instance of the dataclass `cls` from JSON values, each checked against its annotation."""
+    """Returns an instance of the dataclass `cls` from JSON values; raises DamagedFile if one does not have its annotated type."""
     hints = get_type_hints(cls)
     for key in values.keys() - hints.keys():
         raise DamagedFile(f"{where}: unknown key {key!r}")
@@ -232,15 +249,15 @@ def _check(value: Any, hint: Any, where: str) -> Any:
         return {key: _check(item, get_args(hint)[1], f"{where}.{key}") for key, item in value.items()}
     if expected is tuple:
         return _check_items(value, get_args(hint), where)
-    # type(), not isinstance: True is an int to Python but not to a reader of the file
+    # type(), not isinstance: isinstance(True, int) holds, but true is no number in JSON
     if type(value) is not expected and not (expected is float and type(value) is int):
         raise DamagedFile(f"{where}: expected {expected.__name__}, found {value!r:.40}")
     return _to_float(value, where) if expected is float else value
 
 
 def _check_items(value: Any, hints: tuple[Any, ...], where: str) -> tuple[Any, ...]:
-    """The items of a list, each checked; hints as a tuple's annotation names them."""
-    if type(value) not in (list, tuple):  # a tuple is a default
+    """Returns the items of a list as a tuple, each checked against its hint; `hints` are the arguments of a tuple annotation."""
+    if type(value) not in (list, tuple):  # a tuple: the default of a missing key
         raise DamagedFile(f"{where}: expected a list, found {value!r:.40}")
     hints = hints[:1] * len(value) if hints[-1] is Ellipsis else hints
     if len(hints) != len(value):
@@ -263,8 +280,8 @@ def _require_positive(name: str, value: int) -> None:
         raise InputError(f"{name} must be at least 1, got {value}")
 
 
-def _write_whole(file: Path, text: str) -> None:
-    """Write a file so that a reader sees the old text or the new one, never a part."""
+def _write_atomically(file: Path, text: str) -> None:
+    """Writes a file so that a reader sees either the old text or the whole new one."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("x", encoding="utf-8") as stream:

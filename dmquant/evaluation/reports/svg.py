@@ -1,6 +1,6 @@
-"""matplotlib figures as SVG elements for an HTML page.
+"""Writes matplotlib figures as SVG elements of an HTML page.
 
-Text stays text, black becomes the colour of the page's text, and the same figure gives the same bytes.
+Text is kept as text, black is replaced by the colour of the page's text, and equal figures give equal bytes.
 matplotlib (the extra `plots`) is imported when a plot is drawn.
 """
 
@@ -25,7 +25,7 @@ MISSING = "plots need matplotlib; get it with: pip install 'dmquant[plots]'"
 DPI = 72  # matplotlib writes 72 SVG units per inch, so that a unit is a pixel
 # Okabe and Ito (2008): most colour-blind readers tell them apart
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d1f", "#7f7f7f")
-SHAPES = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼"}  # matplotlib's marker -> the same shape as a letter
+SHAPES = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼"}  # matplotlib's marker -> Unicode character of the same shape
 STYLE = {
     "figure.constrained_layout.use": True, "figure.facecolor": "none", "axes.facecolor": "none", "axes.axisbelow": True,
     "axes.grid": True, "grid.color": "black", "grid.alpha": 0.15, "font.size": 12, "axes.titlesize": 12,
@@ -47,7 +47,7 @@ class Mark:
 
     @property
     def sign(self) -> str:
-        """The marker as a letter, for a legend in HTML."""
+        """The Unicode character of the marker's shape, for a legend in HTML."""
         return SHAPES[self.marker]
 
 
@@ -76,7 +76,7 @@ def plot_style() -> Iterator[None]:
 
 
 class Canvas:
-    """A matplotlib figure measured in pixels. Its marks show a text under the pointer."""
+    """A matplotlib figure with a size in pixels. Its marks have hints: text that a browser shows under the pointer."""
 
     def __init__(self, width: float, height: float):
         from matplotlib.figure import Figure

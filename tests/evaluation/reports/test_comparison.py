@@ -1,4 +1,4 @@
-"""Rows of one protocol stand side by side, with their differences; rows of two are refused by name."""
+"""Tests of the table: reports of one protocol are compared, reports of different protocols are refused."""
 
 import csv
 import io
@@ -37,7 +37,7 @@ def test_the_float_model_comes_first_and_changes_are_relative_to_it():
     assert (second["size_mb"], second["size_ratio"], second["giga_ops"]) == (1.0, 8.0, 12.3)
 
 
-def test_headings_carry_unit_and_direction_and_cells_what_was_not_measured():
+def test_headings_have_unit_and_direction_and_missing_values_are_dashes():
     comparison = compare([FLOAT, QUANTIZED])
     table = dict(zip(comparison.headings(), zip(*comparison.cells())))
     assert table["FD resnet-cifar10 ↓"] == ("10.0000", "11.0000")
@@ -58,7 +58,7 @@ def test_a_pipeline_made_in_memory_is_measured_against_the_only_float_one():
     assert compare([FLOAT, replace(FLOAT, model="b"), made]).rows[2]["fd-resnet-cifar10_change"] is None
 
 
-def test_one_report_is_a_table_too(tmp_path):
+def test_one_report_gives_a_table(tmp_path):
     assert compare(FLOAT) == compare(FLOAT.save(tmp_path)) == compare(str(tmp_path)) == compare([FLOAT])
 
 
@@ -76,7 +76,7 @@ def test_mixed_protocols_become_columns_and_are_not_measured_against_each_other(
     assert not any("20 steps" in note for note in comparison.notes)
 
 
-def test_every_field_of_the_protocol_counts():
+def test_a_difference_in_any_field_of_the_protocol_is_found():
     changed = {"num_images": 1, "seed": 1, "steps": 1, "sampler": "x", "batch": 1, "image_size": 1, "extractor": "x",
                "extractor_sha256": "x", "reference": "x", "reference_sha256": "x", "reference_images": 1}  # fmt: skip
     for name, value in changed.items():
@@ -84,7 +84,7 @@ def test_every_field_of_the_protocol_counts():
         assert find_differences([FLOAT, other]) == [name]
 
 
-def test_all_formats_tell_the_same_rows():
+def test_all_formats_have_the_same_rows():
     comparison = compare([FLOAT, QUANTIZED])
     from_json = json.loads(comparison.to_json())["rows"]
     from_csv = list(csv.DictReader(io.StringIO(comparison.to_csv())))
@@ -95,16 +95,16 @@ def test_all_formats_tell_the_same_rows():
     assert [cell.strip() for cell in markdown[3].split("|")[1:-1]] == comparison.cells()[1]
 
 
-def test_a_name_with_table_signs_stays_in_its_cell():
+def test_table_characters_in_a_name_do_not_split_its_cell():
     line = compare([replace(FLOAT, model="a|b\nc")]).to_markdown().splitlines()[2]
     assert line.startswith("| a\\|b c |")
 
 
-def test_a_metric_cannot_take_the_place_of_a_fact():
+def test_a_metric_cannot_overwrite_another_column():
     assert compare([replace(FLOAT, metrics={"model": 1.0})]).rows[0]["model"] == "embedded"
 
 
-def test_few_images_are_said_to_bias_a_frechet_distance():
+def test_a_note_says_that_few_images_bias_a_frechet_distance():
     few = replace(FLOAT, protocol=replace(PROTOCOL, num_images=100))
     assert any("biased" in note for note in compare([few]).notes)
     assert not any("biased" in note for note in compare([FLOAT]).notes)
@@ -149,7 +149,7 @@ def test_latex_is_a_booktabs_table_of_the_same_cells():
     assert lines[6:8] == [r"\bottomrule", r"\end{tabular}"] and all(line.startswith("% ") for line in lines[8:])
 
 
-def test_metrics_stand_in_one_order_and_only_distances_carry_their_change():
+def test_metrics_have_a_fixed_order_and_only_distances_have_a_change():
     metrics = {"cosine": 0.99, "psnr": 30.0, "kd-x": 0.01, "fd-x": 3.0, "sfd-x": 4.0, "precision-x": 0.5, "is": 9.0, "odd": 1.0}
     comparison = compare([replace(FLOAT, metrics=metrics), replace(QUANTIZED, metrics=metrics)])
     shown = [column.key for column in comparison.columns[8:-1]]
@@ -162,7 +162,7 @@ def test_peak_memory_is_a_column_where_it_was_measured():
     assert compare([replace(FLOAT, peak_memory_bytes=2_000_000), QUANTIZED]).rows[0]["peak_memory_mb"] == 2.0
 
 
-def test_what_quantizing_took_is_shown_where_all_of_it_is_known():
+def test_the_cost_of_quantizing_is_shown_for_runs_with_a_complete_record():
     table = compare([FLOAT, QUANTIZED, QUANTIZED, QUANTIZED])
     whole = Effort({"calibration": Stage(10.0, 9.0, None), "fine-tuning": Stage(50.0, 49.0, 3_000_000)}, 0, "cpu", 1, 0.1, True)
     unknown = replace(whole, stages={"calibration": Stage(70.0, 9.0, None)})
@@ -171,5 +171,5 @@ def test_what_quantizing_took_is_shown_where_all_of_it_is_known():
     assert cells["quantize, s ↓"] == (ABSENT, "60", "70", ABSENT)
     assert cells["quantizing memory, MB ↓"] == (ABSENT, "3", ABSENT, ABSENT)
     assert wide.rows[1].items() > table.rows[1].items() and wide.notes[:-1] == table.notes
-    with pytest.raises(InputError, match="none of these rows says what quantizing took"):
+    with pytest.raises(InputError, match="none of these folders has a record of the cost of quantizing"):
         add_efforts(table, [None] * 4)

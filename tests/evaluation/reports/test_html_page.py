@@ -1,4 +1,4 @@
-"""A page shows what the table shows, stands alone, and lets no name from a file become markup."""
+"""Tests of the HTML page: it shows the whole table, loads nothing, and escapes names from files."""
 
 import base64
 import re
@@ -42,7 +42,7 @@ STRIPS = [Strip("embedded", (b"a", b"b"), **SAMPLES), Strip("out", (b"c", b"d"),
 
 
 class Parser(HTMLParser):
-    """Tags with their attributes, and all text, of a page whose tags must match."""
+    """Collects the tags with their attributes and the text of a page; fails if an end tag does not match its start tag."""
 
     VOID = frozenset({"meta", "img", "br", "link"})
 
@@ -66,7 +66,7 @@ class Parser(HTMLParser):
         self.text.append(data)
 
     def places(self, tag: str, **attributes: str) -> list[int]:
-        """Numbers of the tags that have these attributes."""
+        """Returns the indices of the tags that have these attributes."""
         wanted = attributes.items()
         return [number for number, (name, found) in enumerate(self.tags) if name == tag and wanted <= found.items()]
 
@@ -83,7 +83,7 @@ def parse(*reports: Report, strips=(), has_plots: bool = False) -> Parser:
 
 @pytest.fixture(scope="module")
 def whole() -> str:
-    """A page with everything; the table puts the float model first."""
+    """Returns a page with all parts; the table has the float model first."""
     return write(PROFILED, replace(OTHER, layers=LAYERS), FLOAT, strips=STRIPS, has_plots=True)
 
 
@@ -96,7 +96,7 @@ def test_every_cell_and_note_of_the_table_is_on_the_page():
     assert len(best) == len(comparison.best()) > 0
 
 
-def test_it_stands_alone(whole):
+def test_the_page_loads_nothing(whole):
     links = [attributes[name] for _, attributes in Parser(whole).tags for name in ("src", "href") if name in attributes]
     assert all(link.startswith(("data:image/png;base64,", "#")) for link in links)
     assert not {"script", "link", "iframe"} & {tag for tag, _ in Parser(whole).tags}
@@ -134,7 +134,7 @@ def test_a_tile_is_at_least_96_pixels_wide_and_high_and_a_small_image_is_enlarge
         assert max(shown) <= LARGE_TILE
 
 
-def test_small_images_are_enlarged_to_plain_squares_and_large_ones_are_not():
+def test_small_images_are_enlarged_without_interpolation_and_large_ones_are_not():
     def classes(side: int) -> set[str | None]:
         strips = [Strip("embedded", (b"png",), size=(side, side))]
         return {attributes.get("class") for tag, attributes in parse(FLOAT, strips=strips).tags if tag == "img"}
@@ -143,12 +143,12 @@ def test_small_images_are_enlarged_to_plain_squares_and_large_ones_are_not():
     assert ".enlarged { image-rendering: pixelated; }" in write(FLOAT)
 
 
-def test_light_and_dark_follow_the_reader():
+def test_light_and_dark_follow_the_readers_setting():
     text = write(FLOAT)
     assert "color-scheme: light dark" in text and "@media (prefers-color-scheme: dark)" in text
 
 
-def test_headers_of_the_table_say_what_they_head():
+def test_headers_of_the_table_have_a_scope():
     page = parse(FLOAT, QUANTIZED)
     table = compare([FLOAT, QUANTIZED])
     assert len(page.places("th", scope="col")) == len(table.headings())
@@ -176,7 +176,7 @@ def test_reports_without_anything_to_draw_need_no_matplotlib(monkeypatch):
     assert draw_figures(compare([FLOAT]), [FLOAT]) == Figures()
 
 
-def test_names_from_files_stay_text():
+def test_names_from_files_are_escaped():
     evil = '<script>alert(1)</script>"><img src=x>'
     reports = [replace(FLOAT, model=evil), replace(QUANTIZED, model=evil + "2", base_model=evil)]
     page = parse(*reports, strips=[Strip(evil, note=evil)], has_plots=True)
@@ -184,13 +184,13 @@ def test_names_from_files_stay_text():
     assert [attributes for tag, attributes in page.tags if tag == "img"] == []
 
 
-def test_protocol_settings_and_operations_are_told():
+def test_the_page_shows_protocol_settings_and_operations():
     text = "\n".join(parse(FLOAT, QUANTIZED).text)
     for told in ("image size", "ddim", '["first", "last"]', '"<b>"', "7.000 G", "0.003 G float MACs", "torch 2"):
         assert told in text, told
 
 
-def test_plots_set_the_first_distance_against_size_operations_and_bits_and_show_the_agreement():
+def test_plots_show_the_first_distance_against_size_operations_and_bits_and_the_cosine():
     page = parse(FLOAT, QUANTIZED, OTHER, has_plots=True)
     assert [a["aria-label"] for tag, a in page.tags if tag == "svg"] == [
         "FD resnet-cifar10 against size, MB", "FD resnet-cifar10 against bits/weight", "FD resnet-cifar10 against OPs, G",
@@ -200,7 +200,7 @@ def test_plots_set_the_first_distance_against_size_operations_and_bits_and_show_
 
 
 @pytest.mark.parametrize("metrics, chosen", [({"kd-x": 1.0, "sfd-x": 1.0}, "sfd-x"), ({"psnr": 1.0}, None)])
-def test_a_model_is_judged_by_the_first_metric_of_which_less_is_better(metrics, chosen):
+def test_quality_plots_use_the_first_metric_for_which_lower_is_better(metrics, chosen):
     found = choose_metric(compare([replace(FLOAT, metrics=metrics)]))
     assert (found and found.key) == chosen
 
@@ -227,7 +227,7 @@ def test_layers_show_their_errors_by_model_and_the_ranges_of_their_inputs():
     assert {"SQNR alone, dB", "SQNR in its model, dB", "conv_in", "attention"} <= set(page.text)
 
 
-def test_reports_that_have_looked_at_no_layer_make_a_page_without_them():
+def test_reports_without_layers_make_a_page_without_layer_plots():
     page = parse(FLOAT, QUANTIZED, has_plots=True)
     assert not [label for label in labels(page) if "layer" in label or "range" in label]
     assert "Layer by layer" not in page.text and "Activations from timestep to timestep" not in page.text
@@ -242,7 +242,7 @@ def test_the_range_that_varies_most_comes_first():
     assert "conv_in" in draw_ranges([replace(QUANTIZED, layers=LAYERS[::-1])])[0]
 
 
-def test_names_of_layers_stay_text():
+def test_names_of_layers_are_escaped():
     evil = replace(LAYERS[1], name="<script>", role="<img>")
     page = parse(replace(QUANTIZED, layers=(evil,)), has_plots=True)
     assert {"<script>", "<img>"} <= set(page.text) and not {"script", "img"} & {tag for tag, _ in page.tags}

@@ -1,4 +1,4 @@
-"""Plots of layers show every layer in its column."""
+"""Tests of the plots of layers: every layer has its column."""
 
 import base64
 import io
@@ -41,20 +41,20 @@ def texts(tree):
 
 
 def marks(tree, name):
-    """Place and style of the marks whose hint names the layer."""
+    """Returns position and style of the marks whose hint names the layer."""
     found = [mark for mark in tree.iter(f"{SVG}use") if mark.find(f"{SVG}title") is not None]
     return [(float(m.get("x")), m.get("style")) for m in found if f", {name}: " in m.find(f"{SVG}title").text]
 
 
 def upright(text):
-    """Where a text that reads upwards stands."""
+    """Returns the position of a text that is rotated by 90 degrees."""
     x, angle = re.fullmatch(r"translate\((\S+) \S+\) rotate\((\S+)\)", text.get("transform")).groups()
     assert float(angle) == -90
     return float(x)
 
 
 def opacities(tree):
-    """Opacity (0 to 255) of the map's cells, as (timestep, layer)."""
+    """Returns the opacity (0 to 255) of the map's cells (timesteps, layers)."""
     (image,) = tree.iter(f"{SVG}image")
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(image.get("href").split(",")[1]))))[..., 3]
 
@@ -80,7 +80,7 @@ def test_a_curve_breaks_at_a_layer_without_a_value():
     assert pieces == [[1, 2], [3], [4]]
 
 
-def test_the_map_is_transparent_for_the_least_share_and_full_for_the_widest():
+def test_the_map_is_transparent_for_the_smallest_share_and_opaque_for_the_widest():
     shown = opacities(draw(panels={}))
     assert shown[0].tolist() == [255, 127, 127, 0] and shown[1].tolist() == [0, 255, 255, 255]  # 900 above 20
     assert opacities(draw(panels={}, heat={1.0: [1.0, 1.0, 1.0, None]})).tolist() == [[255, 255, 255, 0]]
@@ -96,14 +96,14 @@ def test_hundreds_of_layers_and_timesteps_stay_inside_with_fewer_names():
 
 
 def extent(tree, opacity):
-    """Least and largest height, in pixels from below, of the area with this opacity."""
+    """Returns the lowest and highest point, in pixels from below, of the area with this opacity."""
     (area,) = [use for use in tree.iter(f"{SVG}use") if f"fill-opacity: {opacity}" in use.get("style")]
     (path,) = [path.get("d") for path in tree.iter(f"{SVG}path") if f"#{path.get('id')}" == area.get("href")]
     heights = [-float(y) for y in re.findall(r"[ML] \S+ (\S+)", path)]
     return min(heights), max(heights)
 
 
-def test_bands_hold_the_range_and_the_bulk_of_all_timesteps():
+def test_bands_show_the_range_and_the_quantiles_of_all_timesteps():
     tree = ET.fromstring(draw_bands([Band(900, -2, -1, 1, 2), Band(0, -4, -3, 3, 4)], "a.<b>"))
     assert {"a.<b>", "timestep", "−4", "4"} <= set(texts(tree)) and "a.<b>" in tree.get("aria-label")
     (least, largest), (low, high) = extent(tree, 0.3), extent(tree, 0.6)
@@ -120,7 +120,7 @@ def test_a_band_of_one_timestep_at_which_all_is_zero_is_drawn_too():
     assert "timestep" in texts(ET.fromstring(draw_bands([Band(5, 0, 0, 0, 0)], "still")))
 
 
-def test_the_variation_and_the_relative_widths_are_of_the_bulk():
+def test_the_variation_and_the_relative_widths_are_those_between_the_quantiles():
     first = LayerProfile("a", "first", 8, 8, None, None, {"900": (-4.0, -3.0, 3.0, 4.0), "20": (-1.0, -1.0, 1.0, 1.0)})
     other = LayerProfile("b", "body", 4, 8, 25.5, 21.25, {"900": (-2.0, -1.0, 1.0, 2.0), "20": (-2.0, -1.0, 1.5, 2.0)})
     still = LayerProfile("c", "body", 4, 8, None, None, {"5": (0.0, 0.0, 0.0, 0.0)})

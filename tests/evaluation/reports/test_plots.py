@@ -1,10 +1,10 @@
-"""Plots show every point, in its place, in its model's colour."""
+"""Tests of the plots of models: every point is drawn at its values in its model's colour."""
 
 import xml.etree.ElementTree as ET
 
 import pytest
 
-from dmquant.evaluation.reports.plots import Point, find_front, lines, scatter
+from dmquant.evaluation.reports.plots import Point, find_front, line_chart, scatter
 from dmquant.evaluation.reports.svg import choose_marks
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -18,7 +18,7 @@ def draw(points: list[Point] = POINTS) -> ET.Element:
 
 
 def marks(tree: ET.Element) -> dict[str, tuple[float, float, str]]:
-    """Hint of each mark -> its place in pixels, y downwards, and its style."""
+    """Returns hint of each mark -> its position in pixels, y downwards, and its style."""
     found = [mark for mark in tree.iter(f"{SVG}use") if mark.find(f"{SVG}title") is not None]
     return {m.find(f"{SVG}title").text: (float(m.get("x")), float(m.get("y")), m.get("style")) for m in found}
 
@@ -42,7 +42,7 @@ def test_smaller_is_left_and_lower():
     assert sorted(by_y, key=lambda number: places[number][1]) == by_y
 
 
-def test_the_front_is_what_nothing_beats_in_both():
+def test_no_point_is_better_than_one_of_the_front_in_both_quantities():
     assert [point.mark.name for point in find_front(POINTS)] == ["w1 <&>", "w4", "float"]
     mark = MARKS["w4"]
     alike = [Point(1.0, 1.0, mark, "a"), Point(1.0, 2.0, mark, "b"), Point(2.0, 1.0, mark, "c")]
@@ -70,7 +70,7 @@ def test_points_that_are_all_in_one_place_have_axes_too(value):
 
 def test_a_line_per_curve_with_its_name_and_values():
     curves = {MARKS["float"]: [(1.0, 0.5), (0.0, 0.9)], MARKS["w1 <&>"]: [(0.0, 0.1), (1.0, 0.2)]}
-    tree = ET.fromstring(lines(curves, x_title="t", y_title="c"))
+    tree = ET.fromstring(line_chart(curves, x_title="t", y_title="c"))
     found = marks(tree)
     assert list(found) == ["float, t 0: 0.9", "float, t 1: 0.5", "w1 <&>, t 0: 0.1", "w1 <&>, t 1: 0.2"]
     assert [x for x, _, _ in found.values()] == [x for x, _, _ in list(found.values())[:2]] * 2

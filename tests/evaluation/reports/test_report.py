@@ -1,4 +1,4 @@
-"""A report survives the disk unchanged, and anything else in its place is refused by name."""
+"""Tests of reports: a file is read back unchanged, and a file that is no valid report is refused with the key path."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def test_reading_gives_back_what_was_written(metrics, model, ops, base_model):
     LayerProfile, st.text(), st.text(), st.integers(1, 32), st.integers(1, 32), st.none() | finite, st.none() | finite,
     st.dictionaries(st.text(), st.tuples(finite, finite, finite, finite)),
 ), max_size=3))  # fmt: skip
-def test_layers_survive_the_disk_too(layers):
+def test_layers_are_read_back_unchanged(layers):
     report = replace(REPORT, layers=tuple(layers), settings={"text": "[\n1, 2]"})
     assert Report.from_json(report.to_json()) == report
 
@@ -61,7 +61,7 @@ def test_a_range_takes_one_line():
         ({"colour": "red"}, "unknown key 'colour'"),
     ],
 )
-def test_a_wrong_entry_of_a_layer_is_refused_with_its_place(change, message):
+def test_a_wrong_entry_of_a_layer_is_refused_with_its_key_path(change, message):
     with pytest.raises(DamagedFile, match=message):
         Report.from_json(document(layers=[asdict(LAYER), {**asdict(LAYER), **change}]))
 
@@ -80,7 +80,7 @@ def test_a_report_loads_from_its_file_and_from_its_folder(tmp_path):
     assert Report.load(file) == Report.load(tmp_path) == REPORT
 
 
-def test_a_failed_write_keeps_the_old_report_and_leaves_no_litter(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_old_report_and_leaves_no_temporary_file(tmp_path, monkeypatch):
     REPORT.save(tmp_path)
 
     def fail(*_):
@@ -122,7 +122,7 @@ def test_a_wrong_entry_is_refused_with_its_key(changes, message):
         Report.from_json(document(**changes))
 
 
-def test_reports_of_the_first_format_are_read_with_what_they_did_not_know_left_open():
+def test_reports_of_the_first_format_are_read_with_the_defaults_of_later_keys():
     first = {key: value for key, value in json.loads(document(format_version=1)).items() if key not in sum(ADDED.values(), ())}
     newer = set(sum(ADDED_TO_PROTOCOL.values(), ()))
     whole, first["protocol"] = first["protocol"], {k: v for k, v in first["protocol"].items() if k not in newer}

@@ -1,4 +1,4 @@
-"""matplotlib figures become SVG elements that several of them can share a page."""
+"""Tests of figures as SVG elements, several of which are on one page."""
 
 import re
 import sys
@@ -32,7 +32,7 @@ def test_an_svg_has_the_size_in_pixels_and_a_description():
     assert (root.get("width"), root.get("height"), root.get("role"), root.get("aria-label")) == ("300", "200", "img", "a <title>")
 
 
-def test_text_stays_text_as_it_is_given():
+def test_text_is_kept_as_text():
     texts = {text.text for text in ET.fromstring(draw()).iter(f"{SVG}text")}
     assert "$x_1$, <MB>" in texts and "3.0" in texts
 
@@ -66,7 +66,7 @@ def test_the_same_figure_gives_the_same_bytes_and_two_figures_share_no_id():
     assert all(f"#{name}" in one for name in ids(one)), "an id that nothing refers to"
 
 
-def test_nothing_is_left_that_would_act_on_the_whole_page_or_fetch_anything():
+def test_an_svg_has_no_style_rules_and_loads_nothing():
     svg = draw()
     assert "<style" not in svg and "metadata" not in svg and "xlink" not in svg
     assert svg.count("://") == 1 and svg.startswith("<svg") and SVG[1:-1] in svg  # the name of the SVG namespace
