@@ -54,7 +54,7 @@ def quantize(
     if samples is None or conditioning != Conditioning():
         asked = complete(pipeline, conditioning).describe()
         packed.dmquant_record |= {name: value for name, value in asked.items() if value is not None}
-    diffusers_quantizer.mark(packed)
+    diffusers_quantizer.mark_as_quantized(packed)
     quantized = target.with_denoiser(packed)
     seeds = recording_seeds(seed, min(method.clip_images, method.trajectories))
     how = {"steps": method.sampling_steps, "batch": method.batch, "conditioning": conditioning}

@@ -128,7 +128,7 @@ def register() -> None:
             raise RuntimeError(f"quant_method 'dmquant' of diffusers belongs to {owner.__module__}.{owner.__qualname__}")
 
 
-def mark(model: ModelMixin) -> None:
+def mark_as_quantized(model: ModelMixin) -> None:
     """Makes a model packed in this process what a loaded one is: quantized to diffusers, which saves it as such and refuses
     casts, and with fused blocks, so that both give the same floats."""
     run = dict(getattr(model, "dmquant_record", {}))

@@ -104,7 +104,7 @@ def pack(target: Target) -> Target:
     packed = pack_model(target.denoiser)
     if not packed_layers(packed):
         raise InputError("nothing in this pipeline is quantized; see dmquant.quantize")
-    diffusers_quantizer.mark(packed)
+    diffusers_quantizer.mark_as_quantized(packed)
     return target.with_denoiser(packed)
 
 

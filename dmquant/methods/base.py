@@ -20,7 +20,7 @@ from dmquant.progress import Track
 from dmquant.quantizers.base import Quantizer
 from dmquant.quantizers.binary import Binary
 from dmquant.quantizers.per_timestep import TemporalStep
-from dmquant.quantizers.timestep_clock import Clock, attach
+from dmquant.quantizers.timestep_clock import Clock, attach_clock
 from dmquant.quantizers.uniform import LearnedStep
 from dmquant.training.calibration import correct_biases, observe_inputs, observe_weights
 from dmquant.training.objectives import Objective
@@ -190,7 +190,7 @@ class Method:
         for name, layer in quantized_layers(student).items():
             if roles[name] == Role.FIRST and isinstance(layer.input_quantizer, Quantizer):
                 layer.input_quantizer = TemporalStep(layer.input_quantizer.bits, clock).to(layer.weight.device)
-                attach(clock, student)
+                attach_clock(clock, student)
 
     def adjust_weights(self, student: nn.Module) -> None:
         """Changes weights as far as that follows from them alone; a plan does it too. `calibrate` calls it before all grids."""

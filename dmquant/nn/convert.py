@@ -22,7 +22,7 @@ from dmquant.nn.packed_weight import PackedWeight, dense
 from dmquant.nn.scheme import FLOAT, FLOAT_BITS, Bits, LayerScheme, Scheme, Timing, generalize, sort_traits
 from dmquant.quantizers.base import FixedGrid, Quantizer
 from dmquant.quantizers.dilated import DilatedInput, Divide, spread
-from dmquant.quantizers.timestep_clock import Clock, attach, detach, link
+from dmquant.quantizers.timestep_clock import Clock, attach_clock, detach_clock, reconnect_clock
 from dmquant.quantizers.traits import GridSite, GridTrait, traits_of
 
 CONVOLUTION = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
@@ -86,7 +86,7 @@ def pack_model(denoiser: nn.Module) -> nn.Module:
     grids = (module.input_quantizer for module in denoiser.modules() if isinstance(module, QuantInput))
     memo |= {id(grid): grid.freeze() for grid in grids if isinstance(grid, Quantizer)}
     packed = deepcopy(denoiser, memo)
-    link(packed)
+    reconnect_clock(packed)
     return packed
 
 
@@ -120,7 +120,7 @@ def prepare_packed(denoiser: nn.Module, scheme: Scheme, *, dtype: torch.dtype) -
         if scheme.layer(name) != FLOAT:
             _replace(denoiser, name, empty_layer(layer, scheme.layer(name), dtype=dtype, device="meta", clock=clock))
     if clock is not None:
-        attach(clock, denoiser)
+        attach_clock(clock, denoiser)
     if scheme.attention_bits != FLOAT_BITS:
         factor = LayerScheme(FLOAT_BITS, scheme.attention_bits, scheme.attention_traits)
         quantize_products(denoiser, lambda heads: empty_grid(factor, device="meta", clock=clock, channels=heads))
@@ -138,7 +138,7 @@ def restore_float(denoiser: nn.Module) -> None:
         layer.bias = packed.bias
         _replace(denoiser, name, layer.train(packed.training))
     restore_products(denoiser)
-    detach(denoiser)
+    detach_clock(denoiser)
 
 
 def empty_layer(

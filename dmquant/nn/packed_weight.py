@@ -1,4 +1,11 @@
-"""Weights as they are stored: bit planes with a grid, or with a scale each."""
+"""Stored weights: bit planes with one grid per output channel (`PackedWeight`) or a scale per plane (`PackedBases`).
+
+A C or Triton kernel reads the codes in an order of its own. Both orders together would double the memory of the weights, so
+`block` replaces the buffer `codes` by the order of the kernel, and `__getattr__` computes the stored order whenever somebody
+reads `codes`. A property cannot do that: torch refuses a buffer whose name the class defines. `release` restores the buffer;
+copies, pickles, moves to another device and loading do so by themselves. DMQUANT_KERNELS=torch leaves the codes in their
+stored order.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,12 +23,14 @@ from dmquant.quantizers.traits import GridTrait
 
 
 class BlockedCodes(Float32Buffers):
-    """A module with a buffer `codes` that may live in the order of a kernel. Whoever reads `codes` gets the stored order."""
+    """A module whose buffer `codes` may be kept in the order of a kernel. Reading `codes` always gives the stored order."""
 
     shape: torch.Size
     bits: int
     blocked: BlockedWeight | None = None
-    is_left_alone = False  # where nobody is faster than the reference, or nobody can
+    is_left_alone = False  # no kernel supports this weight, or none is faster than the reference
+    # codes, their version, and a layer for each part of a split input; made from the codes by packed_layers.slices_of
+    slices: tuple[Tensor, int, list[nn.Module]] | None = None
 
     def block(self, kernel: str) -> None:
         """Puts the codes in the order of a kernel."""
@@ -32,7 +41,7 @@ class BlockedCodes(Float32Buffers):
 
     def release(self) -> None:
         """Puts the codes in the order of the file again."""
-        self._buffers["codes"], self.blocked, self.is_left_alone = self.codes, None, False
+        self._buffers["codes"], self.blocked, self.is_left_alone, self.slices = self.codes, None, False, None
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
@@ -43,10 +52,11 @@ class BlockedCodes(Float32Buffers):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles hold the stored order and choose their own kernel."""
-        return {**self.__dict__, "blocked": None, "is_left_alone": False, "_buffers": {**self._buffers, "codes": self.codes}}
+        released = {"blocked": None, "is_left_alone": False, "slices": None, "_buffers": {**self._buffers, "codes": self.codes}}
+        return {**self.__dict__, **released}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.release()  # the device to which it goes may have other kernels
+        self.release()  # the other device may have other kernels
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -140,7 +150,7 @@ class Bases(GridTrait):
 
 
 def dense(weight: PackedWeight | nn.Parameter, dtype: torch.dtype) -> Tensor:
-    """The values of a weight; one of 32 bits is no PackedWeight."""
+    """Returns the values of a weight. A weight of 32 bits is a plain parameter."""
     return weight.dequantize(dtype) if isinstance(weight, PackedWeight) else weight
 
 

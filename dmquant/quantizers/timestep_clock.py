@@ -130,15 +130,15 @@ class Timed(nn.Module):
         vars(self)["clock"] = clock  # not a submodule
 
 
-def attach(clock: Clock, denoiser: nn.Module) -> None:
+def attach_clock(clock: Clock, denoiser: nn.Module) -> None:
     """Makes the clock, in place of any other, follow the denoiser's calls; the submodule `clock`, whose timesteps are saved."""
-    detach(denoiser)
+    detach_clock(denoiser)
     denoiser.add_module("clock", clock)
     denoiser.register_forward_pre_hook(clock.read, with_kwargs=True)
-    link(denoiser)
+    reconnect_clock(denoiser)
 
 
-def link(denoiser: nn.Module) -> None:
+def reconnect_clock(denoiser: nn.Module) -> None:
     """Makes every timed module inside follow the denoiser's own clock, be it the copy of another's."""
     for module in denoiser.modules():
         if isinstance(module, Timed):
@@ -152,7 +152,7 @@ def find_clock(denoiser: nn.Module) -> Clock:
     return clock
 
 
-def detach(denoiser: nn.Module) -> None:
+def detach_clock(denoiser: nn.Module) -> None:
     """Takes the clock of a denoiser away, if it has one."""
     clock = denoiser._modules.pop("clock", None)
     for key, hook in list(denoiser._forward_pre_hooks.items()):

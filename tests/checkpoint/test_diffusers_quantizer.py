@@ -34,7 +34,7 @@ from dmquant.nn.fake_quant_layers import swap
 from dmquant.nn.packed_weight import PackedWeight
 from dmquant.quantizers.base import FixedGrid
 from dmquant.quantizers.per_timestep import TemporalStep
-from dmquant.quantizers.timestep_clock import Clock, attach
+from dmquant.quantizers.timestep_clock import Clock, attach_clock
 from dmquant.quantizers.uniform import Uniform
 from dmquant.testing import TINY_UNET
 
@@ -91,10 +91,10 @@ def make_packed(kind: type[ModelMixin] = UNet2DModel, timesteps: list[float] | N
     clock = None if timesteps is None else Clock(torch.tensor(timesteps))
     swap(model, choose)
     if clock is not None:
-        attach(clock, model)
+        attach_clock(clock, model)
     model.dmquant_record = {"method": "minmax", "settings": {"lr": 0.1}, "base_model": "tiny", "seed": 3}
     packed = pack_model(model)
-    diffusers_quantizer.mark(packed)
+    diffusers_quantizer.mark_as_quantized(packed)
     return packed
 
 

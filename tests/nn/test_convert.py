@@ -27,7 +27,7 @@ from dmquant.nn.scheme import FLOAT, FLOAT_BITS, LayerScheme, Scheme, Timing
 from dmquant.quantizers.base import BasisCodes, FixedGrid
 from dmquant.quantizers.binary import Binary
 from dmquant.quantizers.per_timestep import PerTimestep, TemporalGrid, TemporalStep
-from dmquant.quantizers.timestep_clock import Clock, attach
+from dmquant.quantizers.timestep_clock import Clock, attach_clock
 from dmquant.quantizers.uniform import Uniform
 
 LAYERS = {
@@ -249,7 +249,7 @@ def timed_unet(lookup: str = "nearest") -> nn.Module:
             layer.input_quantizer = TemporalStep(8, clock)
             with clock.at(torch.tensor([700, 300, 3]), 3):
                 layer.input_quantizer.observe(torch.randn(3, 50) * torch.tensor([[1.0], [2.0], [3.0]]))
-    attach(clock, unet)
+    attach_clock(clock, unet)
     return unet
 
 

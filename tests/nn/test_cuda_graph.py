@@ -8,7 +8,7 @@ from torch import nn
 
 from dmquant.nn import cuda_graph
 from dmquant.quantizers.per_timestep import TemporalGrid
-from dmquant.quantizers.timestep_clock import Clock, attach
+from dmquant.quantizers.timestep_clock import Clock, attach_clock
 
 CALLS = []
 
@@ -37,7 +37,7 @@ class Denoiser(nn.Module):
         self.grid = TemporalGrid(8, clock)
         self.grid.scale.copy_(torch.tensor([0.1, 0.01, 0.03]))
         self.grid.zero.fill_(128)
-        attach(clock, self)
+        attach_clock(clock, self)
 
     def forward(self, sample, timestep, condition=None, double=False):
         out = self.grid(sample) * self.weight + torch.as_tensor(timestep).reshape(-1, 1)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from dmquant.quantizers.timestep_clock import LOOKUPS, Clock, Timed, attach, detach
+from dmquant.quantizers.timestep_clock import LOOKUPS, Clock, Timed, attach_clock, detach_clock
 
 
 class Denoiser(nn.Module):
@@ -19,7 +19,7 @@ class Denoiser(nn.Module):
 
 def make(lookup="nearest"):
     denoiser = Denoiser()
-    attach(Clock(torch.tensor([900.0, 600.0, 300.0, 0.0]), lookup), denoiser)
+    attach_clock(Clock(torch.tensor([900.0, 600.0, 300.0, 0.0]), lookup), denoiser)
     return denoiser
 
 
@@ -96,7 +96,7 @@ class Follower(Timed, nn.Module):
 def test_a_timed_module_follows_the_clock_of_its_denoiser_and_its_copy_that_of_the_copy():
     denoiser = Denoiser()
     denoiser.inner = Follower()
-    attach(Clock(torch.tensor([900.0, 0.0])), denoiser)
+    attach_clock(Clock(torch.tensor([900.0, 0.0])), denoiser)
     twin = copy.deepcopy(denoiser)
     assert denoiser.inner.clock is denoiser.clock and twin.inner.clock is twin.clock is not denoiser.clock
     assert set(denoiser.state_dict()) == {"scale", "clock.timesteps"}
@@ -104,15 +104,15 @@ def test_a_timed_module_follows_the_clock_of_its_denoiser_and_its_copy_that_of_t
 
 def test_a_detached_clock_leaves_nothing_behind():
     denoiser = make()
-    detach(denoiser)
+    detach_clock(denoiser)
     assert set(denoiser.state_dict()) == {"scale"} and not denoiser._forward_pre_hooks
-    detach(denoiser)
+    detach_clock(denoiser)
 
 
 def test_a_denoiser_has_one_clock_however_often_one_is_attached():
     denoiser, clock = make(), Clock(torch.tensor([5.0]))
     for _ in range(2):
-        attach(clock, denoiser)
+        attach_clock(clock, denoiser)
     denoiser(torch.ones(2, 3), 5)
     assert denoiser.clock is clock and len(denoiser._forward_pre_hooks) == 1 and clock.step.tolist() == [0, 0]
 

@@ -22,7 +22,7 @@ from dmquant.progress import Track
 from dmquant.quantizers.base import Quantizer
 from dmquant.quantizers.per_part import Heads, Split
 from dmquant.quantizers.per_timestep import TemporalStep
-from dmquant.quantizers.timestep_clock import Clock, Timed, attach
+from dmquant.quantizers.timestep_clock import Clock, Timed, attach_clock
 from dmquant.training.objectives import Distillation, Objective
 from dmquant.training.resume import Run
 
@@ -98,7 +98,7 @@ class DilateQuant(Method):
         if self.dilation != "none":
             wrap_layers(student)
         if any(isinstance(module, Timed) for module in student.modules()):
-            attach(clock, student)
+            attach_clock(clock, student)
 
     def adjust_weights(self, student: nn.Module) -> None:
         if self.dilation == "weights":

@@ -20,7 +20,7 @@ from dmquant.nn.scheme import FLOAT_BITS
 from dmquant.progress import Track
 from dmquant.quantizers.base import Quantizer
 from dmquant.quantizers.per_timestep import TemporalStep
-from dmquant.quantizers.timestep_clock import Clock, attach
+from dmquant.quantizers.timestep_clock import Clock, attach_clock
 from dmquant.training.objectives import Distillation, Objective
 from dmquant.training.resume import Run
 from dmquant.training.trainer import Group, fit, quantizer_groups
@@ -91,7 +91,7 @@ class EfficientDM(Method):
             if self.temporal and isinstance(layer.input_quantizer, Quantizer) and roles[name] not in is_static:
                 layer.input_quantizer = TemporalStep(layer.input_quantizer.bits, clock).to(layer.weight.device)
         if any(isinstance(layer.input_quantizer, TemporalStep) for layer in layers.values()):
-            attach(clock, student)
+            attach_clock(clock, student)
 
     @torch.no_grad()
     def adjust_weights(self, student: nn.Module) -> None:
