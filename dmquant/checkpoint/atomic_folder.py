@@ -1,4 +1,4 @@
-"""Result folders: complete or absent.
+"""Writes, locks, checks and replaces result folders, so that each is complete or absent.
 
 A folder is written under a temporary name beside its final one, every file is flushed to the disk, MANIFEST.json with the
 size and SHA-256 of each file comes last, and one rename publishes it. An older result is renamed aside for the moment
@@ -27,19 +27,19 @@ FORMAT_VERSION = 1
 LONGEST_NAME = 200  # bytes; file systems allow 255, temporary names need the rest
 LOCK_WAIT_S = 0.5  # for a lock that its holder is about to release
 
-# What may lie beside the published files without being one of them: reports, cards, pictures, and files of other tools
-# (.gitattributes, .cache). Nothing of it is read when a pipeline is loaded.
+# Files that may stand beside the published ones: reports, cards, images, and files of other tools (.gitattributes, .cache).
+# Loading a pipeline reads none of them.
 EXTRA_NAMES = {"report.json", "effort.json", "README.md", "LICENSE"}
 EXTRA_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif"}
 
 
 @contextmanager
 def publish(folder: str | Path, *, force: bool = False) -> Iterator[Path]:
-    """A folder to write into; when the block ends well it takes the final name, complete with its manifest."""
+    """Yields a temporary folder to write into. It gets its manifest and final name when the block ends without an error."""
     folder = check_target(folder, force=force)
     with lock(folder):
         repair(folder)
-        # once more: only now nobody else can change the answer
+        # again: without the lock, another process could have changed the folder
         check_target(folder, force=force)
         temporary = _sibling(folder, "tmp")
         temporary.mkdir()
@@ -53,7 +53,7 @@ def publish(folder: str | Path, *, force: bool = False) -> Iterator[Path]:
 
 
 def check_target(folder: str | Path, *, force: bool = False) -> Path:
-    """The absolute folder, if a result can be published there; an InputError otherwise. Writes nothing."""
+    """Returns the absolute folder. Raises InputError if no result can be published there. Writes nothing."""
     folder = Path(os.path.abspath(folder))
     if len(os.fsencode(folder.name)) > LONGEST_NAME:
         raise InputError(f"the folder name {folder.name[:40]}... is longer than {LONGEST_NAME} bytes")
@@ -70,7 +70,7 @@ def check_target(folder: str | Path, *, force: bool = False) -> Path:
 
 
 def check_space(folder: str | Path, size_bytes: int) -> None:
-    """An InputError if the file system of the folder has less room than the size given."""
+    """Raises InputError if the file system of the folder has less space than the size given."""
     folder = Path(os.path.abspath(folder))
     free_bytes = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     if free_bytes < size_bytes:
@@ -78,7 +78,7 @@ def check_space(folder: str | Path, size_bytes: int) -> None:
 
 
 def verify_manifest(folder: str | Path) -> list[str]:
-    """The names of the files, each found with the size and hash of the manifest; a DamagedFile names the first that is not."""
+    """Checks size and hash of each file against the manifest and returns their names. Raises DamagedFile for the first fault."""
     folder = Path(folder)
     files = read_manifest(folder)
     for name, entry in files.items():
@@ -90,7 +90,7 @@ def verify_manifest(folder: str | Path) -> list[str]:
 
 
 def read_manifest(folder: str | Path) -> dict[str, dict[str, Any]]:
-    """Name -> {"size", "sha256"} for every published file, sorted by name."""
+    """Returns name -> {"size", "sha256"} for every published file, sorted by name."""
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise DamagedFile(f"{folder} has no {MANIFEST}: it is no finished result of dmquant")
@@ -109,7 +109,7 @@ def read_manifest(folder: str | Path) -> dict[str, dict[str, Any]]:
 
 @contextmanager
 def lock(folder: str | Path) -> Iterator[None]:
-    """Keeps other processes off a result folder. Nested use in one process is free.
+    """Locks a result folder against other processes. One process may nest locks.
 
     The operating system drops the lock of a process that dies. A lock file that is a link is refused, not followed.
 
@@ -136,7 +136,7 @@ def lock(folder: str | Path) -> Iterator[None]:
 
 
 def discard(folder: str | Path) -> None:
-    """Removes a result if it is there, and nothing else: out of sight at once, then from the disk."""
+    """Removes a result if there is one, and nothing else. It is renamed first, so that no half-removed result is visible."""
     folder = check_target(folder, force=True)
     with lock(folder):
         repair(folder)
@@ -147,7 +147,7 @@ def discard(folder: str | Path) -> None:
 
 
 def repair(folder: str | Path) -> None:
-    """Undoes what a process that died left behind: brings back a result that was moved aside, removes its litter."""
+    """Repairs the work of processes that died: restores a result that was renamed aside, removes temporary folders."""
     folder = Path(os.path.abspath(folder))
     for aside in _siblings(folder, "old"):
         if folder.exists():
@@ -173,7 +173,7 @@ def seal(folder: Path) -> None:
 
 
 def _swing(temporary: Path, folder: Path) -> None:
-    """The two renames. Should the second fail or be interrupted, the old result comes back."""
+    """Replaces the old result by two renames. If the second fails or is interrupted, the old result is restored."""
     aside = _sibling(folder, "old")
     had_old = folder.exists()
     if had_old:
@@ -189,7 +189,7 @@ def _swing(temporary: Path, folder: Path) -> None:
 
 
 def _check_replaceable(folder: Path, force: bool) -> None:
-    """--force replaces what dmquant published, and nothing else: it must never empty somebody's home."""
+    """Raises InputError unless `force` is given and all files are from dmquant: --force must not delete other files."""
     if not force:
         raise InputError(f"{folder} is not empty; use --force to replace a result, or give another folder")
     try:
@@ -244,14 +244,14 @@ def _sibling(folder: Path, kind: str) -> Path:
 
 
 def _siblings(folder: Path, kind: str) -> list[Path]:
-    """Siblings of this folder and kind, of any process."""
+    """Returns temporary siblings of this folder and kind, of any process."""
     start, count = f".{folder.name}.", folder.name.count(".") + 4  # dots in what _sibling makes
     found = [path for path in folder.parent.iterdir() if path.name.startswith(start) and path.suffix == f".{kind}"]
     return sorted(path for path in found if path.name.count(".") == count and path.name.split(".")[-3].isdigit())
 
 
 def _files(folder: Path) -> list[str]:
-    """Names of all files relative to the folder, with forward slashes, sorted."""
+    """Returns names of all files relative to the folder, with forward slashes, sorted."""
     walk = os.walk(folder)
     return sorted((Path(path) / name).relative_to(folder).as_posix() for path, _, names in walk for name in names)
 

@@ -1,7 +1,7 @@
 """Registration with diffusers: after `import dmquant.hf`, DiffusionPipeline.from_pretrained reads our folders.
 
-diffusers looks `quant_method` up in two module-level tables and has no other way in; SDNQ took the same road. Its loader only
-warns about missing, extra or mistyped tensors, so the strictness is in the hooks here: every tensor is claimed and checked.
+diffusers looks `quant_method` up in two module-level tables and offers no other interface; SDNQ registers there too. Its loader
+only warns about missing, extra or mistyped tensors, so the hooks here claim and check every tensor.
 """
 
 import json
@@ -28,7 +28,7 @@ FLOAT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 class DmquantQuantizer(DiffusersQuantizer):
-    """Loads packed layers into a model of diffusers, or refuses by name what does not fit."""
+    """Loads packed layers into a model of diffusers. Raises DamagedFile with the name of a tensor that does not fit."""
 
     def __init__(self, quantization_config: DmquantConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
@@ -75,7 +75,7 @@ class DmquantQuantizer(DiffusersQuantizer):
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Tensor], **kwargs: Any
     ) -> bool:
-        """All of them: diffusers checks nothing of what it loads itself."""
+        """Returns True for all: diffusers does not check the tensors that it loads itself."""
         return True
 
     def check_quantized_param_shape(self, param_name: str, current_param: Tensor, loaded_param: Tensor) -> bool:
@@ -109,7 +109,7 @@ class DmquantQuantizer(DiffusersQuantizer):
         fuse(model)
 
     def _dequantize(self, model: ModelMixin) -> ModelMixin:
-        """Plain float layers, under a config that does not call them quantized any more."""
+        """Makes the layers float and removes the quantization_config."""
         restore_float(model)
         unfuse(model)
         model._internal_dict = FrozenDict({key: value for key, value in model.config.items() if key != "quantization_config"})
@@ -118,7 +118,7 @@ class DmquantQuantizer(DiffusersQuantizer):
 
 
 def register() -> None:
-    """Makes diffusers know dmquant. May be called again; refuses to push out somebody else."""
+    """Adds dmquant to the tables of diffusers. Raises RuntimeError if another package owns the name; may be called again."""
     for table, ours in (
         (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, DmquantConfig),
         (auto.AUTO_QUANTIZER_MAPPING, DmquantQuantizer),
@@ -129,8 +129,11 @@ def register() -> None:
 
 
 def mark_as_quantized(model: ModelMixin) -> None:
-    """Makes a model packed in this process what a loaded one is: quantized to diffusers, which saves it as such and refuses
-    casts, and with fused blocks, so that both give the same floats."""
+    """Gives a model that was packed in this process the attributes of a loaded one, and fuses its blocks.
+
+    diffusers reads the attributes `hf_quantizer`, `is_quantized` and `quantization_method` of the model: it saves the config with
+    them and refuses casts. It offers no other interface. `_dequantize` removes them.
+    """
     run = dict(getattr(model, "dmquant_record", {}))
     bits = run.pop("weight_bits", None), run.pop("act_bits", None)
     scheme = read_scheme(model, None if None in bits else bits)
@@ -142,7 +145,7 @@ def mark_as_quantized(model: ModelMixin) -> None:
     grids["attention_kinds"] = _list_kinds(scheme.attention_traits)
     grids["timing"] = None if scheme.timing is None else scheme.timing._asdict()
     config = DmquantConfig(**grids, **known, record=run)
-    # through JSON, so that what is refused when read is refused before it is written
+    # through JSON: a config that the loader would refuse is refused before it is written
     config = DmquantConfig.from_dict(json.loads(json.dumps(config.to_dict(), allow_nan=False)))
     model.register_to_config(quantization_config=config)
     model.hf_quantizer = DmquantQuantizer(config, pre_quantized=True)
@@ -157,7 +160,7 @@ def _list_kinds(traits: Iterable[GridTrait]) -> list[str]:
 
 
 def check_tensor(module: nn.Module, leaf: str, tensor: Tensor, *, name: str) -> None:
-    """A DamagedFile if a stored tensor cannot be this parameter or buffer of this module."""
+    """Raises DamagedFile if a stored tensor cannot be this parameter or buffer of this module."""
     expected = getattr(module, leaf)
     if tensor.shape != expected.shape:
         raise DamagedFile(f"{name} has shape {tuple(tensor.shape)} instead of {tuple(expected.shape)}")

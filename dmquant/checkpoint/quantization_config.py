@@ -1,4 +1,4 @@
-"""`quantization_config` of a packed model: how it is stored and how it was made, as JSON that is checked key by key."""
+"""`DmquantConfig`: the `quantization_config` of a packed model as JSON, checked key by key when it is read."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,16 +18,16 @@ FORMAT_VERSION = 1
 
 
 class QuantMethod(StrEnum):
-    """diffusers reads `.value`, so a plain string would not do."""
+    """An Enum, because diffusers reads its `.value`."""
 
     DMQUANT = "dmquant"
 
 
 class DmquantConfig(QuantizationConfigMixin):
-    """`quantization_config` of a packed model: the bits of every layer, and how the model was made.
+    """How a packed model is stored (bits and grid traits of every layer) and how it was made.
 
-    Small, because diffusers may send it along in an HTTP header: patterns instead of one entry per layer. The structure is read
-    from here and never from the code of a method, so a file outlives the method that made it.
+    diffusers may send it in an HTTP header, so it is kept small: patterns instead of one entry per layer. The structure is read
+    from here and never from the code of a method, so a file can be read without the method that made it.
     """
 
     def __init__(
@@ -44,23 +44,23 @@ class DmquantConfig(QuantizationConfigMixin):
         self.attention_bits, self.attention_kinds = attention_bits, list(attention_kinds)
         self.timing = None if timing is None else dict(timing)
         self.method, self.settings, self.base_model = method, dict(settings or {}), base_model
-        self.record = dict(record or {})  # whatever else is known of how it was made: seed, timesteps, ...
+        self.record = dict(record or {})  # other facts about the run: seed, timesteps, ...
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "DmquantConfig":
-        """The config in a file, checked key by key."""
+        """Returns the config of a file. Raises DamagedFile or InputError for keys and values that it cannot have."""
         _check_config(config_dict)
         return cls(**config_dict)
 
     def to_dict(self) -> dict[str, Any]:
         return {**vars(self), "quant_method": self.quant_method.value}
 
-    # the base class prints itself through a method that it does not have
+    # __repr__ of the base class calls to_diff_dict, which the base class lacks
     to_diff_dict = to_dict
 
     @property
     def scheme(self) -> Scheme:
-        """How the denoiser is stored, typed."""
+        """Returns how the denoiser is stored."""
         overrides = {name: LayerScheme(entry[0], entry[1], _parse_kinds(entry[2:])) for name, entry in self.overrides.items()}
         timing = None if self.timing is None else Timing(**self.timing)
         default = LayerScheme(self.weight_bits, self.act_bits, _parse_kinds(self.kinds))
@@ -68,13 +68,13 @@ class DmquantConfig(QuantizationConfigMixin):
 
     @property
     def run(self) -> dict[str, Any]:
-        """How the model was made: the record that quantize left on the denoiser."""
+        """Returns how the model was made: method, settings, bits, base model, seed."""
         known = {name: getattr(self, name) for name in ("method", "settings", "weight_bits", "act_bits", "base_model")}
         return {**known, **self.record}
 
 
 def _check_config(config: dict[str, Any]) -> None:
-    """Every key is there, known, and of its type; a newer format is refused by the version that can read it."""
+    """Raises DamagedFile for a missing, unknown or mistyped key, InputError for other tools and newer format versions."""
     if not isinstance(config, dict):
         raise DamagedFile(f"quantization_config should be a JSON object, not a {type(config).__name__}")
     if config.get("quant_method") != QuantMethod.DMQUANT.value:
@@ -131,7 +131,7 @@ def _is_json_object(value: object) -> bool:
 
 
 MAX_STEPS = 1 << 20  # more timesteps than any sampler has
-LATER = {"attention_bits", "attention_kinds", "timing"}  # keys that older files do not have
+LATER = {"attention_bits", "attention_kinds", "timing"}  # optional keys: older files do not have them
 _IS_VALID = {
     "quant_method": _is_text, "format_version": lambda value: value == FORMAT_VERSION and type(value) is int,
     "producer": lambda value: isinstance(value, str), "weight_bits": _is_bits, "act_bits": _is_bits,

@@ -1,7 +1,7 @@
-"""Write and read a quantized pipeline folder: a plain diffusers pipeline whose denoiser is packed.
+"""Writes and reads folders of quantized pipelines: diffusers pipelines whose denoiser is packed.
 
-The folder is published whole (storage.py), its denoiser is read by the hooks of hf.py: load and diffusers' own from_pretrained
-are one loader, load checks the hashes of the manifest first. Saving the same pipeline twice gives the same bytes.
+A folder is complete or absent (atomic_folder.py). The hooks in diffusers_quantizer.py read the denoiser, so `load` and diffusers'
+from_pretrained are one loader; `load` checks the hashes of the manifest first. Saving a pipeline twice gives the same bytes.
 """
 
 import json
@@ -49,7 +49,7 @@ def save(pipeline: DiffusionPipeline, folder: str | Path, *, force: bool = False
 def load(
     folder: str | Path, *, device: str | None = None, dtype: torch.dtype | None = None, verify: bool = True
 ) -> DiffusionPipeline:
-    """The quantized pipeline in a folder, hashes checked first where it has any. Scales stay float32 in every dtype."""
+    """Returns the quantized pipeline in a folder. Hashes are checked if the folder has a manifest. Scales stay float32."""
     folder = locate(_recover(Path(folder)))
     if verify and (folder / atomic_folder.MANIFEST).is_file():  # save_pretrained writes none
         atomic_folder.verify_manifest(folder)
@@ -61,10 +61,10 @@ def open_any(
     model: str | Path | None = None, *, device: str | None = None, dtype: torch.dtype | None = None, any_tool: bool = False,
     cuda_graph: bool = False,
 ) -> DiffusionPipeline:  # fmt: skip
-    """A quantized or a float pipeline: a local folder, a hub id, or the embedded one (None).
+    """Returns a quantized or float pipeline: from a local folder, by hub id, or the embedded one (None).
 
     With `any_tool` also one that another tool quantized. With `cuda_graph`, on a CUDA device, the denoiser's calls are replays of
-    CUDA graphs (kernels/gpu/graph.py): faster where launches take longer than the work, at the price of more memory.
+    CUDA graphs (nn/cuda_graph.py): faster where launches take longer than the work, at the price of more memory.
     """
     if cuda_graph and not (device or "").startswith("cuda"):
         raise InputError(f"cuda_graph needs a CUDA device, not {device or 'the CPU'}; give device='cuda'")
@@ -72,7 +72,7 @@ def open_any(
     if not is_quantized(folder):
         pipeline = open_pipeline(model, device=device, dtype=dtype, any_tool=any_tool)
     else:
-        # a snapshot of the hub has hashes of its own, and no file that diffusers does not ask for
+        # the hub checks hashes by itself, and its snapshot lacks files that diffusers does not ask for
         pipeline = load(folder, device=device, dtype=dtype, verify=model is not None and Path(model).exists())
     if cuda_graph:
         graph.capture(find_target(pipeline).denoiser)
@@ -80,7 +80,7 @@ def open_any(
 
 
 def verify(folder: str | Path) -> list[str]:
-    """Checks everything there is to check, reading all of it; the names of the files, or a DamagedFile."""
+    """Reads and checks all files of a folder and returns their names. Raises DamagedFile for the first fault."""
     folder = locate(_recover(Path(folder)))
     if not (folder / atomic_folder.MANIFEST).is_file():
         _read_config(folder)  # a float pipeline never has one
@@ -95,12 +95,12 @@ def verify(folder: str | Path) -> list[str]:
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:
-    """How the pipeline in a folder was quantized: method, settings, bits, base model, seed. Reads JSON only."""
+    """Returns how the pipeline in a folder was quantized: method, settings, bits, base model, seed. Reads JSON only."""
     return _read_config(Path(folder)).run
 
 
 def pack(target: Target) -> Target:
-    """A pipeline with a packed denoiser, ready to run or to save; it shares everything that stays in float."""
+    """Returns a pipeline with a packed denoiser, ready to run or to save. It shares all float tensors."""
     packed = pack_model(target.denoiser)
     if not packed_layers(packed):
         raise InputError("nothing in this pipeline is quantized; see dmquant.quantize")
@@ -109,9 +109,9 @@ def pack(target: Target) -> Target:
 
 
 def _refuse_unreadable(denoiser: ModelMixin) -> None:
-    """What is written must load again: the tensors that the config promises, no other, all finite."""
+    """Raises an error unless the denoiser has exactly the tensors that its config describes, all of them valid."""
     with init_empty_weights():
-        # through JSON: config in memory also holds marks of diffusers that no file has
+        # through JSON: the config in memory also holds private entries of diffusers
         skeleton = type(denoiser).from_config(json.loads(denoiser.to_json_string()))
     prepare_packed(skeleton, denoiser.config.quantization_config.scheme, dtype=denoiser.dtype)
     expected, found = skeleton.state_dict(), denoiser.state_dict()
@@ -129,7 +129,7 @@ def _count_bytes(pipeline: DiffusionPipeline) -> int:
 
 
 def _forget_paths(folder: Path) -> None:
-    """Where a pipeline lay when it was loaded is no fact about it, and it is a path on somebody's machine."""
+    """Removes the path from which a pipeline was loaded: it belongs to the machine, not to the model."""
     for path in folder.rglob("*.json"):
         content = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
@@ -137,7 +137,7 @@ def _forget_paths(folder: Path) -> None:
 
 
 def _recover(folder: Path) -> Path:
-    """A writer that was killed between its two renames has left the result under another name."""
+    """Restores a result whose writer was killed between its two renames."""
     if not folder.exists() and folder.parent.is_dir():
         with atomic_folder.lock(folder):
             atomic_folder.repair(folder)
@@ -145,7 +145,7 @@ def _recover(folder: Path) -> Path:
 
 
 def _read_config(folder: Path) -> DmquantConfig:
-    """The quantization_config of the denoiser in a pipeline folder."""
+    """Returns the quantization_config of the denoiser in a pipeline folder."""
     for name in DENOISERS:
         path = locate(folder) / name / "config.json"
         if path.is_file():

@@ -1,4 +1,8 @@
-"""Attention products on integer grids: the factors of q k^T and p v are no layers, so their quantizers live in the processor."""
+"""Quantized attention products: `QuantAttention`, a processor of diffusers that quantizes the factors of q k^T and p v.
+
+The factors are no layers, so their quantizers are modules of the processor. `quantized_attention` computes the products with a
+kernel where there is one.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,14 +18,14 @@ from dmquant.quantizers.base import FixedGrid
 from dmquant.quantizers.per_part import HeadGrids
 from dmquant.quantizers.per_timestep import TemporalGrid
 
-Grid = FixedGrid | HeadGrids  # of a factor, as it is stored
-PLAIN = (AttnProcessor, AttnProcessor2_0)  # the processors whose arithmetic is the one below
+Grid = FixedGrid | HeadGrids  # the stored grid of a factor
+PLAIN = (AttnProcessor, AttnProcessor2_0)  # processors with the same arithmetic as QuantAttention
 
 
 class QuantAttention(nn.Module):
     """An attention processor of diffusers that quantizes query, key, probabilities and value before they are multiplied.
 
-    The softmax is exact, in float32. Projections are layers of their own and not this module's business. A kernel multiplies the
+    The softmax is exact, in float32. Projections are layers of their own and are quantized as layers. A kernel multiplies the
     codes where there is one.
     """
 
@@ -31,7 +35,7 @@ class QuantAttention(nn.Module):
         self.probability, self.value = QuantInput(make()), QuantInput(make())
         self.replaces = replaces
 
-    # not `forward`: diffusers reads this signature to find out what it may pass
+    # not `forward`: diffusers reads the signature of __call__ to decide which arguments it passes
     def __call__(
         self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None, temb: Tensor | None = None,
@@ -53,7 +57,7 @@ class QuantAttention(nn.Module):
         return answer / attn.rescale_output_factor
 
     def attend(self, attn: Attention, tokens: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
-        """The products of all heads, projections and norms of queries and keys before them: (B, N, C)."""
+        """Returns the attention of all heads (B, N, C), with the projections and norms before it and without those after it."""
         query, key, value = (
             layer(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (B, heads, N, C / heads)
             for layer, x in ((attn.to_q, tokens), (attn.to_k, context), (attn.to_v, context))
@@ -68,7 +72,7 @@ class QuantAttention(nn.Module):
         return self.multiply(query, key, value, attn.scale, mask)
 
     def multiply(self, query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
-        """softmax(q k^T * scale + mask) v of factors (B, heads, N, C / heads): (B, N, C)."""
+        """Returns softmax(q k^T * scale + mask) v (B, N, C) of factors (B, heads, N, C / heads)."""
         factors = (self.query, self.key, self.probability, self.value)
         is_watched = any(factor._forward_hooks or factor._forward_pre_hooks for factor in factors)
         if mask is None and not is_watched:
@@ -83,7 +87,7 @@ class QuantAttention(nn.Module):
 
 
 def find_attentions(denoiser: nn.Module) -> dict[str, Attention]:
-    """Attention modules whose products can be quantized, or are, by name in module order."""
+    """Returns attention modules whose products are quantized or can be, by name, in module order."""
     return {
         name: module for name, module in denoiser.named_modules()
         if isinstance(module, Attention) and isinstance(module.processor, (*PLAIN, QuantAttention))
@@ -91,29 +95,31 @@ def find_attentions(denoiser: nn.Module) -> dict[str, Attention]:
 
 
 def quantize_products(denoiser: nn.Module, make: Callable[[int], nn.Module]) -> None:
-    """Gives every attention a processor with quantizers made by `make`, which is told the number of heads."""
+    """Gives every attention a `QuantAttention`; `make(heads)` returns a quantizer for one factor."""
     for attention in find_attentions(denoiser).values():
         device = next(attention.parameters()).device
         attention.set_processor(QuantAttention(partial(make, attention.heads), attention.processor).to(device))
 
 
 def restore_products(denoiser: nn.Module) -> None:
-    """Gives every attention back the processor that it had."""
+    """Restores the processor that each attention had before."""
     for attention in find_attentions(denoiser).values():
         if isinstance(attention.processor, QuantAttention):
             attention.set_processor(attention.processor.replaces)
 
 
 def product_bits(denoiser: nn.Module) -> int | None:
-    """Bits of the factors of the attention products; None where they are float."""
+    """Returns the bits of the factors of attention products; None if they are float."""
     grids = (module.input_quantizer for module in denoiser.modules() if isinstance(module, QuantInput))
     return next((getattr(grid, "bits", None) for grid in grids), None)
 
 
 def quantized_attention(query: Tensor, key: Tensor, value: Tensor, grids: Sequence[nn.Module], scale: float) -> Tensor | None:
-    """The products of an attention (B, N, heads * C), or None where torch has to compute them.
+    """Returns the products of an attention (B, N, heads * C); None where no kernel supports them.
 
-    query (B, heads, N, C), key and value (B, heads, M, C); grids: of query, key, probability and value, as they are stored.
+    Args:
+        query: (B, heads, N, C); key and value are (B, heads, M, C).
+        grids: the stored grids of query, key, probability and value.
     """
     if not is_supported(grids, query, key, value):
         return None
@@ -129,7 +135,7 @@ def quantized_attention(query: Tensor, key: Tensor, value: Tensor, grids: Sequen
 
 
 def is_supported(grids: Sequence[nn.Module], query: Tensor, key: Tensor, value: Tensor) -> TypeGuard[Sequence[Grid]]:
-    """Whether all factors are float32 on the CPU, without gradients, and on grids of equally many bits that nobody watches."""
+    """Returns whether all factors are float32 on the CPU, without gradients, and on grids of equal bits without hooks."""
     factors = (query, key, value)
     if any(x.dtype != torch.float32 or x.device.type != "cpu" or not x.numel() for x in factors):
         return False
@@ -143,8 +149,8 @@ def is_supported(grids: Sequence[nn.Module], query: Tensor, key: Tensor, value: 
 
 
 def tables(grids: Sequence[Grid], images: int, heads: int) -> tuple[Tensor, Tensor]:
-    """Scales and zeros of the four factors: (4, B, heads) each."""
-    if all(type(grid) is FixedGrid for grid in grids):  # in fewer steps
+    """Returns scales and zeros of the four factors, (4, B, heads) each."""
+    if all(type(grid) is FixedGrid for grid in grids):  # the common case, in fewer operations
         values = torch.stack([getattr(grid, name) for name in ("scale", "zero") for grid in grids])
         scales, zeros = values.view(2, len(grids), 1, 1).expand(-1, -1, images, heads).contiguous()
         return scales, zeros

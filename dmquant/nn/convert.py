@@ -1,8 +1,8 @@
-"""Packed layers: bit planes in, the arithmetic of the quantized layer out.
+"""Conversion between float, fake-quantized and packed denoisers.
 
-A packed layer keeps its weight as integer codes. A kernel multiplies them as they are where there is one; elsewhere the float
-values are made anew in every forward, the reference that every kernel has to match. Scales and zeros stay in float32 whatever
-the model computes in; a cast would move the grid.
+`pack_model` packs a fake-quantized denoiser, `prepare_packed` makes an empty packed one to load a file into, `restore_float`
+makes a packed one float again, and `read_scheme` returns how a denoiser is stored. Scales and zeros stay float32 in every model:
+a cast would move the grid.
 """
 
 from collections import Counter
@@ -30,7 +30,7 @@ OPTIONS = {nn.Linear: ("in_features", "out_features"), nn.Conv1d: CONVOLUTION, n
 
 
 def read_scheme(denoiser: nn.Module, bits: Bits | None = None) -> Scheme:
-    """The formats of a quantized or packed model. The default is the most frequent one, of those with the bits given."""
+    """Returns the scheme of a quantized or packed denoiser. The default is the most frequent one with the bits given."""
     found = {name: layer_scheme(layer) for name, layer in layers_of(denoiser).items()}
     frequent = Counter(scheme for scheme in found.values() if bits is None or scheme[:2] == tuple(bits)).most_common(1)
     default = frequent[0][0] if frequent else LayerScheme(*(bits or FLOAT[:2]))
@@ -54,12 +54,12 @@ def attention_scheme(denoiser: nn.Module) -> tuple[int, tuple[GridTrait, ...]]:
 
 
 def layer_bits(layer: nn.Module) -> Bits:
-    """Weight and activation bits of a float, quantized or packed layer."""
+    """Returns weight and activation bits of a float, quantized or packed layer."""
     return layer_scheme(layer)[:2]
 
 
 def layer_scheme(layer: nn.Module) -> LayerScheme:
-    """How a float, quantized or packed layer is or will be stored."""
+    """Returns how a float, quantized or packed layer is or will be stored."""
     weight = getattr(layer, "weight_quantizer", layer.weight)
     grid = getattr(layer, "input_quantizer", getattr(layer, "input", None))
     parts = (weight, grid, getattr(layer, "divide", None))
@@ -68,18 +68,18 @@ def layer_scheme(layer: nn.Module) -> LayerScheme:
 
 
 def layers_of(denoiser: nn.Module) -> dict[str, nn.Module]:
-    """Float, quantized and packed layers by name, in module order."""
+    """Returns float, quantized and packed layers by name, in module order."""
     names = set(find_layers(denoiser)) | set(quantized_layers(denoiser)) | set(packed_layers(denoiser))
     return {name: layer for name, layer in denoiser.named_modules() if name in names}
 
 
 def packed_layers(denoiser: nn.Module) -> dict[str, PackedLayer]:
-    """Packed layers by name, in module order."""
+    """Returns packed layers by name, in module order."""
     return {name: layer for name, layer in denoiser.named_modules() if isinstance(layer, PackedLayer)}
 
 
 def pack_model(denoiser: nn.Module) -> nn.Module:
-    """A copy with packed layers. It shares the memory of everything that stays in float; the model given is not touched."""
+    """Returns a copy with packed layers. It shares the memory of all float tensors; the model given is not changed."""
     # deepcopy takes what the memo holds for an object instead of copying it
     memo: dict[int, Any] = {id(tensor): _share(tensor) for tensor in chain(denoiser.parameters(), denoiser.buffers())}
     memo |= {id(layer): pack_layer(layer) for layer in quantized_layers(denoiser).values()}
@@ -92,7 +92,7 @@ def pack_model(denoiser: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def pack_layer(layer: QuantLayer) -> Layer | PackedLayer:
-    """The packed layer of a quantized one; a float layer if neither its weight nor its input is quantized."""
+    """Returns the packed layer for a quantized one; a float layer if neither its weight nor its input is quantized."""
     scheme = layer_scheme(layer)
     clock = getattr(layer.input_quantizer, "clock", None)
     packed = empty_layer(layer, scheme, dtype=layer.weight.dtype, device=layer.weight.device, clock=clock)
@@ -110,7 +110,7 @@ def pack_layer(layer: QuantLayer) -> Layer | PackedLayer:
 
 
 def prepare_packed(denoiser: nn.Module, scheme: Scheme, *, dtype: torch.dtype) -> None:
-    """Replaces the float layers by empty packed ones on the meta device, ready to be loaded."""
+    """Replaces float layers by empty packed ones on the meta device. Raises ValueError for an override without a layer."""
     layers = find_layers(denoiser)
     unknown = sorted(scheme.unused(list(layers)))
     if unknown:
@@ -128,7 +128,7 @@ def prepare_packed(denoiser: nn.Module, scheme: Scheme, *, dtype: torch.dtype) -
 
 @torch.no_grad()
 def restore_float(denoiser: nn.Module) -> None:
-    """Replaces packed layers by plain float ones with the same weights. Inputs are not quantized any more."""
+    """Replaces packed layers by float ones with the same weights. Inputs are not quantized any more."""
     for name, packed in packed_layers(denoiser).items():
         weight = dense(packed.weight, packed.weight.dtype)
         if isinstance(packed.divide, Divide):
@@ -144,7 +144,7 @@ def restore_float(denoiser: nn.Module) -> None:
 def empty_layer(
     layer: Layer | PackedLayer, scheme: LayerScheme, *, dtype: torch.dtype, device: torch.device | str, clock: Clock | None = None
 ) -> Layer | PackedLayer:
-    """A layer with the options of the one given, its parameters on the meta device: packed, or plain where all is float."""
+    """Returns an empty layer with the options of the one given: packed, or a float layer if the scheme is `FLOAT`."""
     kind = next(kind for kind in PACKED if isinstance(layer, kind))
     options: dict[str, Any] = {name: getattr(layer, name) for name in OPTIONS[kind]}
     options |= {"bias": layer.bias is not None, "dtype": dtype, "device": "meta"}
@@ -175,7 +175,7 @@ def empty_grid(scheme: LayerScheme, *, device: torch.device | str, clock: Clock 
 
 
 def _share(tensor: Tensor) -> Tensor:
-    """A tensor of its own in the same memory: moving the copy of a model must not move the model."""
+    """Returns another tensor object in the same memory: moving a copy of a model must not move the model."""
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(tensor.detach(), requires_grad=False)
     return tensor.detach()

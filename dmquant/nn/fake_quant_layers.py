@@ -1,4 +1,4 @@
-"""Quantized layers: the float layer's subclass plus two quantizers and a two-line forward."""
+"""Fake-quantized layers: subclasses of torch's layers with a quantizer for the weight and one for the input."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -6,11 +6,13 @@ from typing import TypeGuard
 
 from torch import Tensor, nn
 
-Layer = nn.Linear | nn.Conv1d | nn.Conv2d  # what can be quantized
+Layer = nn.Linear | nn.Conv1d | nn.Conv2d  # layers that can be quantized
 Choice = tuple[nn.Module, nn.Module]  # weight quantizer, input quantizer; Identity stands for "not quantized"
 
 
 class QuantLinear(nn.Linear):
+    """An nn.Linear that quantizes its weight and its input."""
+
     weight_quantizer: nn.Module
     input_quantizer: nn.Module
 
@@ -20,6 +22,8 @@ class QuantLinear(nn.Linear):
 
 
 class QuantConv1d(nn.Conv1d):
+    """An nn.Conv1d that quantizes its weight and its input."""
+
     weight_quantizer: nn.Module
     input_quantizer: nn.Module
 
@@ -29,6 +33,8 @@ class QuantConv1d(nn.Conv1d):
 
 
 class QuantConv2d(nn.Conv2d):
+    """An nn.Conv2d that quantizes its weight and its input."""
+
     weight_quantizer: nn.Module
     input_quantizer: nn.Module
 
@@ -38,7 +44,7 @@ class QuantConv2d(nn.Conv2d):
 
 
 class QuantInput(nn.Module):
-    """One factor of an attention product, with its quantizer."""
+    """Quantizes one factor of an attention product."""
 
     def __init__(self, input_quantizer: nn.Module):
         super().__init__()
@@ -54,7 +60,7 @@ FLOAT = {quantized: plain for plain, quantized in QUANTIZED.items()}
 
 
 def swap(model: nn.Module, choose: Callable[[str, Layer], Choice | None]) -> None:
-    """Replaces the layers for which `choose(name, layer)` names quantizers. Parameters are re-pointed, not copied."""
+    """Replaces the layers for which `choose(name, layer)` returns quantizers. Parameters are shared, not copied."""
     for name, layer in find_layers(model).items():
         choice = choose(name, layer)
         if choice is not None:
@@ -63,9 +69,9 @@ def swap(model: nn.Module, choose: Callable[[str, Layer], Choice | None]) -> Non
 
 
 def quantized(layer: Layer, weight_quantizer: nn.Module, input_quantizer: nn.Module) -> QuantLayer:
-    """The same layer with quantizers, sharing its parameters. It takes the layer's device and mode."""
+    """Returns the fake-quantized layer of a float one. It shares the parameters and has the same device and mode."""
     new = QUANTIZED[type(layer)].__new__(QUANTIZED[type(layer)])
-    # one copy of the attributes instead of a constructor call: every option of the float layer comes along
+    # copying the attributes keeps every option of the float layer; a constructor call would need them all
     new.__dict__ = {**layer.__dict__, "_parameters": dict(layer._parameters), "_modules": dict(layer._modules)}
     new.weight_quantizer = weight_quantizer.to(layer.weight.device)
     new.input_quantizer = input_quantizer.to(layer.weight.device)
@@ -73,7 +79,7 @@ def quantized(layer: Layer, weight_quantizer: nn.Module, input_quantizer: nn.Mod
 
 
 def find_layers(model: nn.Module) -> dict[str, Layer]:
-    """Float layers that can be quantized, by name, in module order. Subclasses with their own forward are left alone."""
+    """Returns float layers that can be quantized, by name, in module order. Subclasses of torch's layers are not among them."""
     return {name: layer for name, layer in model.named_modules() if _can_be_quantized(layer)}
 
 
@@ -82,18 +88,18 @@ def _can_be_quantized(module: nn.Module) -> TypeGuard[Layer]:
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantLayer]:
-    """Quantized layers by name, in module order."""
+    """Returns fake-quantized layers by name, in module order."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantLayer)}
 
 
 def quantized_inputs(model: nn.Module) -> dict[str, QuantLayer | QuantInput]:
-    """Everything that quantizes what it reads, by name, in module order: layers, and factors of attention products."""
+    """Returns modules with an input quantizer by name, in module order: layers, and factors of attention products."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLayer | QuantInput)}
 
 
 @contextmanager
 def bypassed(model: nn.Module) -> Iterator[None]:
-    """The model in float while inside: every quantizer steps aside."""
+    """Runs the model in float while inside: an Identity replaces every quantizer."""
     places = [(module, "input_quantizer") for module in quantized_inputs(model).values()]
     places += [(layer, "weight_quantizer") for layer in quantized_layers(model).values()]
     kept = [getattr(module, name) for module, name in places]

@@ -21,6 +21,8 @@ from dmquant.quantizers.per_part import SplitGrid
 
 
 class PackedLinear(nn.Linear):
+    """An nn.Linear with a packed weight, a grid for its input (`input`) and a `Divide` or Identity before it (`divide`)."""
+
     weight: PackedWeight | nn.Parameter  # type: ignore[assignment]  # torch's layers declare a tensor
     input: nn.Module
     divide: nn.Module
@@ -30,6 +32,8 @@ class PackedLinear(nn.Linear):
 
 
 class PackedConv1d(nn.Conv1d):
+    """An nn.Conv1d with a packed weight, a grid for its input (`input`) and a `Divide` or Identity before it (`divide`)."""
+
     weight: PackedWeight | nn.Parameter  # type: ignore[assignment]  # torch's layers declare a tensor
     input: nn.Module
     divide: nn.Module
@@ -39,6 +43,8 @@ class PackedConv1d(nn.Conv1d):
 
 
 class PackedConv2d(nn.Conv2d):
+    """An nn.Conv2d with a packed weight, a grid for its input (`input`) and a `Divide` or Identity before it (`divide`)."""
+
     weight: PackedWeight | nn.Parameter  # type: ignore[assignment]  # torch's layers declare a tensor
     input: nn.Module
     divide: nn.Module

@@ -33,14 +33,14 @@ class BlockedCodes(Float32Buffers):
     slices: tuple[Tensor, int, list[nn.Module]] | None = None
 
     def block(self, kernel: str) -> None:
-        """Puts the codes in the order of a kernel."""
+        """Replaces the codes by their order for this kernel."""
         codes = unpack(self.codes, self.shape).reshape(*self.shape[:2], -1)
         self.blocked = arrange(codes, self.bits, self._buffers.get("zero"), kernel)
         if kernel != onednn.NAME:
             self._buffers["codes"] = None
 
     def release(self) -> None:
-        """Puts the codes in the order of the file again."""
+        """Restores the codes in the order of the file."""
         self._buffers["codes"], self.blocked, self.is_left_alone, self.slices = self.codes, None, False, None
 
     def __getattr__(self, name: str) -> Any:
@@ -92,13 +92,13 @@ class PackedWeight(BlockedCodes):
         return self.shape.numel()
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The float weight, a new tensor, in the dtype given or the one the model was loaded in."""
+        """Returns the float weight, a new tensor, in the dtype given or the one in which the model was loaded."""
         column = (-1, *(1,) * (len(self.shape) - 1))
         values = unpack(self.codes, self.shape).to(torch.float32)
         return values.sub_(self.zero.view(column)).mul_(self.scale.view(column)).to(dtype or self.dtype)
 
     def fill(self, codes: Codes | BasisCodes) -> None:
-        """One grid per tensor is written as the same grid for each slice, so that the shapes follow from the layer alone."""
+        """Stores codes. One grid per tensor is stored once per output channel: shapes follow from the layer alone."""
         assert isinstance(codes, Codes)
         self.codes.copy_(pack(codes.codes, codes.bits))
         for target, value in ((self.scale, codes.scale), (self.zero, codes.zero)):

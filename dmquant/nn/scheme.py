@@ -1,4 +1,4 @@
-"""How layers are stored: bits, and what is said where a grid is not uniform and static."""
+"""How layers are stored: `LayerScheme` (bits and grid traits of a layer), `Scheme` (of a denoiser), `TRAITS` (the registry)."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -42,7 +42,7 @@ def sort_traits(traits: Iterable[GridTrait]) -> tuple[GridTrait, ...]:
 
 
 class Timing(NamedTuple):
-    """How many calibrated timesteps the tables of temporal grids have, and how timesteps between them are looked up."""
+    """The number of calibrated timesteps of grids per timestep, and the lookup for timesteps between them."""
 
     num_steps: int
     lookup: str = NEAREST
@@ -68,5 +68,5 @@ class Scheme:
 
 
 def generalize(name: str) -> str:
-    """A name with `*` for every number in it."""
+    """Returns the name with `*` for every number in it."""
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)

@@ -1,6 +1,6 @@
-"""What a quantizer is: it rounds a tensor onto a grid, and can say which grid point each value took.
+"""Base classes: `Quantizer` for training, `FixedGrid` for inference, and the codes that a quantizer produces.
 
-The law:  q(x) == q.encode(x).decode(), bit for bit. It makes export one function for every method.
+Law of every quantizer q, bit for bit:  q(x) == q.encode(x).decode(). It makes export one function for all methods.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,12 +14,12 @@ from dmquant.kernels.packing import check_bits
 from dmquant.kernels.rounding import quantize, widen
 
 Context = Any  # torch's FunctionCtx, which declares neither saved_tensors nor what a forward keeps in it
-SMALLEST_SCALE = 1e-8  # a learned scale that falls below stands still here, in forward and export alike
+SMALLEST_SCALE = 1e-8  # smaller learned scales are clamped to this, in forward and in export
 
 
 @dataclass(frozen=True)
 class Codes:
-    """Integer codes and what they mean: value = (codes - zero) * scale."""
+    """Integer codes on a uniform grid: value = (codes - zero) * scale."""
 
     codes: Tensor  # uint8, shape of the tensor
     scale: Tensor  # float32, broadcasts against codes
@@ -27,13 +27,13 @@ class Codes:
     bits: int
 
     def decode(self) -> Tensor:
-        """The values, in the dtype of the scale."""
+        """Returns the values, in the dtype of the scale."""
         return (self.codes.to(self.scale.dtype) - self.zero) * self.scale
 
 
 @dataclass(frozen=True)
 class BasisCodes:
-    """A sum of binary bases: value = sum over k of scale[k] * (+1 where bit k of the code is set, -1 elsewhere)."""
+    """Codes of a sum of binary bases: value = sum over k of scale[k] * (+1 where bit k of the code is set, -1 elsewhere)."""
 
     codes: Tensor  # uint8, shape of the tensor
     scale: Tensor  # float32 (bases, ...), each broadcasts against codes
@@ -43,43 +43,47 @@ class BasisCodes:
         return len(self.scale)
 
     def decode(self) -> Tensor:
-        """The values, in the dtype of the scale."""
+        """Returns the values, in the dtype of the scale."""
         signed = (torch.where(self.codes >> bit & 1 == 1, scale, -scale) for bit, scale in enumerate(self.scale))
         return sum(signed, start=self.scale.new_zeros(()))
 
 
 class Quantizer(nn.Module):
-    """Rounds a tensor onto a grid.  Law: q(x) == q.encode(x).decode()"""
+    """Rounds a tensor onto a grid. Law: q(x) == q.encode(x).decode()."""
 
     bits: int
 
     def observe(self, x: Tensor) -> None:
-        """Calibration: sets the grid from example values."""
+        """Sets the grid from example values (calibration)."""
         raise TypeError(f"{type(self).__name__} has no grid to calibrate")
 
     def leaves(self, x: Tensor) -> Iterator[tuple["Quantizer", Tensor]]:
-        """The quantizers inside that have a grid of their own, each with what it rounds of the tensor; by itself, it alone."""
+        """Yields each quantizer that has a grid of its own, with the part of the tensor that it rounds. Here: itself."""
         yield self, x
 
     def forward(self, x: Tensor) -> Tensor:
-        """Values on the grid, same shape and dtype, straight-through gradient."""
+        """Returns the values rounded onto the grid, in the shape and dtype of x; the gradient is straight-through."""
         return self.encode(x).decode().to(x.dtype)
 
     def encode(self, x: Tensor) -> Codes | BasisCodes:
+        """Returns the codes of the values."""
         scale, zero = self.grid()
         return Codes(quantize(widen(x), scale, zero, self.bits).to(torch.uint8), scale, zero, self.bits)
 
     def grid(self) -> tuple[Tensor, Tensor]:
-        """Scale and zero in use, float, broadcasting against the tensor. The zero is a whole number on uniform grids."""
+        """Returns scale and zero as floats that broadcast against the tensor. The zero of a uniform grid is a whole number."""
         raise TypeError(f"{type(self).__name__} has no uniform grid")
 
     def sizes(self) -> dict[str, float]:
-        """What the rates of its own parameters are relative to, by name: their mean magnitude, at least one step of the grid."""
+        """Returns the magnitude of each own parameter, to which its learning rate is relative.
+
+        This is the mean of the absolute values, and at least one step of the grid.
+        """
         own = {name: parameter.detach().abs().mean().item() for name, parameter in self.named_parameters(recurse=False)}
         return {name: max(size, own.get("scale", 0.0)) for name, size in own.items()}
 
     def freeze(self) -> nn.Module:
-        """The same grid for inference: buffers only, no gradients. Here a FixedGrid, for one grid per tensor."""
+        """Returns the grid for inference, which has buffers only. Here a FixedGrid, for one grid per tensor."""
         scale, zero = self.grid()
         fixed = FixedGrid(self.bits, scale.device)
         fixed.scale.copy_(scale.detach().reshape(()))

@@ -1,4 +1,4 @@
-"""One bit per weight: a sign and a learned scale per output channel."""
+"""Binary weights: a sign per weight and a learned scale per output channel."""
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from dmquant.quantizers.base import SMALLEST_SCALE, BasisCodes, Codes, Context, 
 
 
 class Binary(Quantizer):
-    """w -> scale * sign(w), sign(0) = +1, one scale per slice of dimension 0, started at mean |w|.
+    """Returns scale * sign(w) with sign(0) = +1 and one scale per slice of dimension 0, calibrated to mean |w|.
 
     XNOR-Net (Rastegari et al., 2016); the learnable-scale baseline of BinaryDM, section 3.1. The straight-through gradient
     passes where |w| <= 1.
@@ -28,7 +28,7 @@ class Binary(Quantizer):
         return ScaledSign.apply(x, self.scale)
 
     def grid(self) -> tuple[Tensor, Tensor]:
-        """Codes {0, 1} mean {-scale, +scale}: a step of twice the scale around one half."""
+        """Returns a step of 2 * scale and a zero of 1/2: the codes {0, 1} decode to {-scale, +scale}."""
         scale = widen(self.scale).clamp(min=SMALLEST_SCALE)
         return 2 * scale, torch.full_like(scale, 0.5)
 
@@ -38,7 +38,7 @@ class Binary(Quantizer):
 
 
 class ScaledSign(torch.autograd.Function):
-    """scale * sign(x), straight-through where |x| <= 1."""
+    """Returns scale * sign(x); the gradient of x is straight-through where |x| <= 1."""
 
     @staticmethod
     def forward(ctx: Context, x: Tensor, scale: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Quantizers of a tensor whose input channels were scaled first: weights dilated by a factor, what they read divided by it.
+"""Quantizers for dilated layers: the weight is multiplied by a factor per input channel, the input is divided by it.
 
-(x / s) (s W) = x W: the factor changes nothing but grids. That of the weights stays, that of the inputs becomes finer.
+(x / s) (s W) = x W, so the factor s changes the quantization grids only: the grid of the inputs becomes finer.
 DilateQuant (Liu et al., 2024), eq. 5-9.
 """
 
@@ -24,20 +24,21 @@ class Dilated(GridTrait):
 
 
 class DilatedWeight(Quantizer):
-    """inner(s W): the factor is part of the codes, nothing of it is stored."""
+    """Quantizes s W with `inner`. The codes contain the factor, so it is not stored."""
 
     factor: Tensor
 
     def __init__(self, inner: Quantizer, channels: int, groups: int = 1):
         super().__init__()
         self.inner, self.groups, self.bits = inner, groups, inner.bits
-        self.register_buffer("factor", torch.ones(channels))  # of each input channel of the layer
+        self.register_buffer("factor", torch.ones(channels))  # per input channel of the layer
 
     @property
     def traits(self) -> tuple[GridTrait, ...]:
         return traits_of(self.inner)
 
     def dilate(self, weight: Tensor) -> Tensor:
+        """Returns s W."""
         return weight * spread(self.factor, weight, self.groups)
 
     def observe(self, x: Tensor) -> None:
@@ -51,7 +52,7 @@ class DilatedWeight(Quantizer):
 
 
 class Divide(Float32Buffers):
-    """Each channel times a reciprocal (C,). `trailing` is the number of dimensions behind the channels: 0 for a linear layer."""
+    """Multiplies each channel by a reciprocal (C,). `trailing` counts the dimensions after the channels: 0 for a linear layer."""
 
     traits = (Dilated(),)
     reciprocal: Tensor
@@ -68,14 +69,14 @@ class Divide(Float32Buffers):
         return None if (value > 0).all() else f"holds a {name} that is not positive"
 
     def cut(self, place: int, channels: int) -> "Divide":
-        """The same for so many channels from a place on, in the same memory."""
+        """Returns the module for `channels` channels from index `place` on. It shares the memory."""
         part = Divide(channels, self.trailing, self.reciprocal.device)
         part.reciprocal = self.reciprocal[place : place + channels]
         return part
 
 
 class DilatedInput(Quantizer):
-    """inner(x / s). Its codes are those of the quotient, and so is the tensor it gives: the weight has the factor."""
+    """Quantizes x / s with `inner` and returns the quotient: the factor is part of the weight."""
 
     def __init__(self, inner: Quantizer, channels: int, trailing: int):
         super().__init__()
@@ -87,7 +88,7 @@ class DilatedInput(Quantizer):
 
     @property
     def traits(self) -> tuple[GridTrait, ...]:
-        """A layer of which no channel is dilated is stored like any other."""
+        """Those of `inner`, and `Dilated` if the factor of some channel is not 1."""
         own = (Dilated(),) if bool(self.divide.reciprocal.ne(1).any()) else ()
         return (*traits_of(self.inner), *own)
 
@@ -104,11 +105,11 @@ class DilatedInput(Quantizer):
         return self.inner.encode(self.divide(x))
 
     def freeze(self) -> nn.Module:
-        """The grid of the quotient: a packed layer divides by itself."""
+        """Returns the grid of the quotient. The packed layer has a `Divide` of its own."""
         return self.inner.freeze()
 
 
 def spread(factor: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
-    """A factor for each input channel of a layer (C,), as it broadcasts against its weight (O, C / groups, ...)."""
+    """Returns a factor per input channel (C,) in a shape that broadcasts against the weight (O, C / groups, ...)."""
     rows = factor.view(groups, -1).repeat_interleave(len(weight) // groups, 0) if groups > 1 else factor.view(1, -1)
     return rows.view(*rows.shape, *(1,) * (weight.ndim - 2)).to(weight.dtype)

@@ -1,7 +1,8 @@
-"""A tensor of several parts along its channels, each on a grid of its own: two feature maps in one, or the heads of attention.
+"""Quantizers and grids for tensors whose parts along dimension 1 have grids of their own: concatenated inputs, attention heads.
 
-What an up block of a UNet reads is a concatenation: one part comes from below, the other over a skip, and they differ in range.
-The split shortcuts of Q-Diffusion (Li et al., 2023), which EDA-DM and DilateQuant take over; theirs split the weight's grid too.
+The up blocks of a UNet concatenate features of the block below with features of a skip connection, which differ in range. Split
+shortcuts: Q-Diffusion (Li et al., 2023), also in EDA-DM and DilateQuant. We split the grid of the input only, they also split
+that of the weight.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -50,7 +51,7 @@ class PerHead(GridTrait):
 
 
 class Parts(nn.Module, Generic[Grid]):
-    """Slices of dimension 1, with so many `channels` each, on their own grids. All have the same number of bits."""
+    """Quantizes slices of dimension 1, of `channels` entries each, on their own grids, all with the same number of bits."""
 
     def __init__(self, parts: Iterable[Grid], channels: Sequence[int]):
         super().__init__()
@@ -63,7 +64,7 @@ class Parts(nn.Module, Generic[Grid]):
 
     @property
     def grids(self) -> Sequence[Grid]:
-        """The parts as what they are; torch's ModuleList knows modules only."""
+        """The parts with their type; torch's ModuleList is typed as modules."""
         return cast(Sequence[Grid], self.parts)
 
     @property
@@ -78,7 +79,7 @@ class Parts(nn.Module, Generic[Grid]):
         return torch.cat([part(piece) for part, piece in self.pairs(x)], 1)
 
     def pairs(self, x: Tensor) -> Iterator[tuple[Grid, Tensor]]:
-        """Each part with its slice (B, c, ...) of the tensor."""
+        """Yields each part with its slice (B, c, ...) of the tensor."""
         return zip(self.grids, x.split(self.channels, 1))
 
     def extra_repr(self) -> str:
@@ -86,7 +87,7 @@ class Parts(nn.Module, Generic[Grid]):
 
 
 class SplitGrid(Parts[FixedGrid]):
-    """The grids for inference."""
+    """Grids for the parts of a tensor, for inference."""
 
 
 class Split(Parts[Quantizer], Quantizer):
@@ -105,7 +106,7 @@ class Split(Parts[Quantizer], Quantizer):
             part.observe(piece)
 
     def encode(self, x: Tensor) -> Codes:
-        """Codes with a scale and a zero for each channel: (1 or B, C, 1, ...)."""
+        """Returns codes with a scale and a zero per channel: (1 or B, C, 1, ...)."""
         pieces = [cast(Codes, part.encode(piece)) for part, piece in self.pairs(x)]
         scale, zero = (
             torch.cat([_per_channel(values, size, x.ndim) for values, size in zip(tables, self.channels)], 1)
@@ -117,12 +118,12 @@ class Split(Parts[Quantizer], Quantizer):
         return SplitGrid(self.freeze_parts(), self.channels)
 
     def freeze_parts(self) -> list[FixedGrid]:
-        """The parts for inference: each has a grid for the whole tensor, or one per timestep."""
+        """Returns the grids of the parts for inference, each static or per timestep."""
         return cast(list[FixedGrid], [part.freeze() for part in self.grids])
 
 
 class HeadGrids(SplitGrid):
-    """A grid for each head of an attention, whose factors are (B, heads, N, C)."""
+    """A grid per head for factors of attention products (B, heads, N, C), for inference."""
 
     trait = PerHead()
 
@@ -131,7 +132,7 @@ class HeadGrids(SplitGrid):
 
 
 class Heads(Split):
-    """A quantizer for each head of an attention, whose factors are (B, heads, N, C)."""
+    """A quantizer per head for factors of attention products (B, heads, N, C)."""
 
     trait = PerHead()
 
@@ -143,6 +144,6 @@ class Heads(Split):
 
 
 def _per_channel(values: Tensor, size: int, ndim: int) -> Tensor:
-    """One value, or one per sample, for each of `size` channels: (1 or B, size, 1, ...)."""
+    """Returns one value, or one per sample, repeated for `size` channels: (1 or B, size, 1, ...)."""
     rows = values.reshape(-1, *(1,) * (ndim - 1))
     return rows.expand(-1, size, *(-1,) * (ndim - 2))

@@ -1,7 +1,8 @@
-"""A grid of its own for every calibrated timestep: what a layer reads changes from one end of sampling to the other.
+"""Quantizer and grid with a scale and a zero per calibrated timestep.
 
-The clock says which step each sample of a batch is at, so a batch of mixed timesteps trains and runs like its samples one by
-one. The temporal LSQ of EfficientDM (He et al., 2024) and the temporal parallel quantizer of DilateQuant (Liu et al., 2024).
+The range of a layer's input changes during sampling. The clock holds the step of each sample of a batch, so a batch of mixed
+timesteps gives the same result as its samples one by one. Sources: the temporal LSQ of EfficientDM (He et al., 2024) and the
+temporal parallel quantizer of DilateQuant (Liu et al., 2024).
 """
 
 from collections.abc import Callable
@@ -34,9 +35,9 @@ class PerTimestep(GridTrait):
 class TemporalStep(Quantizer, Timed):
     """An affine grid (scale, zero) per timestep and layer, both learned: tables over the S steps of the clock.
 
-    The scale is exp(log_scale): an update of any size is relative and never changes its sign, where the public code's absolute
-    rate of 5e-4 may. The zero point is rounded (straight-through), so that zero padding and integer kernels stay exact; the
-    paper's zero is real, its formula has scales only.
+    The scale is exp(log_scale), so that updates are relative and the scale stays positive; the absolute rate of the public code,
+    5e-4, can change its sign. The zero point is rounded (straight-through), so that zero padding and integer kernels stay exact;
+    the paper's zero is real, its formula has scales only.
     """
 
     traits = (PerTimestep(),)
@@ -57,7 +58,10 @@ class TemporalStep(Quantizer, Timed):
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
-        """Sets each step's grid from the samples at that step, where the clock must be. A step without any is as the nearest."""
+        """Sets the grid of each step from the samples at that step; a step without samples copies the nearest one.
+
+        The clock must be set to the timesteps of the samples.
+        """
         steps = torch.arange(len(self.clock.timesteps), dtype=torch.float32, device=self.clock.timesteps.device)
         step = self._read(steps, x).round().long()
         seen, counts = step.unique(return_counts=True)
@@ -73,7 +77,7 @@ class TemporalStep(Quantizer, Timed):
         self.zero.copy_(self.zero[nearest])
 
     def tables(self) -> tuple[Tensor, Tensor]:
-        """Scale and zero of each step (S,), float; zeros are codes."""
+        """Returns scale and zero per step (S,) as floats; zeros are whole codes."""
         scale = widen(self.log_scale).exp().clamp(min=SMALLEST_SCALE)
         return scale, widen(self.zero).round().clamp(0, self.max_code)
 
@@ -93,7 +97,7 @@ class TemporalStep(Quantizer, Timed):
         return fixed
 
     def sizes(self) -> dict[str, float]:
-        """A log is relative already; a zero point moves in codes."""
+        """Returns 1 for log_scale, which is relative already, and the mean of |zero| in codes, at least 1."""
         return {"log_scale": 1.0, "zero": max(1.0, self.zero.detach().abs().mean().item())}
 
     def _read(self, table: Tensor, x: Tensor) -> Tensor:
@@ -104,7 +108,7 @@ class TemporalStep(Quantizer, Timed):
 
 
 class TemporalGrid(FixedGrid, Timed):
-    """The same for inference: tables of scales and zeros (S,) that stay float32."""
+    """A grid per timestep for inference: tables of scales and zeros (S,) that stay float32."""
 
     traits = (PerTimestep(),)
 
@@ -115,11 +119,11 @@ class TemporalGrid(FixedGrid, Timed):
         self.follow(clock)
 
     def rows(self, count: int) -> tuple[Tensor, Tensor]:
-        """Scale and zero (count,) for the rows of an input."""
+        """Returns scale and zero (count,) for the rows of an input."""
         return self.clock.read_table(self.scale, count), self.clock.read_table(self.zero, count).round()
 
     def row(self) -> tuple[Tensor, Tensor] | None:
-        """Scale and zero (1,) that all samples of the running call share, if they do and that is known without waiting."""
+        """Returns scale and zero (1,) that all samples share; None if they differ, on a GPU, and while compiling."""
         if torch.compiler.is_compiling():
             return None
         scale, zero = self.clock.read_shared(self.scale), self.clock.read_shared(self.zero)
@@ -131,7 +135,7 @@ class TemporalGrid(FixedGrid, Timed):
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Quantize and dequantize with a grid per sample, in four in-place passes over one new buffer.
+    """Quantizes and dequantizes with a grid per sample, in four in-place passes over one new buffer.
 
     With y the output and g* the incoming gradient where x lies inside the range (zero elsewhere), each sample's row gets
     d log_scale = sum(g y - g* x)  and  d zero = -scale * sum(g - g*),  over 1 / sqrt(n * max_code) as in LSQ, n the values of
@@ -161,12 +165,12 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 def per_sample(rows: Tensor, x: Tensor) -> Tensor:
-    """One value per sample (B,) as (B, 1, ..., 1), broadcasting against x (B, ...)."""
+    """Returns one value per sample (B,) as (B, 1, ..., 1), which broadcasts against x (B, ...)."""
     return rows.view(-1, *(1,) * (x.ndim - 1))
 
 
 def clip_samples(gradient: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """The gradient where low < x < high, zero elsewhere; a range (B,) per sample."""
+    """Returns the gradient where low < x < high and zero elsewhere; low and high (B,) are per sample."""
     if x.device.type != "cpu" or gradient.dtype != x.dtype:
         return torch.where((widen(x) > per_sample(low, x)) & (widen(x) < per_sample(high, x)), gradient, 0)
     # a vectorised pass per sample: torch.where with a mask is six times slower on CPU
@@ -177,7 +181,7 @@ def clip_samples(gradient: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tens
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
-    """Sum of a * b over each sample: (B,)."""
+    """Returns the sum of a * b over each sample: (B,)."""
     return _total(widen(a) * widen(b))
 
 

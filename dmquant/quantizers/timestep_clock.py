@@ -1,8 +1,12 @@
-"""Which denoising step is running, as a tensor with one entry per sample.
+"""`Clock`: the denoising step of the running call, as a tensor with one entry per sample.
 
-A pre-hook on the denoiser's root reads its timestep argument, so nothing counts calls: samplers may call the denoiser
-twice per step, skip steps or mix timesteps in one batch. The hook is a bound method: a deep copy of the denoiser carries
-a clock of its own along.
+A forward pre-hook on the denoiser reads its timestep argument. Nothing counts calls: samplers may call the denoiser twice per
+step, skip steps or mix timesteps in one batch.
+
+State: the clock is the denoiser's submodule `clock`, and each `Timed` module refers to it. A layer deep inside a model of
+diffusers gets no timestep as an argument, so it has to read it elsewhere. The hook is a bound method and the clock a submodule,
+so a deep copy of the denoiser has a clock of its own. `attach_clock` adds clock and hook, `detach_clock` removes both, and
+`reconnect_clock` points modules that were made elsewhere to the clock of their denoiser.
 """
 
 import inspect
@@ -18,13 +22,13 @@ from dmquant.quantizers.base import Float32Buffers
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "timestep_ratio")  # most denoisers; HiDream; Z-Image; Stable Cascade
 Place = tuple[int, int, float]  # entries before and after, share of the latter
-NEAREST, LINEAR = LOOKUPS = ("nearest", "linear")  # what a timestep that was not calibrated reads of a table over steps
+NEAREST, LINEAR = LOOKUPS = ("nearest", "linear")  # how a timestep that was not calibrated reads a table over steps
 
 
 class Clock(Float32Buffers):
-    """Calibrated timesteps (S,), any order, and `step`: for each sample of the running call the index of the nearest one.
+    """Calibrated timesteps (S,) in any order, and `step` (B,): the index of the nearest one for each sample of the running call.
 
-    Between two calibrated timesteps a table over the steps gives its nearest entry, or with lookup "linear" a mean of both.
+    Between two calibrated timesteps a table is read at the nearest step, or with lookup "linear" interpolated.
     """
 
     timesteps: Tensor  # float32 in every model: bfloat16 cannot represent 999
@@ -40,15 +44,15 @@ class Clock(Float32Buffers):
         self.step = torch.zeros(1, dtype=torch.long)
         self.neighbours: tuple[Tensor, Tensor, Tensor] | None = None  # steps before and after, share of the latter; (B,) each
         self.has_warned = False
-        self._shared: tuple[Tensor | None, Place | None] = None, None  # a step, and where its samples are if that is one place
+        self._shared: tuple[Tensor | None, Place | None] = None, None  # `step`, and the place that all its samples share
 
     def set(self, timestep: Tensor, batch: int) -> None:
-        """Sets the step of every sample from timestep values: one for all, or one each."""
+        """Sets the step of each sample from timestep values: one for all samples, or one per sample."""
         values = torch.as_tensor(timestep, device=self.timesteps.device).float().reshape(-1).expand(batch)
         distance = (values.unsqueeze(1) - self.timesteps).abs()
         self.step = distance.argmin(1)
         self.neighbours = self._find_neighbours(values) if self.lookup == LINEAR and len(self.timesteps) > 1 else None
-        # training on images draws any timestep, and nobody needs to hear of it
+        # training on images draws any timestep: no warning there
         is_told = self.has_warned or torch.compiler.is_compiling() or torch.is_grad_enabled()
         if not is_told and bool(distance.amin(1).max() > self._tolerance()):
             self.has_warned = True
@@ -56,9 +60,10 @@ class Clock(Float32Buffers):
             warnings.warn(f"sampling at timesteps that were not calibrated: {use}", stacklevel=2)
 
     def read_table(self, table: Tensor, count: int) -> Tensor:
-        """The entries (count,) of a table (S,) for the rows of what a layer reads: one row per sample, or as many for each.
+        """Returns the entries (count,) of a table (S,) for the rows of a layer's input.
 
-        A layer that reads one row for all samples gets the entry of the first.
+        An input has one row per sample, several rows per sample, or one row for all samples, which gets the first entry. Raises
+        ValueError for other counts.
         """
         if self.neighbours is None:
             entries = table[self.step.to(table.device)]
@@ -72,9 +77,9 @@ class Clock(Float32Buffers):
         return entries[:1] if count == 1 else entries.repeat_interleave(count // len(entries))
 
     def read_shared(self, table: Tensor) -> Tensor | None:
-        """The entry (1,) of a table (S,) if all samples of the running call read the same one, in less time than read_table.
+        """Returns the entry (1,) of a table (S,) if all samples of the running call read the same one; faster than read_table.
 
-        None if they read several, and on a GPU, whose answer would have to be waited for.
+        None if they read several, and on a GPU, where the comparison would wait for the device.
         """
         if self._shared[0] is not self.step:
             self._shared = self.step, self._find_shared()
@@ -86,7 +91,7 @@ class Clock(Float32Buffers):
         return entry if before == after else torch.lerp(entry, table[after : after + 1], share)
 
     def _find_shared(self) -> Place | None:
-        """Where in a table all samples of the running call read, if they do so at one place and no GPU has to be asked."""
+        """Returns the place in a table that all samples of the running call read; None if they differ, and on a GPU."""
         before, after, share = parts = self.neighbours or (self.step, self.step, torch.zeros(1))
         if self.step.device.type != "cpu" or any(bool((part != part[0]).any()) for part in parts):
             return None
@@ -102,12 +107,12 @@ class Clock(Float32Buffers):
         return order[above - 1], order[above], share
 
     def _tolerance(self) -> Tensor:
-        """Distance that counts as the same step: half a timestep of 1000, or as much of a range that ends at 1."""
+        """Returns the distance that counts as the same step: 0.5, or 0.0005 for timesteps up to 1."""
         return 0.5 * (self.timesteps.abs().max() / 1000).clamp(max=1)
 
     @contextmanager
     def at(self, timestep: Tensor, batch: int) -> Iterator[None]:
-        """The step set for work outside a call of the denoiser; put back afterwards."""
+        """Sets the step for work outside a call of the denoiser and restores it afterwards."""
         before = self.step, self.neighbours
         try:
             self.set(timestep, batch)
@@ -116,13 +121,13 @@ class Clock(Float32Buffers):
             self.step, self.neighbours = before
 
     def read(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook: finds sample and timestep among the call's arguments."""
+        """Forward pre-hook: finds the sample and the timestep among the arguments of the call and sets the step."""
         arguments = inspect.signature(denoiser.forward).bind_partial(*args, **kwargs).arguments
         self.set(arguments[find_timestep_name(arguments)], next(iter(arguments.values())).shape[0])
 
 
 class Timed(nn.Module):
-    """A module that reads a clock which is not its own: timesteps are saved once, with the denoiser."""
+    """A module that reads the clock of its denoiser. The clock is no submodule of it: timesteps are saved once."""
 
     clock: Clock
 
@@ -131,7 +136,7 @@ class Timed(nn.Module):
 
 
 def attach_clock(clock: Clock, denoiser: nn.Module) -> None:
-    """Makes the clock, in place of any other, follow the denoiser's calls; the submodule `clock`, whose timesteps are saved."""
+    """Makes the clock the denoiser's submodule `clock`, in place of any other, and has it follow the denoiser's calls."""
     detach_clock(denoiser)
     denoiser.add_module("clock", clock)
     denoiser.register_forward_pre_hook(clock.read, with_kwargs=True)
@@ -139,7 +144,7 @@ def attach_clock(clock: Clock, denoiser: nn.Module) -> None:
 
 
 def reconnect_clock(denoiser: nn.Module) -> None:
-    """Makes every timed module inside follow the denoiser's own clock, be it the copy of another's."""
+    """Makes every timed module inside follow the denoiser's own clock."""
     for module in denoiser.modules():
         if isinstance(module, Timed):
             module.follow(find_clock(denoiser))
@@ -153,7 +158,7 @@ def find_clock(denoiser: nn.Module) -> Clock:
 
 
 def detach_clock(denoiser: nn.Module) -> None:
-    """Takes the clock of a denoiser away, if it has one."""
+    """Removes the clock of a denoiser and its hook, if it has one."""
     clock = denoiser._modules.pop("clock", None)
     for key, hook in list(denoiser._forward_pre_hooks.items()):
         if clock is not None and getattr(hook, "__self__", None) is clock:
@@ -161,7 +166,7 @@ def detach_clock(denoiser: nn.Module) -> None:
 
 
 def find_timestep_name(arguments: dict[str, Any]) -> str:
-    """What a denoiser calls its timestep, among its named arguments."""
+    """Returns the name of the timestep among the arguments of a denoiser. Raises ValueError if there is none."""
     for name in TIMESTEP_NAMES:
         if arguments.get(name) is not None:
             return name

@@ -16,10 +16,13 @@ SEARCH_STEPS = 48  # candidates per end of the range
 class Uniform(Quantizer):
     """A uniform grid set by calibration.
 
-    Symmetric: codes -2^(b-1) .. 2^(b-1)-1 around a fixed zero. Otherwise affine: the range [low, high] always holds 0.0,
-    and the zero point is rounded to a whole code, so that a convolution's zero padding is on the grid.
-    `num_channels` gives one grid per slice of dimension 0 (weights; 1 for one grid per weight); without it the quantizer
-    is one for activations, whose dimension 0 is the batch.
+    Symmetric grids have codes -2^(b-1) .. 2^(b-1)-1 around a fixed zero. Affine grids have a range [low, high] that contains 0.0;
+    their zero point is rounded to a whole code, so that the zero padding of a convolution is on the grid.
+
+    Args:
+        num_channels: for weights, grids along dimension 0 (1 for one grid per weight). None for activations: one grid.
+        init: calibration by least squared error ("mse"), full range ("minmax") or LSQ's formula ("lsq").
+        ndim: dimensions of the weight.
     """
 
     scale: Tensor
@@ -55,7 +58,7 @@ class Uniform(Quantizer):
         self.scale.copy_(scale.clamp(min=SMALLEST_SCALE).view_as(self.scale))
 
     def grid(self) -> tuple[Tensor, Tensor]:
-        scale = widen(self.scale).clamp(min=SMALLEST_SCALE)  # a model cast to half precision keeps whole steps
+        scale = widen(self.scale).clamp(min=SMALLEST_SCALE)  # steps stay float32 in a model cast to half precision
         if self.symmetric:
             return scale, torch.full_like(scale, 1 << (self.bits - 1))
         return scale, (-widen(self.offset) / scale).round().clamp(0, self.max_code)
@@ -83,7 +86,7 @@ class LearnedStep(Uniform):
         return _FakeQuantize.apply(x, self.scale, offset, self, self._gradient_scale(x))
 
     def _gradient_scale(self, x: Tensor) -> float:
-        """g = 1 / sqrt(n * max_level), LSQ eq. 5 ff.; a batch counts once, not once per sample."""
+        """Returns g = 1 / sqrt(n * max_level), with n the values of one sample or of one weight grid. LSQ, eq. 5 and below."""
         is_activation = self.scale.ndim == 0
         count = x.numel() / (len(x) if is_activation else self.scale.numel())
         max_level = self.max_code >> 1 if self.symmetric else self.max_code
@@ -91,7 +94,7 @@ class LearnedStep(Uniform):
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Quantize and dequantize in four in-place passes over one new buffer.
+    """Quantizes and dequantizes in four in-place passes over one new buffer.
 
     With y the output and g* the incoming gradient where x lies inside the range (zero elsewhere), the LSQ gradients are
     d scale = sum(g y - g* x) / scale  and  d offset = sum(g - g*): two dot products instead of elementwise chains.
@@ -124,7 +127,7 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 def clip_gradient(gradient: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """The gradient where low < x < high, zero elsewhere."""
+    """Returns the gradient where low < x < high and zero elsewhere."""
     if low.numel() == 1 and x.device.type == "cpu":
         # one vectorised pass; torch.where with a mask is six times slower on CPU, item() would stall a GPU
         return torch.ops.aten.hardtanh_backward(gradient, x, low.item(), high.item())
@@ -132,7 +135,7 @@ def clip_gradient(gradient: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Ten
 
 
 def _inner(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-    """Sum of a * b over the values that share a grid, in the shape of the scale."""
+    """Returns the sum of a * b over the values of each grid, in the shape of the scale."""
     if scale.numel() > 1:
         return (a * b).float().sum_to_size(scale.shape)
     if a.stride() == b.stride() and a.dtype == b.dtype == torch.float32 and _is_dense(a):
@@ -149,7 +152,7 @@ def _is_dense(a: Tensor) -> bool:
     return a.is_contiguous() or (a.ndim == 4 and a.is_contiguous(memory_format=torch.channels_last))
 
 
-# Initial grids. `rows` is (grids, values); what comes back has shape (grids,).
+# Initial grids. `rows` is (grids, values); results have shape (grids,).
 
 
 def _symmetric_minmax(rows: Tensor, bits: int) -> Tensor:
@@ -157,12 +160,12 @@ def _symmetric_minmax(rows: Tensor, bits: int) -> Tensor:
 
 
 def _symmetric_lsq(rows: Tensor, bits: int) -> Tensor:
-    """s = 2 mean|v| / sqrt(max_level). LSQ, section 2.1."""
+    """Returns s = 2 mean|v| / sqrt(max_level). LSQ, section 2.1."""
     return 2 * rows.abs().mean(1) / max(1, (1 << (bits - 1)) - 1) ** 0.5
 
 
 def _symmetric_mse(rows: Tensor, bits: int) -> Tensor:
-    """The scale of least squared error among shrunken full ranges."""
+    """Returns the scale with the least squared error, among scales of the full range times 0.15 to 1."""
     full, zero = _symmetric_minmax(rows, bits), torch.tensor(float(1 << (bits - 1)), device=rows.device)
     best, least = full.clone(), torch.full_like(full, torch.inf)
     for factor in torch.linspace(1, 0.15, 2 * SEARCH_STEPS).tolist():
@@ -177,14 +180,14 @@ def _affine_minmax(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def _affine_lsq(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """LSQ's step for the full unsigned range, laid from the minimum up."""
+    """Returns a range that begins at the minimum and has LSQ's step for unsigned codes."""
     low = rows.amin(1).clamp(max=0)
     step = 2 * rows.abs().mean(1) / ((1 << bits) - 1) ** 0.5
     return low, low + step * ((1 << bits) - 1)
 
 
 def _affine_mse(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """The range of least squared error, found by shrinking one end after the other, twice."""
+    """Returns the range with the least squared error. The search shrinks the upper end, then the lower end, twice."""
     low, high = _affine_minmax(rows, bits)
     for _ in range(2):
         high = _best(((low, high * f) for f in _factors()), rows, bits)[1]
