@@ -1,6 +1,7 @@
-"""The table of methods. A name leads to a class only when it is asked for: listing them imports no torch.
+"""Registry of the methods. Classes are imported when they are requested, so that listing the names imports no torch.
 
-To add one: a folder here and a line below, or in another package the entry-point group `dmquant.methods`.
+To add a method, add a folder here and a line below, or register it in another package under the entry-point group
+`dmquant.methods`.
 """
 
 import difflib
@@ -23,12 +24,12 @@ BUILT_IN = {
 
 
 def names() -> list[str]:
-    """Names of all methods, the built-in ones first."""
+    """Returns the names of all methods, the built-in ones first."""
     return list(BUILT_IN) + sorted(set(_plug_ins()) - set(BUILT_IN))
 
 
 def get(name: str) -> "type[Method]":
-    """The method's class. Raises InputError for an unknown name, with the nearest one."""
+    """Returns the class of a method. Raises InputError for an unknown name, with the most similar one as a hint."""
     table = {**_plug_ins(), **BUILT_IN}
     if name not in table:
         near = difflib.get_close_matches(name, table, n=1)
@@ -42,7 +43,7 @@ def get(name: str) -> "type[Method]":
 
 
 def summary(name: str) -> str:
-    """One line on the method: the first of its card, or where a plug-in comes from."""
+    """Returns one line about the method: the first of its card, or the import path of a plug-in."""
     if name not in BUILT_IN:
         return f"plug-in {_plug_ins()[name]}"
     card = files("dmquant.methods").joinpath(name, "README.md").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What a method is: a frozen dataclass of settings and a few verbs. Each reads as its difference from this base: plain LSQ."""
+"""Base class of the methods: a frozen dataclass of settings with the steps of a run. The base implements plain LSQ."""
 
 import dataclasses
 import difflib
@@ -31,13 +31,13 @@ FIRST_LAST_BITS = 8
 
 
 def setting(default: Any, text: str) -> Any:
-    """A dataclass field with the help text that the command line shows."""
+    """Returns a dataclass field with the help text that the command line shows."""
     return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting of a method, for help and `dmquant methods NAME`."""
+    """Describes one setting of a method, for help and `dmquant methods NAME`."""
 
     name: str
     type: str
@@ -47,7 +47,7 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """All settings of a run. Subclasses add fields and override verbs."""
+    """Settings of a run, and its steps. A subclass adds fields and overrides the steps in which it differs from LSQ."""
 
     name: ClassVar[str]
 
@@ -56,27 +56,27 @@ class Method:
     attention_bits: int = setting(32, "bits per query, key, value and attention probability, 2 to 8; 32 keeps products in float")
     eight_bit: tuple[Role, ...] = setting((Role.FIRST, Role.LAST, Role.TIME_EMBEDDING), "roles kept at 8 bits")
     first_grid: Literal["temporal", "static"] = setting(
-        "temporal", "the first layer's input, noise and image in known shares, has a grid per timestep; static: one for all"
+        "temporal", "grid of the first layer's input; temporal: one per timestep, static: one for all"
     )
     keep: tuple[Role, ...] = setting((), "roles left in float")
     trajectories: int = setting(256, "teacher trajectories to record")
     sampling_steps: int = setting(20, "denoising steps of each recorded trajectory")
-    eta: float = setting(0.0, "fresh noise in each recorded step, for samplers that take it: 0 as they are, 1 as EfficientDM's")
-    calibration_samples: int = setting(128, "recorded samples that set the grids")
+    eta: float = setting(0.0, "noise added in each recorded step, for samplers with eta: 0 adds none, 1 as in EfficientDM")
+    calibration_samples: int = setting(128, "recorded samples for setting the grids")
     bias_correction: bool = setting(
-        True, "biases start with what rounding takes from each channel's mean, and the last ends with the teacher's"
+        True, "correct biases for the mean rounding error of each channel, and the last bias again after training"
     )
     max_steps: int = setting(600, "optimiser steps of fine-tuning; 0 only calibrates")
     batch: int = setting(16, "samples per optimiser step")
     clip_images: int = setting(
-        32, "recorded trajectories whose images set the sampler's clip range, where it has one; 0 keeps the float model's"
+        32, "recorded trajectories whose images set the sampler's clip range, if it has one; 0 keeps the range"
     )
-    snr_cap: float = setting(5.0, "a recorded sample counts min(SNR, cap) / SNR (Min-SNR)")
+    snr_cap: float = setting(5.0, "a recorded sample has weight min(SNR, cap) / SNR in the loss (Min-SNR)")
     learning_rate: float = setting(1e-4, "AdamW rate of weights, biases and norms, decaying to zero along a cosine")
-    quantizer_rate: float = setting(5e-3, "AdamW rate of scales and offsets, relative to each one's size at the start")
+    quantizer_rate: float = setting(5e-3, "AdamW rate of scales and offsets, relative to their initial size")
     weight_decay: float = setting(0.0, "AdamW decay of the weights")
     clip_norm: float = setting(1.0, "largest gradient norm; larger ones are scaled down")
-    ema_decay: float = setting(0.0, "decay of a moving average of the latent weights; 0 uses none")
+    ema_decay: float = setting(0.0, "decay of a moving average of the float weights; 0: no average")
     precision: Literal["no", "bf16"] = setting("no", "mixed precision of fine-tuning")
 
     def __post_init__(self) -> None:
@@ -105,14 +105,14 @@ class Method:
 
     @classmethod
     def parse(cls, settings: Mapping[str, Any]) -> Self:
-        """A validated method from names and values, which may be strings. Raises InputError that names the way out."""
+        """Returns a validated method from names and values, which may be strings. Raises InputError with a hint."""
         known = {f.name: f for f in dataclasses.fields(cls)}
         for key in settings:
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
                 raise InputError(f"{cls.name} has no setting {key!r}; {hint}")
-        values = {key: _split(value, known[key]) for key, value in settings.items()}
+        values = {key: _parse_value(value, known[key]) for key, value in settings.items()}
         try:
             return TypeAdapter(cls).validate_python(values)
         except ValidationError as error:
@@ -122,16 +122,17 @@ class Method:
 
     @classmethod
     def describe(cls) -> list[Setting]:
+        """Returns a description of each setting, in the order of the fields."""
         return [Setting(f.name, _type_name(f), f.default, f.metadata["help"]) for f in dataclasses.fields(cls)]
 
     def settings(self) -> dict[str, Any]:
-        """All settings as JSON values: what a run records and `parse` takes back."""
+        """Returns all settings as JSON values, which are stored with a run and accepted by `parse`."""
         return TypeAdapter(type(self)).dump_python(self, mode="json")
 
-    # Which layers, at how many bits
+    # Bits and quantizers of the layers
 
     def bits(self, role: Role) -> tuple[int, int]:
-        """Weight and activation bits of a layer with this role; 32 means float."""
+        """Returns weight and activation bits of a layer with this role; 32 means float."""
         if role in self.keep:
             return FLOAT_BITS, FLOAT_BITS
         if role not in self.eight_bit:
@@ -140,15 +141,18 @@ class Method:
         return weight_bits, act_bits
 
     def plan(self, denoiser: nn.Module) -> dict[str, tuple[int, int]]:
-        """Weight and activation bits of every layer by name."""
+        """Returns weight and activation bits of every layer, by name."""
         return {name: self.bits(role) for name, role in find_roles(denoiser).items()}
 
     def notes(self, denoiser: nn.Module) -> dict[str, str]:
-        """What a plan should say of layers beside their bits, by name; of a float denoiser, without samples."""
+        """Returns texts about layers of a float denoiser, by name, which a dry run shows beside their bits."""
         return {}
 
     def weight_quantizer(self, layer: Layer, bits: int) -> nn.Module:
-        """LSQ with a step per output channel. A symmetric one-bit grid would be {-s, 0}: one bit is a sign and a scale."""
+        """Returns an LSQ quantizer with a step per output channel; for one bit, a sign and a scale; for 32 bits, the identity.
+
+        A symmetric one-bit grid would be {-s, 0}.
+        """
         if bits == FLOAT_BITS:
             return nn.Identity()
         num_channels, ndim = layer.weight.shape[0], layer.weight.ndim
@@ -157,13 +161,13 @@ class Method:
         return LearnedStep(bits, num_channels=num_channels, ndim=ndim)
 
     def input_quantizer(self, layer: Layer, bits: int, clock: Clock) -> nn.Module:
-        """LSQ+ with one grid for the whole tensor."""
+        """Returns an LSQ+ quantizer with one grid for the whole tensor; for 32 bits, the identity."""
         return nn.Identity() if bits == FLOAT_BITS else LearnedStep(bits, symmetric=False)
 
-    # The run
+    # Steps of a run, in order
 
     def prepare(self, student: nn.Module, clock: Clock) -> None:
-        """Swaps in quantized layers; looks at shapes only."""
+        """Replaces layers by quantized ones, in place. It reads shapes only, so that it works on the meta device."""
         plan = self.plan(student)
 
         def choose(name: str, layer: Layer) -> tuple[nn.Module, nn.Module] | None:
@@ -174,17 +178,17 @@ class Method:
 
         swap(student, choose)
         if self.first_grid == "temporal":
-            self.time_first(student, clock)
+            self.make_first_input_temporal(student, clock)
         if self.attention_bits != FLOAT_BITS:
             if not find_attentions(student):
                 kind = type(student).__name__
-                raise InputError(f"attention_bits: {kind} has no attention products that dmquant knows; leave it at 32")
+                raise InputError(f"attention_bits: {kind} has no attention products that dmquant can quantize; leave it at 32")
             quantize_products(student, lambda heads: LearnedStep(self.attention_bits, symmetric=False))
 
-    def time_first(self, student: nn.Module, clock: Clock) -> None:
-        """Gives the input of the first layer a grid per timestep.
+    def make_first_input_temporal(self, student: nn.Module, clock: Clock) -> None:
+        """Gives the input of the first layer a grid per timestep, in place.
 
-        One grid would have to span the noise of the first steps, and be too coarse for the nearly clean images of the last.
+        One grid that spans the noise of the first steps is too coarse for the nearly clean images of the last steps.
         """
         roles = find_roles(student)
         for name, layer in quantized_layers(student).items():
@@ -193,10 +197,10 @@ class Method:
                 attach_clock(clock, student)
 
     def adjust_weights(self, student: nn.Module) -> None:
-        """Changes weights as far as that follows from them alone; a plan does it too. `calibrate` calls it before all grids."""
+        """Changes the weights in place, from their values alone. Called by `calibrate` before grids are set, and by plans."""
 
     def calibrate(self, student: nn.Module, samples: Samples, *, track: Track) -> None:
-        """Sets the grids from values; no gradients."""
+        """Sets the grids of weights and inputs from values, and corrects biases, in place."""
         self.adjust_weights(student)
         few = samples.spread(self.calibration_samples)
         observe_weights(student)
@@ -207,16 +211,17 @@ class Method:
     def finetune(
         self, student: nn.Module, objective: Objective, *, teacher: nn.Module, samples: Samples, seed: int, run: Run, track: Track
     ) -> None:
-        """Trains weights and grids together."""
+        """Trains weights and grids together, in place."""
         fit(student, objective, self.training(), seed=seed, run=run, track=track)
 
     def training(self) -> Training:
+        """Returns the training settings, which are fields of the method with the same names."""
         shared = {f.name for f in dataclasses.fields(Training)} & {f.name for f in dataclasses.fields(self)}
         return Training(**{name: getattr(self, name) for name in shared})
 
 
-def _split(value: Any, known: dataclasses.Field[Any]) -> Any:
-    """Lists are written with commas on a command line; an empty text is an empty list. True is no number."""
+def _parse_value(value: Any, known: dataclasses.Field[Any]) -> Any:
+    """Splits comma-separated text for settings that are lists, and turns booleans into text where they are not valid."""
     if isinstance(value, bool) and known.type is not bool:
         return str(value)
     if isinstance(value, str) and isinstance(known.default, tuple):

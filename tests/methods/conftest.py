@@ -1,4 +1,4 @@
-"""What the tests of all methods share: a coarse search."""
+"""Fixture of all tests of methods: a coarse grid search."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from dmquant.quantizers import uniform
 
 @pytest.fixture(scope="module", autouse=True)
 def coarse_search():
-    """Grids are chosen among few candidates: how they are found is tested with the quantizers."""
+    """Reduces the candidates of the grid search, which is tested with the quantizers."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(uniform, "SEARCH_STEPS", 8)
         yield

@@ -1,4 +1,4 @@
-"""What changes during a run, as functions of its step: how many bases a weight has, and which layers are binary yet."""
+"""Schedules of BinaryDM as functions of the step: the number of bases of a weight, and the layers that are binarized."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,11 +15,11 @@ from dmquant.training.objectives import Objective
 
 
 @dataclass(frozen=True)
-class Evolution:
-    """Two bases before step `switch`, one from there on; until then the second scales are drawn to zero. BinaryDM, eq. 9.
+class BasisSchedule:
+    """Objective that trains with two bases before step `switch` and with one after, and penalizes the second scales before it.
 
-    The penalty is weight * mean |second_scale| over channels and layers. The paper leaves out the magnitude: its penalty
-    would reward scales below zero.
+    The penalty is weight * mean |second_scale| over channels and layers: BinaryDM, eq. 9. The paper takes the mean without
+    absolute values, which would reward negative scales.
     """
 
     objective: Objective
@@ -30,21 +30,22 @@ class Evolution:
     def loss(
         self, student: nn.Module, batch: int, *, step: int, generator: torch.Generator, device: torch.device
     ) -> Tensor:
-        set_bases(self.quantizers, 2 if step < self.switch else 1)
+        set_num_bases(self.quantizers, 2 if step < self.switch else 1)
         loss = self.objective.loss(student, batch, step=step, generator=generator, device=device)
         if step >= self.switch:
             return loss
         return loss + self.weight * torch.stack([q.second_scale.abs().mean() for q in self.quantizers]).mean()
 
 
-def set_bases(quantizers: Sequence[EvolvableBasis], count: int) -> None:
+def set_num_bases(quantizers: Sequence[EvolvableBasis], count: int) -> None:
+    """Sets the number of bases, 1 or 2, of each quantizer in place."""
     for quantizer in quantizers:
         quantizer.bits = count
 
 
 @dataclass(frozen=True)
-class WarmUp:
-    """Makes weights binary one group of layers after the other, `period` steps apart; until its turn a layer's are float."""
+class BinarizationWarmup:
+    """Objective that binarizes one more group of layers every `period` steps. The weights of later groups stay float."""
 
     objective: Objective
     groups: Sequence[Sequence[QuantLayer]]
@@ -53,13 +54,13 @@ class WarmUp:
     def loss(
         self, student: nn.Module, batch: int, *, step: int, generator: torch.Generator, device: torch.device
     ) -> Tensor:
-        with float_weights([layer for group in self.groups[step // self.period + 1:] for layer in group]):
+        with unquantized_weights([layer for group in self.groups[step // self.period + 1:] for layer in group]):
             return self.objective.loss(student, batch, step=step, generator=generator, device=device)
 
 
 @contextmanager
-def float_weights(layers: Sequence[QuantLayer]) -> Iterator[None]:
-    """The layers with their latent weights while inside."""
+def unquantized_weights(layers: Sequence[QuantLayer]) -> Iterator[None]:
+    """Inside the context, the layers use their float weights."""
     kept = [layer.weight_quantizer for layer in layers]
     try:
         for layer in layers:
@@ -71,10 +72,10 @@ def float_weights(layers: Sequence[QuantLayer]) -> Iterator[None]:
 
 
 def group_layers(student: nn.Module) -> list[list[QuantLayer]]:
-    """The quantized layers of the blocks from the middle outwards.
+    """Returns the quantized layers in groups of blocks, from the middle of the network outwards.
 
-    UNet: the middle block, then one resolution after the other; otherwise pairs of blocks at the same distance from the
-    middle.
+    In a UNet the first group is the middle block, and each resolution is a group. In other networks a group is a pair of
+    blocks at the same distance from the middle.
     """
     layers, blocks = quantized_layers(student), find_blocks(student)
     middle = (len(blocks) - 1) / 2
@@ -86,9 +87,9 @@ def group_layers(student: nn.Module) -> list[list[QuantLayer]]:
         return -1 if block.name == "mid_block" else 1 / block.stride
 
     order = sorted(range(len(blocks)), key=rank)
-    return [[layer for i in ring for layer in inside(blocks[i], layers)] for _, ring in groupby(order, rank)]
+    return [[layer for i in group for layer in layers_in_block(blocks[i], layers)] for _, group in groupby(order, rank)]
 
 
-def inside(block: Block, layers: Mapping[str, QuantLayer]) -> list[QuantLayer]:
-    """Those of the layers that belong to the block."""
+def layers_in_block(block: Block, layers: Mapping[str, QuantLayer]) -> list[QuantLayer]:
+    """Returns the layers, out of those given by name, that belong to the block."""
     return [layer for name, layer in layers.items() if f"{name}.".startswith(tuple(f"{module}." for module in block.modules))]

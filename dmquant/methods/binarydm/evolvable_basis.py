@@ -1,4 +1,4 @@
-"""The Evolvable-Basis Binarizer: two binary bases while training begins, one in the file."""
+"""The Evolvable-Basis Binarizer (EBB) of BinaryDM: two binary bases at the start of training, one at its end."""
 
 import torch
 from torch import Tensor
@@ -11,10 +11,10 @@ from dmquant.quantizers.traits import GridTrait
 
 
 class EvolvableBasis(Binary):
-    """w -> scale * sign(w) + second_scale * sign(w - scale * sign(w)): four values per channel. BinaryDM, eq. 5.
+    """Quantizes w to scale * sign(w) + second_scale * sign(w - scale * sign(w)), four values per channel. BinaryDM, eq. 5.
 
-    With one basis it is the plain `Binary`. Scales start at mean |w| and mean |residual|. The gradient is that of autograd
-    through both signs: eq. 7 of the paper has one sign(w) too many.
+    `bits` is the number of bases; with one, it equals `Binary`. Scales start at mean |w| and mean |residual| per channel.
+    Gradients are those of autograd through both signs; eq. 7 of the paper has one sign(w) too many.
     """
 
     def __init__(self, *, num_channels: int, ndim: int = 4):

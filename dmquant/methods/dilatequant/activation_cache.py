@@ -1,4 +1,4 @@
-"""What finished blocks answered, kept on the disk so that they do not run again for the blocks after them."""
+"""Outputs of trained blocks, cached on disk so that these blocks do not run again while later blocks are trained."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -8,60 +8,61 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from dmquant.diffusion.blocks import Block
-from dmquant.methods.dilatequant.block_runner import Link
-from dmquant.methods.dilatequant.disk_tensor import Stack, read_index, write_index
+from dmquant.methods.dilatequant.block_runner import BlockRunner
+from dmquant.methods.dilatequant.disk_tensor import DiskTensor, read_index, write_index
 
 
-class Entry(NamedTuple):
-    """Answers (N, ...) of a block of the student and of the teacher's, to the same samples."""
+class CachedBlock(NamedTuple):
+    """Outputs (N, ...) of one block for all samples: the student's and the teacher's."""
 
     block: Block
-    link: Link
-    ours: Sequence[Stack]
-    theirs: Sequence[Stack]
+    runner: BlockRunner
+    ours: Sequence[DiskTensor]
+    theirs: Sequence[DiskTensor]
 
 
-class Shelf:
-    """Blocks in order of execution, as many as there is room for; any others run."""
+class ActivationCache:
+    """Outputs of blocks in order of execution, up to a size limit. Blocks that do not fit are run again."""
 
-    def __init__(self, folder: Path, room_bytes: int):
+    def __init__(self, folder: Path, max_bytes: int):
         self.folder = folder
-        self._entries: list[Entry] = []
-        self._room_bytes = room_bytes
+        self._blocks: list[CachedBlock] = []
+        self._free_bytes = max_bytes
 
-    def has_room(self, answers: Sequence[Stack]) -> bool:
-        """Whether answers of this size fit, those of the student and those of the teacher."""
-        return 2 * sum(answer.nbytes for answer in answers) <= self._room_bytes
+    def fits(self, outputs: Sequence[DiskTensor]) -> bool:
+        """Returns whether outputs of this size fit twice: the student's and the teacher's."""
+        return 2 * sum(output.nbytes for output in outputs) <= self._free_bytes
 
-    def add(self, entry: Entry) -> None:
-        write_index(self._index(entry.block), {"ours": entry.ours, "theirs": entry.theirs})
-        self._put(entry)
+    def add(self, cached: CachedBlock) -> None:
+        """Adds a block, and writes its index so that a resumed run can reload it."""
+        write_index(self._index(cached.block), {"ours": cached.ours, "theirs": cached.theirs})
+        self._register(cached)
 
-    def recall(self, block: Block, link: Link) -> bool:
-        """Whether an earlier process has put this block on the shelf; then it stands there again."""
+    def reload(self, block: Block, runner: BlockRunner) -> bool:
+        """Adds a block that an earlier process cached. Returns False if there is none."""
         if not self._index(block).exists():
             return False
-        self._put(Entry(block, link, **read_index(self._index(block))))
+        self._register(CachedBlock(block, runner, **read_index(self._index(block))))
         return True
 
-    def forget(self, block: Block) -> None:
-        """What an earlier process kept of a block that is trained once more counts no longer."""
+    def discard(self, block: Block) -> None:
+        """Deletes the index of a block that an earlier process cached, because the block is trained again."""
         self._index(block).unlink(missing_ok=True)
 
     @contextmanager
-    def standing_in(self, network: nn.Module, index: Tensor, *, is_teacher: bool) -> Iterator[None]:
-        """While inside, blocks on the shelf answer from it, for the samples of this index, instead of running."""
+    def replaying(self, network: nn.Module, index: Tensor, *, is_teacher: bool) -> Iterator[None]:
+        """Inside the context, cached blocks of the network return their outputs for the samples `index` (K,) and do not run."""
         device = next(network.parameters()).device
         with ExitStack() as stack:
-            for entry in self._entries:
-                # indexing copies: the network may write into what it is given
-                answers = [answer[index].to(device) for answer in (entry.theirs if is_teacher else entry.ours)]
-                stack.enter_context(entry.link.answering(network, entry.block, answers))
+            for cached in self._blocks:
+                # indexing copies: the network may change the outputs in place
+                outputs = [output[index].to(device) for output in (cached.theirs if is_teacher else cached.ours)]
+                stack.enter_context(cached.runner.returning(network, cached.block, outputs))
             yield
 
-    def _put(self, entry: Entry) -> None:
-        self._room_bytes -= 2 * sum(answer.nbytes for answer in entry.theirs)
-        self._entries.append(entry)
+    def _register(self, cached: CachedBlock) -> None:
+        self._free_bytes -= 2 * sum(output.nbytes for output in cached.theirs)
+        self._blocks.append(cached)
 
     def _index(self, block: Block) -> Path:
         return self.folder / f"{block.name}.json"

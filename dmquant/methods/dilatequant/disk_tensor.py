@@ -1,4 +1,4 @@
-"""Tensors on the disk, row by row: what blocks read and answer, for more samples than memory holds."""
+"""Tensors that are stored in a file and read row by row, for more samples than memory holds."""
 
 import json
 import math
@@ -12,11 +12,14 @@ from torch import Tensor
 from dmquant.errors import DamagedFile
 
 
-class Stack:
-    """N rows of a tensor in a file. They pass through the system's cache of the disk: memory that it gives back when asked."""
+class DiskTensor:
+    """A tensor (N, ...) in a file, written and read by rows.
+
+    Reads and writes go through the page cache of the operating system, which frees its memory when other programs need it.
+    """
 
     def __init__(self, file: Path, shape: Sequence[int], dtype: torch.dtype):
-        """Rows of shape[1:]; those of a file that is there already are the ones that it holds."""
+        """Opens the file of a tensor of this shape, and creates it if it does not exist."""
         self.shape, self.dtype, self.path = tuple(shape), dtype, file
         self._row_bytes = math.prod(self.shape[1:]) * dtype.itemsize
         self._file = file.open("r+b" if file.exists() else "w+b")
@@ -28,13 +31,13 @@ class Stack:
     def nbytes(self) -> int:
         return len(self) * self._row_bytes
 
-    def write(self, place: int, rows: Tensor) -> None:
-        """Puts rows in from this place on. OSError where the disk is full."""
-        self._file.seek(place * self._row_bytes)
+    def write(self, start: int, rows: Tensor) -> None:
+        """Writes rows (K, ...) from row `start` on. Raises OSError if the disk is full."""
+        self._file.seek(start * self._row_bytes)
         self._file.write(_bytes_of(rows.detach().to("cpu", self.dtype).contiguous()))
 
     def __getitem__(self, index: Tensor) -> Tensor:
-        """Copies of the rows of an index (K,), in its order. DamagedFile where the file has lost them."""
+        """Returns copies (K, ...) of the rows of an index (K,). Raises DamagedFile if the file is too short."""
         rows = torch.empty(len(index), *self.shape[1:], dtype=self.dtype)
         for row, number in zip(rows, index.tolist()):
             self._file.seek(number * self._row_bytes)
@@ -42,12 +45,13 @@ class Stack:
                 raise DamagedFile(f"{self.path} has lost rows; this run cannot be continued: start over with --force")
         return rows
 
-    def settle(self) -> None:
-        """Returns once the rows are on the disk, whatever happens to the machine."""
+    def sync(self) -> None:
+        """Returns when the rows are on the disk, so that they survive a power failure."""
         self._file.flush()
         os.fsync(self._file.fileno())
 
     def remove(self) -> None:
+        """Closes and deletes the file."""
         self._file.close()
         self.path.unlink()
 
@@ -56,23 +60,23 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def write_index(file: Path, stacks: dict[str, Sequence[Stack]]) -> None:
-    """Says that these stacks are complete; the file is there whole or not at all."""
-    for stack in (stack for group in stacks.values() for stack in group):
-        stack.settle()
+def write_index(file: Path, groups: dict[str, Sequence[DiskTensor]]) -> None:
+    """Writes a JSON file that lists complete tensors by group. The file is replaced atomically."""
+    for tensor in (tensor for group in groups.values() for tensor in group):
+        tensor.sync()
     content = {
-        name: [[stack.path.name, stack.shape, str(stack.dtype).removeprefix("torch.")] for stack in group]
-        for name, group in stacks.items()
+        name: [[tensor.path.name, tensor.shape, str(tensor.dtype).removeprefix("torch.")] for tensor in group]
+        for name, group in groups.items()
     }
     draft = file.with_suffix(".draft")
     draft.write_text(json.dumps(content), encoding="utf-8")
     draft.replace(file)
 
 
-def read_index(file: Path) -> dict[str, list[Stack]]:
-    """The stacks that an index names, beside it."""
+def read_index(file: Path) -> dict[str, list[DiskTensor]]:
+    """Opens the tensors that an index lists, by group. They are stored in the index's folder."""
     content = json.loads(file.read_text(encoding="utf-8"))
     return {
-        name: [Stack(file.with_name(path), shape, getattr(torch, dtype)) for path, shape, dtype in group]
+        name: [DiskTensor(file.with_name(path), shape, getattr(torch, dtype)) for path, shape, dtype in group]
         for name, group in content.items()
     }

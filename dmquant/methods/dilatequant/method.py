@@ -1,4 +1,4 @@
-"""DilateQuant (Liu et al., 2024): dilated weights for finer activation grids, a grid per timestep, trained block by block."""
+"""DilateQuant (Liu et al., 2024): weight dilation, a grid per timestep for activations, and block-wise distillation."""
 
 import copy
 import math
@@ -13,7 +13,7 @@ from dmquant.diffusion.trajectories import Samples
 from dmquant.errors import InputError
 from dmquant.methods.base import Method, setting
 from dmquant.methods.dilatequant.block_reconstruction import reconstruct
-from dmquant.methods.dilatequant.skip_concat import find_places
+from dmquant.methods.dilatequant.skip_concat import find_skip_offsets
 from dmquant.methods.dilatequant.weight_dilation import describe_dilation, dilate, smooth, wrap_layers
 from dmquant.nn.attention import find_attentions
 from dmquant.nn.fake_quant_layers import QuantConv1d, QuantConv2d, find_layers, quantized_inputs
@@ -31,30 +31,35 @@ GIB = 1 << 30
 
 @dataclass(frozen=True, kw_only=True)
 class DilateQuant(Method):
+    """LSQ with weight dilation (eq. 10-12), grids per timestep (eq. 13-14) and block-wise distillation (eq. 15).
+
+    Differs from the paper: factors are folded into earlier layers where that is exact; `dilation="smooth"` is an alternative.
+    """
+
     name: ClassVar[str] = "dilatequant"
 
     act_bits: int = setting(4, "bits per activation, 2 to 8; 32 keeps activations in float")
     dilation: Literal["weights", "smooth", "none"] = setting(
-        "weights", "factors of input channels: the largest that no weight range forbids, SmoothQuant's within them, or none"
+        "weights", "factors of input channels: the largest that keep all weight ranges, SmoothQuant's up to those, or none"
     )
-    fold: bool = setting(True, "factors are folded into what precedes, where that is exact; false: divided before rounding")
+    fold: bool = setting(True, "fold factors into earlier layers where that is exact; false: inputs are divided before rounding")
     temporal: bool = setting(True, "inputs and attention products have a grid per timestep (TPQ); false: one for all")
-    lookup: Literal["nearest", "linear"] = setting("nearest", "grid at an uncalibrated timestep: the nearest, or a mean of two")
+    lookup: Literal["nearest", "linear"] = setting("nearest", "grid at an uncalibrated timestep: nearest or interpolated")
     first_grid: Literal["temporal", "static"] = setting(
-        "temporal", "for temporal=false: whether the first layer has a grid per timestep"
+        "temporal", "with temporal=false: grid of the first layer's input, per timestep or one for all"
     )
     head_grids: bool = setting(False, "attention products have a grid per head; needs attention_bits below 32")
     split: Literal["skip", "all", "none"] = setting(
-        "skip", "convolutions whose two inputs in one have a grid each: the 1x1 shortcuts of up blocks, all of up blocks, or none"
+        "skip", "convolutions in up blocks with a grid for each part of a concatenated input: 1x1 shortcuts, all, or none"
     )
     scope: Literal["block", "model"] = setting(
-        "block", "what is trained at a time: one block after the other (BKD), or all together"
+        "block", "train one block after the other (BKD), or the whole model at once"
     )
-    max_steps: int = setting(400, "optimiser steps of each block, with scope=model of the whole; 0 only calibrates")
+    max_steps: int = setting(400, "optimiser steps per block, or of the model with scope=model; 0 only calibrates")
     batch: int = setting(8, "samples per optimiser step")
     learning_rate: float = setting(2e-4, "AdamW rate of weights, biases and norms, decaying to zero along a cosine")
-    block_samples: int = setting(768, "recorded samples, drawn at random, that blocks are trained on")
-    cache_gib: float = setting(6.0, "GiB of disk: half for what a block reads and follows, half for answers of finished ones")
+    block_samples: int = setting(768, "recorded samples, drawn at random, to train blocks on")
+    cache_gib: float = setting(6.0, "GiB on disk: half for a block's inputs and targets, half for outputs of finished blocks")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,7 +71,7 @@ class DilateQuant(Method):
             raise ValueError(f"cache_gib must be above 0, got {self.cache_gib}")
 
     def notes(self, denoiser: nn.Module) -> dict[str, str]:
-        """How many channels of each layer are dilated; with dilation=smooth, which needs samples, those that may be."""
+        """Returns how many channels of each layer are dilated; with dilation=smooth, which needs samples, an upper limit."""
         swappable = find_layers(denoiser)
         names = [name for name, bits in self.plan(denoiser).items() if name in swappable and max(bits) < FLOAT_BITS]
         if self.dilation == "none":
@@ -75,9 +80,12 @@ class DilateQuant(Method):
         return counts if self.dilation == "weights" else {name: f"at most {text}" for name, text in counts.items()}
 
     def prepare(self, student: nn.Module, clock: Clock) -> None:
-        """LSQ's layers, dilated; a grid per timestep for each input but the time embedding's, which follow from the timestep."""
+        """Swaps in LSQ's layers, adds grids per timestep, splits concatenated inputs, and wraps layers for dilation.
+
+        Inputs of the time embedding keep one grid: they are functions of the timestep.
+        """
         roles, clock = find_roles(student), Clock(clock.timesteps, self.lookup)
-        places = find_places(student, which=self.split)
+        offsets = find_skip_offsets(student, which=self.split)
         super().prepare(student, clock)
         for name, reader in quantized_inputs(student).items():
             quantizer = reader.input_quantizer
@@ -86,8 +94,8 @@ class DilateQuant(Method):
             if self.temporal and roles.get(name) != Role.TIME_EMBEDDING:
                 device = next(quantizer.parameters()).device
                 quantizer = TemporalStep(quantizer.bits, clock).to(device)
-            if name in places and isinstance(reader, QuantConv1d | QuantConv2d):
-                sizes = (places[name], reader.in_channels - places[name])
+            if name in offsets and isinstance(reader, QuantConv1d | QuantConv2d):
+                sizes = (offsets[name], reader.in_channels - offsets[name])
                 quantizer = Split(_repeat(quantizer, 2), sizes)
             reader.input_quantizer = quantizer
         if self.head_grids:
@@ -101,11 +109,12 @@ class DilateQuant(Method):
             attach_clock(clock, student)
 
     def adjust_weights(self, student: nn.Module) -> None:
+        """Dilates the weights with dilation=weights."""
         if self.dilation == "weights":
             dilate(student, fold=self.fold)
 
     def calibrate(self, student: nn.Module, samples: Samples, *, track: Track) -> None:
-        """Factors first: grids are those of dilated weights and divided inputs."""
+        """Sets smoothing factors, then all grids, which depend on the dilated weights and divided inputs."""
         if self.dilation == "smooth":
             smooth(student, samples.spread(self.calibration_samples), batch=self.batch, fold=self.fold)
         super().calibrate(student, samples, track=track)
@@ -113,12 +122,12 @@ class DilateQuant(Method):
     def finetune(
         self, student: nn.Module, objective: Objective, *, teacher: nn.Module, samples: Samples, seed: int, run: Run, track: Track
     ) -> None:
-        """Trains block by block; weights, biases, norms and grids of a block together."""
+        """Trains the weights, biases, norms and grids of one block after the other."""
         if self.scope == "model" or self.max_steps == 0:
             super().finetune(student, objective, teacher=teacher, samples=samples, seed=seed, run=run, track=track)
             return
         if not isinstance(objective, Distillation):
-            raise InputError("scope=block follows the teacher's own samples; leave --data out, or set scope=model")
+            raise InputError("scope=block trains on recorded samples of the teacher; leave --data out, or set scope=model")
         few = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))[:self.block_samples]
         reconstruct(
             student, teacher, objective.samples[few], objective.weight[few], self.training(),
@@ -127,4 +136,5 @@ class DilateQuant(Method):
 
 
 def _repeat(quantizer: Quantizer, count: int) -> list[Quantizer]:
+    """Returns the quantizer and count - 1 copies of it."""
     return [quantizer, *(copy.deepcopy(quantizer) for _ in range(count - 1))]

@@ -1,4 +1,7 @@
-"""Weight dilation: by how much each input channel of a weight can grow before the range of an output channel does."""
+"""Weight dilation: scales up input channels of a weight as far as the range of every output channel stays the same.
+
+The input is divided by the same factors, so that the activation grid covers a smaller range. DilateQuant (Liu et al., 2024).
+"""
 
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
@@ -8,20 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from dmquant.diffusion.trajectories import Samples
-from dmquant.methods.dilatequant.scale_folding import apply_fold, find_folds, share
+from dmquant.methods.dilatequant.scale_folding import apply_fold, find_folds, share_factors
 from dmquant.nn.fake_quant_layers import QuantLayer, find_layers, quantized_layers
 from dmquant.quantizers.base import Quantizer
 from dmquant.quantizers.dilated import DilatedInput, DilatedWeight
 from dmquant.training.calibration import run_float
 
-LARGEST = 1024.0  # factor of a channel that nothing bounds but its rounding: weights of 1e-30 say nothing
+MAX_FACTOR = 1024.0  # limit for channels of tiny weights, whose factors would otherwise be arbitrarily large
 
 
-def find_factors(weight: Tensor, groups: int = 1) -> Tensor:
-    """The largest factor (C,) >= 1 of each input channel that leaves the range of every output channel as it is.
+def dilation_factors(weight: Tensor, groups: int = 1) -> Tensor:
+    """Returns the largest factor (C,) >= 1 of each input channel that keeps the range of every output channel.
 
-    The range holds zero: s = min over output channels of top / w where w > 0 and of bottom / w where w < 0. DilateQuant,
-    eq. 10-12; channels that attain a top or a bottom get 1 by the same formula. A channel of zeros, which nothing bounds, gets 1.
+    Ranges include zero. factor = min over output channels of top / w for w > 0 and of bottom / w for w < 0: DilateQuant,
+    eq. 10-12. Channels that contain a top or a bottom get 1 by the same formula. Channels of zeros get 1.
+
+    Args:
+        weight: Weight (O, C / groups, ...) of a linear or convolutional layer.
     """
     rows = weight.detach().reshape(groups, len(weight) // groups, weight.shape[1], -1)  # (G, O / G, C / G, taps)
     rows = rows if rows.dtype == torch.float64 else rows.float()
@@ -30,17 +36,22 @@ def find_factors(weight: Tensor, groups: int = 1) -> Tensor:
     upwards = torch.where(highest > 0, top.unsqueeze(2) / highest, torch.inf)
     downwards = torch.where(lowest < 0, bottom.unsqueeze(2) / lowest, torch.inf)
     factor = torch.minimum(upwards, downwards).amin(1).flatten()
-    # one step down: rounded up, a quotient would carry a product over the edge of the range
-    bounded = torch.nextafter(factor, torch.zeros_like(factor)).clamp(1, LARGEST)
+    # one float step down: if the quotient was rounded up, the product could exceed the range
+    bounded = torch.nextafter(factor, torch.zeros_like(factor)).clamp(1, MAX_FACTOR)
     return torch.where(factor.isinf(), 1.0, bounded)
 
 
-def find_smooth_factors(weight: Tensor, magnitude: Tensor, groups: int = 1) -> Tensor:
-    """SmoothQuant's factor sqrt(max |x| / max |w|), relative to the layer's median channel, between 1 and the dilation's.
+def smoothing_factors(weight: Tensor, magnitude: Tensor, groups: int = 1) -> Tensor:
+    """Returns SmoothQuant's factors (C,), limited to between 1 and the dilation factors.
 
-    `magnitude` (C,) is the largest |x| of each channel. Xiao et al., 2023, eq. 4 with alpha 0.5; the bound is DilateQuant's.
+    factor = sqrt(max |x| / max |w|) divided by its median over channels: Xiao et al., 2023, eq. 4 with alpha 0.5. The limits
+    are not in that paper; they keep the range of every output channel as DilateQuant does.
+
+    Args:
+        weight: Weight (O, C / groups, ...) of the layer.
+        magnitude: Largest |x| (C,) of each input channel.
     """
-    limit = find_factors(weight, groups)
+    limit = dilation_factors(weight, groups)
     rows = weight.detach().reshape(groups, len(weight) // groups, weight.shape[1], -1)
     largest = rows.abs().amax((1, 3)).flatten()
     wish = (magnitude / largest.clamp(min=torch.finfo(largest.dtype).tiny)).sqrt()
@@ -48,7 +59,7 @@ def find_smooth_factors(weight: Tensor, magnitude: Tensor, groups: int = 1) -> T
 
 
 def wrap_layers(student: nn.Module) -> None:
-    """Makes every layer of codes by codes one that can be dilated; by factors of one, to begin with."""
+    """Makes all layers with quantized weights and inputs dilatable: wraps their quantizers in place, with factors of 1."""
     for layer in quantized_layers(student).values():
         if not isinstance(layer.weight_quantizer, Quantizer) or not isinstance(layer.input_quantizer, Quantizer):
             continue
@@ -59,37 +70,38 @@ def wrap_layers(student: nn.Module) -> None:
 
 
 def dilated_layers(student: nn.Module) -> dict[str, QuantLayer]:
-    """The layers that can be dilated, by name, in module order."""
+    """Returns the layers that `wrap_layers` has wrapped, by name, in module order."""
     return {name: layer for name, layer in quantized_layers(student).items() if isinstance(layer.weight_quantizer, DilatedWeight)}
 
 
 def dilate(student: nn.Module, *, fold: bool) -> None:
-    """Sets the factors of every layer from its weight, and folds them where that is exact."""
+    """Sets the dilation factors of every wrapped layer from its weight. With `fold` they are folded where that is exact."""
     layers = dilated_layers(student)
-    set_all(student, {name: find_factors(layer.weight, getattr(layer, "groups", 1)) for name, layer in layers.items()}, fold=fold)
+    factors = {name: dilation_factors(layer.weight, getattr(layer, "groups", 1)) for name, layer in layers.items()}
+    apply_factors(student, factors, fold=fold)
 
 
 def smooth(student: nn.Module, samples: Samples, *, batch: int, fold: bool) -> None:
-    """Sets the factors of every layer from its weight and what it reads in the float model."""
+    """Sets the smoothing factors of every wrapped layer from its weight and its inputs in the float model."""
     layers = dilated_layers(student)
-    peaks = {name: Peak(layer.weight.ndim - 2) for name, layer in layers.items()}
+    maxima = {name: ChannelMaximum(layer.weight.ndim - 2) for name, layer in layers.items()}
     with ExitStack() as hooks:
         for name, layer in layers.items():
-            hooks.callback(layer.register_forward_pre_hook(peaks[name].note).remove)
+            hooks.callback(layer.register_forward_pre_hook(maxima[name].record).remove)
         run_float(student, samples.split(batch))
-    # a layer that never runs has nothing to smooth
-    read = {name: peak.magnitude for name, peak in peaks.items() if peak.magnitude is not None}
+    # layers that never run keep their factors of 1
+    magnitudes = {name: maximum.magnitude for name, maximum in maxima.items() if maximum.magnitude is not None}
     factors = {
-        name: find_smooth_factors(layers[name].weight, magnitude, getattr(layers[name], "groups", 1))
-        for name, magnitude in read.items()
+        name: smoothing_factors(layers[name].weight, magnitude, getattr(layers[name], "groups", 1))
+        for name, magnitude in magnitudes.items()
     }
-    set_all(student, factors, fold=fold)
+    apply_factors(student, factors, fold=fold)
 
 
-def set_all(student: nn.Module, factors: Mapping[str, Tensor], *, fold: bool) -> None:
-    """Dilates layers by name. A factor that is folded is part of the weight from then on, and nothing is left to divide."""
+def apply_factors(student: nn.Module, factors: Mapping[str, Tensor], *, fold: bool) -> None:
+    """Dilates layers by name. A folded factor becomes part of the weights, so that the layer's input is not divided."""
     folds = find_folds(student, factors) if fold else []
-    shared, folded = share(factors, folds), {reader for fold in folds for reader in fold.readers}
+    shared, folded = share_factors(factors, folds), {reader for fold in folds for reader in fold.readers}
     for each in folds:
         apply_fold(student, each, shared[each.readers[0]])
     for name, layer in dilated_layers(student).items():
@@ -97,29 +109,31 @@ def set_all(student: nn.Module, factors: Mapping[str, Tensor], *, fold: bool) ->
             set_factors(layer, shared[name])
 
 
-class Peak:
-    """The largest magnitude (C,) in each channel of what a layer reads."""
+class ChannelMaximum:
+    """Records the largest magnitude (C,) of each channel of a layer's input. `trailing` is the number of dimensions after C."""
 
     def __init__(self, trailing: int):
         self._trailing = trailing
         self.magnitude: Tensor | None = None
 
-    def note(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
-        here = args[0].detach().abs().movedim(-1 - self._trailing, 0).flatten(1).amax(1)
-        self.magnitude = here if self.magnitude is None else torch.maximum(self.magnitude, here)
+    def record(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        current = args[0].detach().abs().movedim(-1 - self._trailing, 0).flatten(1).amax(1)
+        self.magnitude = current if self.magnitude is None else torch.maximum(self.magnitude, current)
 
 
 @torch.no_grad()
 def set_factors(layer: QuantLayer, factor: Tensor) -> None:
+    """Sets the factors (C,) by which a wrapped layer multiplies its weight and divides its input."""
     assert isinstance(layer.weight_quantizer, DilatedWeight) and isinstance(layer.input_quantizer, DilatedInput)
     layer.weight_quantizer.factor.copy_(factor)
     layer.input_quantizer.divide.reciprocal.copy_(factor.reciprocal())
 
 
 def describe_dilation(denoiser: nn.Module, names: Collection[str], *, fold: bool) -> dict[str, str]:
-    """How many input channels of these layers of a float model would be dilated, in words, by name."""
+    """Returns a text for each named layer of a float model: how many of its input channels would be dilated."""
     layers = {name: layer for name, layer in find_layers(denoiser).items() if name in names}
     folds = find_folds(denoiser, names) if fold else []
-    factors = share({name: find_factors(layer.weight, getattr(layer, "groups", 1)) for name, layer in layers.items()}, folds)
+    factors = {name: dilation_factors(layer.weight, getattr(layer, "groups", 1)) for name, layer in layers.items()}
+    factors = share_factors(factors, folds)
     counts = {name: f"{int((factor != 1).sum())} of {len(factor)} channels dilated" for name, factor in factors.items()}
     return counts | {reader: f"{counts[reader]}, folded" for fold in folds for reader in fold.readers}

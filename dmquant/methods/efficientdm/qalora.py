@@ -1,4 +1,4 @@
-"""QALoRA: a low-rank update that is merged into the weight before it is rounded, so that nothing of it remains in the file."""
+"""QALoRA of EfficientDM: a low-rank update that is added to the weight before rounding, and is not stored in the file."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -14,17 +14,16 @@ from dmquant.quantizers.traits import GridTrait, traits_of
 
 
 class QALoRA(Quantizer):
-    """inner(W + B A): the weight with its update, rounded. EfficientDM, eq. 6.
+    """Quantizes W + B A with the quantizer `inner`. EfficientDM, eq. 6.
 
-    A (rank, I, kh, kw) is a convolution with the layer's window, B (O, rank) a 1x1 one; a linear layer has neither window. B
-    starts at zero, so that the layer starts as it was calibrated. Their product is made once per forward, where the public
-    code sends an identity matrix through both.
+    `down` is A (rank, I, kh, kw), or (rank, I) for a linear layer; `up` is B (O, rank). B starts at zero, so that the layer
+    starts as calibrated. The product is computed directly; the public code passes an identity matrix through two layers.
     """
 
     def __init__(self, inner: Quantizer, shape: torch.Size, rank: int):
         super().__init__()
         self.inner, self.bits = inner, inner.bits
-        rank = min(rank, shape[0], shape[1:].numel())  # more would say nothing new
+        rank = min(rank, shape[0], shape[1:].numel())  # a higher rank would be redundant
         self.down = nn.Parameter(torch.zeros(rank, *shape[1:]))
         self.up = nn.Parameter(torch.zeros(shape[0], rank))
 
@@ -33,14 +32,14 @@ class QALoRA(Quantizer):
         return traits_of(self.inner)
 
     @torch.no_grad()
-    def start(self, generator: torch.Generator) -> None:
-        """A uniform within 1 / sqrt(fan in), as layers of torch begin; B zero."""
+    def initialize(self, generator: torch.Generator) -> None:
+        """Draws A uniformly within 1 / sqrt(fan-in), as torch initializes layers, and sets B to zero."""
         drawn = torch.rand(self.down.shape, generator=generator) * 2 - 1
         self.down.copy_(drawn / math.sqrt(self.down[0].numel()))
         self.up.zero_()
 
     def merge(self, weight: Tensor) -> Tensor:
-        """W + B A, in the dtype of the adapter: the weight may wait in half precision."""
+        """Returns W + B A in the dtype of the adapter; the weight may be stored in half precision."""
         with torch.autocast(weight.device.type, enabled=False):
             return weight.to(self.up.dtype) + (self.up @ self.down.flatten(1)).view_as(weight)
 
@@ -50,48 +49,51 @@ class QALoRA(Quantizer):
     def forward(self, x: Tensor) -> Tensor:
         merged = self.merge(x)
         address = merged.data_ptr()
-        # the sum is made once more for the backward pass: kept for it, the sums would be a float copy of all weights
+        # the sum is recomputed in the backward pass: storing it would take a float copy of all weights
         with saved_tensors_hooks(
             lambda tensor: None if tensor.data_ptr() == address else tensor,
-            lambda kept: self._merge_again(x) if kept is None else kept,
+            lambda stored: self._merge_for_backward(x) if stored is None else stored,
         ):
             return self.inner(merged)
 
     @torch.no_grad()
-    def _merge_again(self, weight: Tensor) -> Tensor:
+    def _merge_for_backward(self, weight: Tensor) -> Tensor:
         return self.merge(weight)
 
     def encode(self, x: Tensor) -> Codes | BasisCodes:
         return self.inner.encode(self.merge(x))
 
     def mean_step(self) -> float:
-        """Mean distance between neighbouring codes, over output channels."""
+        """Returns the distance between neighbouring codes, averaged over output channels."""
         return self.inner.grid()[0].mean().item()
 
     def extra_repr(self) -> str:
         return f"rank={len(self.down)}"
 
 
-def adapters_of(student: nn.Module) -> list[QALoRA]:
-    """The adapters, in module order."""
+def find_adapters(student: nn.Module) -> list[QALoRA]:
+    """Returns the adapters, in module order."""
     quantizers = (layer.weight_quantizer for layer in quantized_layers(student).values())
     return [quantizer for quantizer in quantizers if isinstance(quantizer, QALoRA)]
 
 
 def adapted_layers(student: nn.Module) -> list[QuantLayer]:
-    """The layers whose weights have an adapter, in module order."""
+    """Returns the layers whose weights have an adapter, in module order."""
     return [layer for layer in quantized_layers(student).values() if isinstance(layer.weight_quantizer, QALoRA)]
 
 
-def light_layers(student: nn.Module) -> list[QuantLayer]:
-    """The adapted layers whose weights can wait in half precision: diffusers takes a model's dtype from its first parameter."""
+def half_precision_layers(student: nn.Module) -> list[QuantLayer]:
+    """Returns the adapted layers whose weights may be stored in float16.
+
+    All but a model's first parameter may: diffusers reads the model's dtype from it.
+    """
     first = next(student.parameters())
     return [layer for layer in adapted_layers(student) if layer.weight is not first]
 
 
 @contextmanager
-def halved(layers: Sequence[QuantLayer]) -> Iterator[None]:
-    """The frozen weights of the layers in float16 while inside."""
+def stored_in_half(layers: Sequence[QuantLayer]) -> Iterator[None]:
+    """Inside the context, the frozen weights of the layers are stored in float16."""
     try:
         for layer in layers:
             layer.weight.data = layer.weight.data.half()

@@ -1,4 +1,4 @@
-"""LSQ (Esser et al., 2020) with LSQ+ offsets (Bhalgat et al., 2020): the step size of every grid is learned."""
+"""LSQ (Esser et al., 2020) with the offsets of LSQ+ (Bhalgat et al., 2020): all step sizes are trained."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -15,17 +15,19 @@ from dmquant.quantizers.uniform import LearnedStep
 
 @dataclass(frozen=True, kw_only=True)
 class LSQ(Method):
+    """Learned step size quantization with settings for its variants. Binary weights have a trained scale and a sign."""
+
     name: ClassVar[str] = "lsq"
 
-    init: Literal["mse", "minmax", "lsq"] = setting("mse", "start: least squared error, full range, or 2 mean|v| / sqrt(Q)")
+    init: Literal["mse", "minmax", "lsq"] = setting("mse", "initial step: least squared error, full range or 2 mean|v| / sqrt(Q)")
     per_channel: bool = setting(True, "one weight step per output channel; false: one per layer")
-    act_offset: bool = setting(True, "activations have a learned offset (LSQ+); false: signed grids (LSQ)")
+    act_offset: bool = setting(True, "activations have a trained offset (LSQ+); false: signed grids (LSQ)")
 
     def weight_quantizer(self, layer: Layer, bits: int) -> nn.Module:
         if bits == FLOAT_BITS:
             return nn.Identity()
         num_channels, ndim = len(layer.weight) if self.per_channel else 1, layer.weight.ndim
-        # a symmetric one-bit grid would be {-s, 0}: one bit is the learnable-scale sign that the papers compare against
+        # a symmetric one-bit grid would be {-s, 0}; the papers compare with a sign and a trained scale
         if bits == 1:
             return Binary(num_channels=num_channels, ndim=ndim)
         return LearnedStep(bits, init=self.init, num_channels=num_channels, ndim=ndim)

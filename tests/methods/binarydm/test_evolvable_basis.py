@@ -18,7 +18,7 @@ def test_two_bases_make_four_values_per_channel_and_one_makes_two():
     assert all(len(channel.unique()) == 2 for channel in quantizer(x))
 
 
-def test_scales_start_at_the_mean_magnitudes_of_the_weight_and_of_what_one_basis_leaves():
+def test_scales_start_at_the_mean_magnitudes_of_the_weight_and_of_the_residual():
     quantizer, x = make()
     scale = x.abs().mean((1, 2, 3), keepdim=True)
     rest = x - torch.where(x >= 0, scale, -scale)
@@ -27,13 +27,13 @@ def test_scales_start_at_the_mean_magnitudes_of_the_weight_and_of_what_one_basis
 
 
 @pytest.mark.parametrize("num_bases", [1, 2])
-def test_the_law_holds_in_both_stages_and_sign_of_zero_is_plus_one(num_bases):
+def test_decoded_codes_equal_the_output_in_both_stages_and_sign_of_zero_is_plus_one(num_bases):
     quantizer, x = make()
     quantizer.bits = num_bases
     x[0, 0] = 0
     x[1, 0] = quantizer.scale[1]  # the residual is zero
     with torch.no_grad():
-        quantizer.second_scale[2] = -1  # trained below zero: it stands still
+        quantizer.second_scale[2] = -1  # a scale trained below zero is clamped
     codes = quantizer.encode(x)
     assert codes.bits == quantizer.bits == num_bases
     assert torch.equal(quantizer(x), codes.decode())
@@ -45,7 +45,7 @@ def test_the_law_holds_in_both_stages_and_sign_of_zero_is_plus_one(num_bases):
 def test_gradients_equal_the_closed_form():
     quantizer, x = make(torch.float64)
     with torch.no_grad():
-        quantizer.scale.mul_(1.7)  # some residuals beyond 1, some latent weights too
+        quantizer.scale.mul_(1.7)  # some residuals and some weights are beyond 1
     x = x.requires_grad_()
     gradient = torch.randn(5, 4, 3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     quantizer(x).backward(gradient)
@@ -62,7 +62,7 @@ def test_gradients_equal_the_closed_form():
     assert torch.allclose(x.grad, by_latent)
 
 
-def test_two_bases_are_never_further_from_the_weight_than_one():
+def test_two_bases_have_a_smaller_error_than_one():
     quantizer, x = make()
     errors = []
     for num_bases in (1, 2):

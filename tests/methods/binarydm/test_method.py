@@ -13,7 +13,7 @@ from dmquant.diffusion.pipeline import open_pipeline
 from dmquant.diffusion.trajectories import record
 from dmquant.errors import InputError, Interrupted
 from dmquant.evaluation.cost import measure_cost
-from dmquant.methods.binarydm.basis_schedule import set_bases
+from dmquant.methods.binarydm.basis_schedule import set_num_bases
 from dmquant.methods.binarydm.evolvable_basis import EvolvableBasis
 from dmquant.methods.binarydm.method import BinaryDM
 from dmquant.nn.convert import packed_layers
@@ -31,7 +31,7 @@ QUICK = dict(trajectories=4, sampling_steps=3, calibration_samples=8, max_steps=
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory):
-    """A pipeline of three resolutions, so that not every block is at an end."""
+    """A pipeline with four resolutions, so that some blocks are not among the first and last ones."""
     torch.manual_seed(0)
     unet = UNet2DModel(
         sample_size=8, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4, attention_head_dim=8,
@@ -51,7 +51,7 @@ def weights(student):
     return {name: layer.weight_quantizer for name, layer in quantized_layers(student).items()}
 
 
-def test_two_bases_are_for_the_binary_layers_of_the_ends_alone(deep):
+def test_only_binary_layers_in_the_first_and_last_blocks_have_two_bases(deep):
     student = copy.deepcopy(deep.unet)
     BinaryDM().prepare(student, Clock(torch.tensor([0.0])))
     ends = tuple(f"{module}." for block in find_ends(student) for module in block.modules)
@@ -63,39 +63,39 @@ def test_two_bases_are_for_the_binary_layers_of_the_ends_alone(deep):
     assert kinds == {Binary, EvolvableBasis}
 
 
-def test_in_ldm4_two_bases_make_1_15_bits_per_binary_weight():
+def test_multi_basis_ldm4_has_1_15_bits_per_binary_weight():
     beds = on_meta(UNet2DModel, **LDM4_BEDS)
     planned = BinaryDM(basis="multi").plan(beds)
     sizes = {name: beds.get_submodule(name).weight.numel() for name, bits in planned.items() if bits[0] < 8}
     assert round(sum(planned[name][0] * size for name, size in sizes.items()) / sum(sizes.values()), 2) == 1.15
 
 
-def test_of_one_basis_all_binary_weights_are_plain(deep):
+def test_with_basis_single_no_layer_has_two_bases(deep):
     student = copy.deepcopy(deep.unet)
     BinaryDM(basis="single").prepare(student, Clock(torch.tensor([0.0])))
     assert not any(isinstance(quantizer, EvolvableBasis) for quantizer in weights(student).values())
 
 
 @pytest.mark.parametrize("max_steps, switch", [(0, 0.5), (1, 0), (1, 0.5), (1, 1), (3, 0), (3, 0.5), (3, 1)])
-def test_an_evolved_pipeline_has_one_bit_per_weight_however_short_the_run(deep, samples, switch, max_steps, tmp_path):
+def test_evolvable_bases_end_with_one_bit_per_weight_for_any_run_length(deep, samples, switch, max_steps, tmp_path):
     settings = {**QUICK, "max_steps": max_steps, "switch": switch, "act_bits": 32}
     quantized = quantize(deep, "binarydm", samples=samples, **settings)
     planned = plan(deep, "binarydm", act_bits=32)
     found = {name: layer.weight.bits for name, layer in packed_layers(quantized.unet).items()}
     assert found == {name: weight_bits for name, (weight_bits, _) in planned.items()}
-    assert {planned[name][0] for name in BinaryDM().find_two_based(deep.unet)} == {1}
+    assert {planned[name][0] for name in BinaryDM().two_basis_layers(deep.unet)} == {1}
     dmquant.save(quantized, tmp_path / "out")
     loaded = dmquant.load(tmp_path / "out")
     with torch.no_grad():
         assert torch.equal(samples.call(loaded.unet), samples.call(quantized.unet))
 
 
-def test_two_bases_to_the_end_are_two_planes_in_the_file(deep, samples, tmp_path):
+def test_with_basis_multi_the_file_has_two_bases(deep, samples, tmp_path):
     quantized = quantize(deep, "binarydm", samples=samples, basis="multi", **QUICK)
     dmquant.save(quantized, tmp_path / "out")
     loaded = dmquant.load(tmp_path / "out")
     planned = plan(deep, "binarydm", basis="multi")
-    two_based = BinaryDM().find_two_based(deep.unet)
+    two_based = BinaryDM().two_basis_layers(deep.unet)
     for name, layer in packed_layers(loaded.unet).items():
         assert isinstance(layer.weight, PackedBases) == (name in two_based)
         assert (layer.weight.bits, layer.input.bits) == planned[name]
@@ -117,7 +117,7 @@ def test_an_interrupted_run_continues_bit_for_bit_across_the_switch(deep, sample
     assert all(torch.equal(value, resumed.unet.state_dict()[name]) for name, value in whole.unet.state_dict().items())
 
 
-def test_warming_up_and_training_on_images_run_too(deep, tmp_path):
+def test_warm_up_with_training_on_images_runs(deep, tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
     for index in range(4):
@@ -132,7 +132,7 @@ def test_the_file_of_the_cifar_ddpm_is_less_than_a_24th_and_its_size_is_the_one_
     cost = measure_cost(unet, bits=method.plan(unet))
     method.prepare(unet, Clock(torch.tensor([0.0])))
     observe_weights(unet)
-    set_bases([q for q in unet.modules() if isinstance(q, EvolvableBasis)], 1)
+    set_num_bases([q for q in unet.modules() if isinstance(q, EvolvableBasis)], 1)
     serialization.save(DDIMPipeline(unet, DDIMScheduler()), tmp_path / "out")
     size_bytes = (tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
     assert 24 * size_bytes <= 4 * cost.num_params

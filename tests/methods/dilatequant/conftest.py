@@ -1,4 +1,4 @@
-"""DilateQuant is many small trainings: a pipeline of one resolution, and grids that are searched coarsely."""
+"""Fixtures of the DilateQuant tests: a pipeline with one resolution, and a coarse grid search."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from dmquant.quantizers import uniform
 
 @pytest.fixture(scope="module", autouse=True)
 def coarse_search():
-    """No law here depends on how well grids are searched; those of other folders do, so that it ends with each file."""
+    """Reduces the steps of the grid search during one test file; no test here depends on them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(uniform, "SEARCH_STEPS", 6)
         yield
@@ -18,7 +18,7 @@ def coarse_search():
 
 @pytest.fixture(scope="session")
 def pipeline():
-    """Two residual blocks that read concatenations, attention on the way down and in the middle."""
+    """A UNet with two up blocks that read skip connections, and attention in the down and middle blocks."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         unet = UNet2DModel(

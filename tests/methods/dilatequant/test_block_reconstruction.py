@@ -1,4 +1,4 @@
-"""Block by block: what a link sees, what it follows, what is trained and what an interruption costs."""
+"""Block by unit: what a runner sees, what it follows, what is trained and what an interruption costs."""
 
 import copy
 
@@ -7,9 +7,9 @@ import torch
 
 from dmquant.diffusion.pipeline import find_target
 from dmquant.errors import Interrupted
-from dmquant.methods.dilatequant.activation_cache import Shelf
-from dmquant.methods.dilatequant.block_reconstruction import Memory
-from dmquant.methods.dilatequant.block_runner import Link, find_links, trace
+from dmquant.methods.dilatequant.activation_cache import ActivationCache
+from dmquant.methods.dilatequant.block_reconstruction import UnitData
+from dmquant.methods.dilatequant.block_runner import BlockRunner, find_units, trace_unit
 from dmquant.methods.dilatequant.method import DilateQuant
 from dmquant.nn.fake_quant_layers import quantized_layers
 from dmquant.quantization import make_student
@@ -23,49 +23,49 @@ def student(pipeline, samples):
     return make_student(pipeline, DilateQuant(**{**QUICK, "max_steps": 0}), samples=samples)
 
 
-def remember(student, pipeline, samples, folder, index, cache_bytes=1 << 30):
-    teacher, block = find_target(pipeline).denoiser, find_links(student, samples)[index]
-    link = Link(student, block, samples)
-    memory = Memory(
-        student, teacher, block, link, samples, torch.arange(len(samples)).float(), shelf=Shelf(folder, 0),
-        cache_bytes=cache_bytes, batch=4,
+def make_data(student, pipeline, samples, folder, index, max_bytes=1 << 30):
+    teacher, unit = find_target(pipeline).denoiser, find_units(student, samples)[index]
+    runner = BlockRunner(student, unit, samples)
+    data = UnitData(
+        student, teacher, unit, runner, samples, torch.arange(len(samples)).float(), cache=ActivationCache(folder, 0),
+        max_bytes=max_bytes, batch=4,
     )  # fmt: skip
-    return teacher, block, link, memory
+    return teacher, unit, runner, data
 
 
-def content(stacks):
-    """All rows of each."""
-    return [stack[torch.arange(len(stack))] for stack in stacks]
+def content(tensors):
+    """Returns all rows of each tensor."""
+    return [tensor[torch.arange(len(tensor))] for tensor in tensors]
 
 
-def test_inputs_are_those_behind_the_students_prefix_and_answers_the_teachers_behind_its_own(
+def test_inputs_are_taken_behind_the_quantized_student_and_targets_behind_the_teacher(
     student, pipeline, samples, tmp_path
 ):
-    teacher, block, link, memory = remember(student, pipeline, samples, tmp_path, 5)
-    memory.enter(0)
-    ours, theirs = trace(student, block, samples), trace(teacher, block, samples)
-    assert all(torch.allclose(*pair, atol=1e-5) for pair in zip(content(memory.rows), link.rows_of(ours), strict=True))
-    assert all(torch.allclose(*pair, atol=1e-5) for pair in zip(content(memory.answers), link.answers_of(theirs), strict=True))
-    assert not torch.allclose(content(memory.rows)[0], link.rows_of(theirs)[0], atol=1e-3)
+    teacher, unit, runner, data = make_data(student, pipeline, samples, tmp_path, 5)
+    data.load_round(0)
+    ours, theirs = trace_unit(student, unit, samples), trace_unit(teacher, unit, samples)
+    assert all(torch.allclose(*pair, atol=1e-5) for pair in zip(content(data.inputs), runner.inputs_from(ours), strict=True))
+    assert all(torch.allclose(*pair, atol=1e-5) for pair in zip(content(data.targets), runner.outputs_from(theirs), strict=True))
+    assert not torch.allclose(content(data.inputs)[0], runner.inputs_from(theirs)[0], atol=1e-3)
 
 
-def test_samples_beyond_the_budget_come_in_rounds_and_each_comes_once(student, pipeline, samples, tmp_path):
-    _, _, _, memory = remember(student, pipeline, samples, tmp_path, 5, cache_bytes=0)
-    assert memory.num_rounds == 3
+def test_samples_beyond_the_size_limit_are_split_into_rounds_with_each_sample_once(student, pipeline, samples, tmp_path):
+    _, _, _, data = make_data(student, pipeline, samples, tmp_path, 5, max_bytes=0)
+    assert data.num_rounds == 3
     seen = []
     for number in range(3):
-        memory.enter(number)
-        assert len(memory.rows[0]) == len(memory.timestep) == 4
-        seen += memory.weight.tolist()
+        data.load_round(number)
+        assert len(data.inputs[0]) == len(data.timestep) == 4
+        seen += data.weight.tolist()
     assert sorted(seen) == list(range(12))
 
 
-def test_every_block_is_trained_and_follows_its_teacher_better(pipeline, samples, student):
+def test_every_unit_is_trained_and_the_distance_to_the_teacher_falls(pipeline, samples, student):
     trained = make_student(pipeline, DilateQuant(**{**QUICK, "max_steps": 32, "learning_rate": 1e-3}), samples=samples)
     before = dict(quantized_layers(student))
     for name, layer in quantized_layers(trained).items():
         assert not torch.equal(layer.weight, before[name].weight), name
-    assert torch.equal(trained.conv_norm_out.weight, student.conv_norm_out.weight), "no block has it"
+    assert torch.equal(trained.conv_norm_out.weight, student.conv_norm_out.weight), "it belongs to no unit"
     frozen = {name for name, parameter in trained.named_parameters() if not parameter.requires_grad}
     assert frozen == {"conv_norm_out.weight", "conv_norm_out.bias"}
     with torch.no_grad():
@@ -92,7 +92,7 @@ def test_an_interrupted_run_continues_bit_for_bit_in_the_middle_of_a_block_and_b
     assert [name for name, value in whole.items() if not torch.equal(value, resumed[name])] == []
 
 
-def test_finished_blocks_do_not_run_again_in_a_continued_run_and_nothing_stays_of_what_they_answered(
+def test_finished_blocks_do_not_run_again_in_a_resumed_run_and_their_cached_outputs_are_deleted_at_its_end(
     pipeline, samples, tmp_path, monkeypatch
 ):
     method, asked, ran = DilateQuant(**{**QUICK, "max_steps": 2}), iter(range(1 << 20)), []
@@ -100,17 +100,17 @@ def test_finished_blocks_do_not_run_again_in_a_continued_run_and_nothing_stays_o
         make_student(pipeline, method, samples=samples, run=SavedRun(tmp_path / "run", should_stop=lambda: next(asked) >= 9))
     kept = {file.stem for file in (tmp_path / "run" / "store" / "0").glob("*.json")}
     assert "down_blocks.0.resnets.0" in kept
-    monkeypatch.setattr(Memory, "put_away", lambda memory: ran.append(memory._block.name))
+    monkeypatch.setattr(UnitData, "cache_outputs", lambda data: ran.append(data._unit.name))
     make_student(pipeline, method, samples=samples, run=SavedRun(tmp_path / "run"))
     assert ran and not kept & set(ran)
     assert not (tmp_path / "run" / "store").exists()
 
 
-def test_a_student_is_the_same_whichever_samples_share_a_pass(pipeline, samples, student, tmp_path):
+def test_inputs_do_not_depend_on_which_samples_share_a_forward_pass(pipeline, samples, student, tmp_path):
     contents = []
-    for cache_bytes, number in ((1 << 30, 0), (0, 1)):
-        memory = remember(copy.deepcopy(student), pipeline, samples, tmp_path, 3, cache_bytes=cache_bytes)[3]
-        with memory:
-            memory.enter(number)
-            contents.append(content(memory.rows)[0])
+    for max_bytes, number in ((1 << 30, 0), (0, 1)):
+        data = make_data(copy.deepcopy(student), pipeline, samples, tmp_path, 3, max_bytes=max_bytes)[3]
+        with data:
+            data.load_round(number)
+            contents.append(content(data.inputs)[0])
     assert torch.allclose(contents[0][1::3], contents[1], atol=1e-5)

@@ -1,4 +1,4 @@
-"""Rows of a tensor in a file are the rows that were put in."""
+"""A tensor on disk returns the rows that were written."""
 
 import pytest
 import torch
@@ -6,43 +6,44 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmquant.errors import DamagedFile
-from dmquant.methods.dilatequant.disk_tensor import Stack, read_index, write_index
+from dmquant.methods.dilatequant.disk_tensor import DiskTensor, read_index, write_index
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
-@given(places=st.permutations(range(4)), asked=st.lists(st.integers(0, 7), max_size=9))
+@given(starts=st.permutations(range(4)), asked=st.lists(st.integers(0, 7), max_size=9))
 @settings(max_examples=20)
-def test_rows_come_back_in_the_order_asked_for_whatever_the_order_they_were_written_in(dtype, places, asked, tmp_path_factory):
+def test_rows_are_returned_in_the_order_of_the_index_whatever_the_order_of_writing(dtype, starts, asked, tmp_path_factory):
     torch.manual_seed(0)
     tensor = (10 * torch.randn(8, 3, 5)).to(dtype).transpose(1, 2)  # not contiguous
-    stack = Stack(tmp_path_factory.mktemp("stack") / "rows", tensor.shape, dtype)
-    for place in places:
-        stack.write(2 * place, tensor[2 * place : 2 * place + 2])
-    rows = stack[torch.tensor(asked, dtype=torch.long)]
+    stored = DiskTensor(tmp_path_factory.mktemp("stack") / "rows", tensor.shape, dtype)
+    for start in starts:
+        stored.write(2 * start, tensor[2 * start : 2 * start + 2])
+    rows = stored[torch.tensor(asked, dtype=torch.long)]
     assert rows.dtype == dtype and torch.equal(rows, tensor[asked])
-    assert len(stack) == 8 and stack.nbytes == tensor.numel() * tensor.element_size()
+    assert len(stored) == 8 and stored.nbytes == tensor.numel() * tensor.element_size()
 
 
-def test_what_an_index_names_is_found_again_in_another_process_and_can_be_removed(tmp_path):
+def test_an_index_opens_the_tensors_again_and_they_can_be_removed(tmp_path):
     tensors = {"ours": [torch.randn(4, 2), torch.randn(4, 1, 3)], "theirs": []}
-    stacks = {
-        name: [Stack(tmp_path / f"{name}-{number}", tensor.shape, tensor.dtype) for number, tensor in enumerate(group)]
+    on_disk = {
+        name: [DiskTensor(tmp_path / f"{name}-{number}", tensor.shape, tensor.dtype) for number, tensor in enumerate(group)]
         for name, group in tensors.items()
     }
     for name, group in tensors.items():
-        for stack, tensor in zip(stacks[name], group):
-            stack.write(0, tensor)
-    write_index(tmp_path / "block.json", stacks)
+        for stored, tensor in zip(on_disk[name], group):
+            stored.write(0, tensor)
+    write_index(tmp_path / "block.json", on_disk)
     found = read_index(tmp_path / "block.json")
     assert found.keys() == tensors.keys()
-    assert all(torch.equal(stack[torch.arange(4)], tensor) for stack, tensor in zip(found["ours"], tensors["ours"], strict=True))
-    for stack in found["ours"]:
-        stack.remove()
+    pairs = zip(found["ours"], tensors["ours"], strict=True)
+    assert all(torch.equal(stored[torch.arange(4)], tensor) for stored, tensor in pairs)
+    for stored in found["ours"]:
+        stored.remove()
     assert [file.name for file in tmp_path.iterdir()] == ["block.json"]
 
 
-def test_rows_that_a_file_has_lost_are_not_made_up(tmp_path):
-    stack = Stack(tmp_path / "rows", (4, 2), torch.float32)
-    stack.write(0, torch.randn(2, 2))
+def test_reading_rows_that_are_missing_in_the_file_fails(tmp_path):
+    stored = DiskTensor(tmp_path / "rows", (4, 2), torch.float32)
+    stored.write(0, torch.randn(2, 2))
     with pytest.raises(DamagedFile, match="has lost rows"):
-        stack[torch.tensor([0, 2])]
+        stored[torch.tensor([0, 2])]

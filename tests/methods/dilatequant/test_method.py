@@ -1,4 +1,4 @@
-"""DilateQuant whole: which inputs have which grids, through files, and what may be asked of it."""
+"""DilateQuant: the grid of each input, saving and loading, and settings."""
 
 import copy
 
@@ -13,7 +13,7 @@ from dmquant.diffusion.layer_roles import Role, find_roles
 from dmquant.diffusion.pipeline import find_target
 from dmquant.errors import DamagedFile, InputError
 from dmquant.methods.dilatequant.method import DilateQuant
-from dmquant.methods.dilatequant.weight_dilation import find_factors
+from dmquant.methods.dilatequant.weight_dilation import dilation_factors
 from dmquant.nn.attention import QuantInput
 from dmquant.nn.convert import packed_layers, read_scheme
 from dmquant.nn.fake_quant_layers import quantized_layers
@@ -44,7 +44,7 @@ def test_all_inputs_but_the_time_embeddings_have_a_grid_per_timestep_and_all_are
     assert all(quantizer.clock is student.clock for quantizer in factors)
 
 
-def test_each_part_can_be_left_out(pipeline):
+def test_dilation_and_temporal_grids_can_be_switched_off(pipeline):
     assert not any(isinstance(module, DilatedInput) for module in prepared(pipeline, dilation="none").modules())
     static = prepared(pipeline, temporal=False, attention_bits=8)
     temporal = [name for name, module in static.named_modules() if isinstance(module, TemporalStep)]
@@ -53,11 +53,11 @@ def test_each_part_can_be_left_out(pipeline):
 
 
 @pytest.mark.parametrize("dilation", ["weights", "smooth"])
-def test_factors_are_those_of_the_teachers_weights(pipeline, samples, dilation):
+def test_factors_follow_from_the_weights_of_the_teacher(pipeline, samples, dilation):
     student = make_student(pipeline, DilateQuant(**{**QUICK, "max_steps": 0}, dilation=dilation, fold=False), samples=samples)
     teacher, dilated = find_target(pipeline).denoiser, 0
     for name, layer in quantized_layers(student).items():
-        factor, limit = layer.weight_quantizer.factor, find_factors(teacher.get_submodule(name).weight)
+        factor, limit = layer.weight_quantizer.factor, dilation_factors(teacher.get_submodule(name).weight)
         assert (factor >= 1).all() and (factor <= limit).all()
         assert dilation == "smooth" or torch.equal(factor, limit)
         assert torch.equal(layer.input_quantizer.divide.reciprocal, factor.reciprocal())
@@ -78,7 +78,7 @@ def test_a_plan_says_how_many_channels_of_each_layer_are_dilated(pipeline, sampl
     assert folded.startswith("at most ") and folded.endswith("of 8 channels dilated, folded")
 
 
-def test_a_dry_run_shows_it(tiny_folder, capsys):
+def test_a_dry_run_shows_the_dilated_channels(tiny_folder, capsys):
     assert app.run(["quantize", str(tiny_folder), "--method", "dilatequant", "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert shown.count("channels dilated") > 20 and "channels dilated, folded" in shown and "first: kept at 8/8; 0 of 3" in shown
@@ -87,7 +87,7 @@ def test_a_dry_run_shows_it(tiny_folder, capsys):
 @pytest.mark.parametrize(
     "split, leaves", [("skip", {"conv_shortcut"}), ("all", {"conv1", "conv_shortcut"}), ("none", set())]
 )
-def test_inputs_of_two_parts_have_two_grids_where_they_are_asked_for(pipeline, split, leaves):
+def test_split_selects_the_layers_whose_concatenated_inputs_have_two_grids(pipeline, split, leaves):
     student = prepared(pipeline, split=split)
     found = [name for name, module in student.named_modules() if isinstance(module, Split)]
     assert {name.split(".")[4] for name in found} == leaves and len(found) == 2 * len(leaves)
@@ -95,7 +95,7 @@ def test_inputs_of_two_parts_have_two_grids_where_they_are_asked_for(pipeline, s
     assert all(part.clock is student.clock for name in found for part in student.get_submodule(name).parts)
 
 
-def test_a_second_part_that_begins_behind_the_input_is_refused(pipeline, samples, tmp_path):
+def test_a_split_offset_beyond_the_input_channels_is_refused(pipeline, samples, tmp_path):
     quantized = quantize(pipeline, "dilatequant", samples=samples, **{**QUICK, "max_steps": 0})
     dmquant.save(quantized, tmp_path / "out")
     path = tmp_path / "out/unet/config.json"
@@ -106,7 +106,7 @@ def test_a_second_part_that_begins_behind_the_input_is_refused(pipeline, samples
 
 
 @pytest.mark.parametrize("bits, split", [(4, "skip"), (6, "all"), (8, "none")])
-def test_what_a_file_gives_back_computes_what_was_trained(pipeline, samples, bits, split, tmp_path):
+def test_a_loaded_model_has_the_same_output_as_the_trained_student(pipeline, samples, bits, split, tmp_path):
     settings = dict(weight_bits=bits, act_bits=bits, attention_bits=8, split=split)
     student = make_student(pipeline, DilateQuant(**{**QUICK, **settings}), samples=samples)
     dmquant.save(find_target(pipeline).with_denoiser(student).pipeline, tmp_path / "out")
@@ -121,7 +121,7 @@ def test_what_a_file_gives_back_computes_what_was_trained(pipeline, samples, bit
     assert sum(isinstance(module, SplitGrid) for module in again.modules()) == {"skip": 2, "all": 4, "none": 0}[split]
 
 
-def test_attention_has_a_grid_per_head_where_it_is_asked_for(pipeline, samples, tmp_path):
+def test_head_grids_gives_attention_products_a_grid_per_head(pipeline, samples, tmp_path):
     method = DilateQuant(**QUICK, attention_bits=6, head_grids=True)
     student = make_student(pipeline, method, samples=samples)
     heads = [module for module in student.modules() if isinstance(module, Heads)]
@@ -135,7 +135,7 @@ def test_attention_has_a_grid_per_head_where_it_is_asked_for(pipeline, samples, 
         assert torch.equal(samples.call(again), samples.call(student))
 
 
-def test_kernels_multiply_what_was_divided_and_what_has_two_parts(pipeline, samples, monkeypatch):
+def test_kernels_support_divided_and_split_inputs(pipeline, samples, monkeypatch):
     denoiser = find_target(quantize(pipeline, "dilatequant", samples=samples, **QUICK, split="all")).denoiser
     with torch.no_grad():
         expected = samples.call(denoiser)
@@ -154,12 +154,12 @@ def test_a_factor_that_is_not_positive_is_refused(pipeline, samples, tmp_path):
 @pytest.mark.parametrize(
     "settings", [{"scope": "model"}, {"precision": "bf16"}, {"lookup": "linear"}, {"block_samples": 3}, {"temporal": False}]
 )
-def test_other_ways_to_train_run_too(pipeline, samples, settings):
+def test_other_training_settings_run(pipeline, samples, settings):
     student = make_student(pipeline, DilateQuant(**{**QUICK, **settings}), samples=samples)
     assert samples.call(student).isfinite().all()
 
 
-def test_training_on_images_is_for_the_whole_model(pipeline, samples, tmp_path):
+def test_training_on_images_needs_scope_model(pipeline, samples, tmp_path):
     for index in range(4):
         Image.new("RGB", (8, 8), (index * 40, 0, 0)).save(tmp_path / f"{index}.png")
     student = make_student(pipeline, DilateQuant(**QUICK, scope="model"), data=tmp_path, samples=samples)

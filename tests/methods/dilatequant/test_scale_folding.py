@@ -1,4 +1,4 @@
-"""Folded factors change no answer in float, and leave nothing to divide."""
+"""Folding factors leaves the output of the float network unchanged, and no division remains."""
 
 import torch
 from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, UNet2DConditionModel, UNet2DModel
@@ -6,8 +6,8 @@ from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, UNet2DCon
 from dmquant.diffusion.example_inputs import example_inputs
 from dmquant.diffusion.pipeline import find_target
 from dmquant.methods.dilatequant.method import DilateQuant
-from dmquant.methods.dilatequant.scale_folding import apply_fold, find_folds, share
-from dmquant.methods.dilatequant.weight_dilation import find_factors
+from dmquant.methods.dilatequant.scale_folding import apply_fold, find_folds, share_factors
+from dmquant.methods.dilatequant.weight_dilation import dilation_factors
 from dmquant.nn.convert import layer_scheme, pack_layer
 from dmquant.nn.fake_quant_layers import bypassed, find_layers, quantized_layers
 from dmquant.quantization import make_student
@@ -18,7 +18,7 @@ from tests.methods.dilatequant.test_weight_dilation import ranges
 
 QUICK = dict(trajectories=4, sampling_steps=3, calibration_samples=12, max_steps=0, batch=4)
 PROJECTIONS = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
-# a block, and those of its layers that read one foldable tensor
+# a block's prefix, and the groups of its layers whose input can be folded
 EXPECTED = {
     UNet2DModel: ("mid_block.attentions.0.", {("to_q", "to_k", "to_v"), ("to_out.0",)}),
     UNet2DConditionModel: ("mid_block.attentions.0.transformer_blocks.0.", {
@@ -30,7 +30,7 @@ EXPECTED = {
 
 
 def network_of(kind):
-    """A float64 network with parameters that stand out, and inputs."""
+    """Returns a float64 network with perturbed parameters, and inputs."""
     torch.manual_seed(0)
     network = kind(**TINY[kind]).eval().double()
     for parameter in network.parameters():
@@ -40,7 +40,7 @@ def network_of(kind):
 
 @every_denoiser
 @torch.no_grad()
-def test_a_network_answers_the_same_before_and_after_in_float64(kind):
+def test_folding_leaves_the_output_of_a_float64_network_unchanged(kind):
     network, inputs = network_of(kind)
     folds = find_folds(network, find_layers(network))
     prefix, expected = EXPECTED.get(kind, ("", set()))
@@ -55,39 +55,39 @@ def test_a_network_answers_the_same_before_and_after_in_float64(kind):
 
 @every_denoiser
 @torch.no_grad()
-def test_makers_are_divided_exactly_as_much_as_readers_grow(kind):
+def test_producers_have_one_row_per_input_channel_of_the_readers(kind):
     network, _ = network_of(kind)
     for fold in find_folds(network, find_layers(network)):
         channels = {network.get_submodule(reader).weight.shape[1] for reader in fold.readers}
-        assert channels == {rows.count for rows in fold.makers}, fold
+        assert channels == {rows.count for rows in fold.producers}, fold
 
 
 @torch.no_grad()
-def test_layers_that_read_one_tensor_share_a_factor_that_no_range_of_theirs_forbids():
+def test_layers_that_read_one_tensor_share_a_factor_that_keeps_all_their_ranges():
     network, _ = network_of(UNet2DConditionModel)
     folds = find_folds(network, find_layers(network))
     readers = {reader: network.get_submodule(reader).weight for fold in folds for reader in fold.readers}
-    shared = share({name: find_factors(weight) for name, weight in readers.items()}, folds)
+    shared = share_factors({name: dilation_factors(weight) for name, weight in readers.items()}, folds)
     for fold in folds:
-        together = find_factors(torch.cat([readers[reader] for reader in fold.readers]))
+        together = dilation_factors(torch.cat([readers[reader] for reader in fold.readers]))
         for reader in fold.readers:
             assert torch.equal(shared[reader], together) and (together >= 1).all()
     before = {name: ranges(weight.clone()) for name, weight in readers.items()}
     for fold in folds:
-        # rows of a maker shrink as a whole, with their own grids; readers are looked at before they become makers
+        # whole rows of a producer shrink, and their grids too: readers are checked before they become producers of later folds
         assert all(torch.equal(*pair) for name in fold.readers for pair in zip(before[name], ranges(readers[name])))
         apply_fold(network, fold, shared[fold.readers[0]])
         assert all(torch.equal(*pair) for name in fold.readers for pair in zip(before[name], ranges(readers[name])))
 
 
-def test_a_tensor_that_another_layer_reads_as_well_is_not_touched():
+def test_a_tensor_is_not_folded_if_a_layer_outside_the_selection_reads_it_too():
     network, _ = network_of(UNet2DModel)
     names = set(find_layers(network)) - {"mid_block.attentions.0.to_k"}
     readers = {reader for fold in find_folds(network, names) for reader in fold.readers}
     assert "mid_block.attentions.0.to_q" not in readers and "mid_block.attentions.0.to_out.0" in readers
 
 
-def test_a_folded_layer_stores_no_reciprocal_and_its_student_is_the_teacher_in_float(pipeline, samples):
+def test_a_folded_layer_stores_no_reciprocal_and_the_float_student_equals_the_teacher(pipeline, samples):
     teacher = find_target(pipeline).denoiser
     student = make_student(pipeline, DilateQuant(**QUICK, bias_correction=False), samples=samples)
     readers = {reader for fold in find_folds(teacher, find_layers(teacher)) for reader in fold.readers}

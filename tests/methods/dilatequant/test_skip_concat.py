@@ -1,11 +1,11 @@
-"""Where skips begin: as many channels as a network really concatenates in front of them."""
+"""The skip offset of a layer is the number of channels that the network concatenates before the skip connection."""
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 
 from dmquant.diffusion.example_inputs import example_inputs
-from dmquant.methods.dilatequant.skip_concat import find_places
+from dmquant.methods.dilatequant.skip_concat import find_skip_offsets
 from tests.diffusion.test_pipeline import TINY, every_denoiser, on_meta
 
 WIDER = dict(
@@ -14,8 +14,8 @@ WIDER = dict(
 )  # fmt: skip
 
 
-def joints(unet, monkeypatch):
-    """What a call concatenates along the channels, as (channels in front, channels of all)."""
+def concatenated_channels(unet, monkeypatch):
+    """Returns (channels of the first tensor, channels of all) of each concatenation along channels in a call."""
     seen, cat = [], torch.cat
 
     def note(tensors, dim=0):
@@ -31,17 +31,17 @@ def joints(unet, monkeypatch):
 @pytest.mark.parametrize(
     "kind, config", [(UNet2DModel, TINY[UNet2DModel]), (UNet2DModel, WIDER), (UNet2DConditionModel, TINY[UNet2DConditionModel])]
 )
-def test_places_are_those_of_the_concatenations_that_a_call_makes(kind, config, monkeypatch):
+def test_skip_offsets_equal_those_of_the_concatenations_in_a_call(kind, config, monkeypatch):
     unet = on_meta(kind, **config)
-    places = find_places(unet, which="all")
-    found = [(place, unet.get_submodule(name).in_channels) for name, place in places.items() if name.endswith("conv1")]
-    assert len(found) > 2 and found == joints(unet, monkeypatch)
-    shortcuts = find_places(unet, which="skip")
-    assert shortcuts == {name: place for name, place in places.items() if name.endswith("conv_shortcut")}
-    assert shortcuts and find_places(unet, which="none") == {}
+    offsets = find_skip_offsets(unet, which="all")
+    found = [(offset, unet.get_submodule(name).in_channels) for name, offset in offsets.items() if name.endswith("conv1")]
+    assert len(found) > 2 and found == concatenated_channels(unet, monkeypatch)
+    shortcuts = find_skip_offsets(unet, which="skip")
+    assert shortcuts == {name: offset for name, offset in offsets.items() if name.endswith("conv_shortcut")}
+    assert shortcuts and find_skip_offsets(unet, which="none") == {}
 
 
 @every_denoiser
-def test_only_unets_have_any(kind):
-    places = find_places(on_meta(kind, **TINY[kind]), which="all")
-    assert bool(places) == (kind in (UNet2DModel, UNet2DConditionModel))
+def test_only_unets_have_skip_offsets(kind):
+    offsets = find_skip_offsets(on_meta(kind, **TINY[kind]), which="all")
+    assert bool(offsets) == (kind in (UNet2DModel, UNet2DConditionModel))

@@ -1,16 +1,16 @@
-"""Many trainings as one run: numbered through, shown once, continued in the leg where it stopped."""
+"""A staged run numbers its steps consecutively, is displayed as one, and is resumed in the stage where it stopped."""
 
 import torch
 from torch import nn
 
-from dmquant.methods.dilatequant.staged_run import Leg, Relay
+from dmquant.methods.dilatequant.staged_run import Stage, StagedRun
 from dmquant.progress import plain
 from dmquant.training.resume import Run
 from dmquant.training.trainer import Step
 
 
-class Tape(Run):
-    """Continues at a step, and notes what would be saved."""
+class RecordedRun(Run):
+    """Resumes at a given step, and records the parts that would be saved."""
 
     def __init__(self, begin=0):
         self.begin, self.restored, self.numbers, self.parts = begin, [], [], []
@@ -26,35 +26,35 @@ class Tape(Run):
             yield step
 
 
-def run_legs(tape, track=plain, *, count=3, length=4):
-    """What a loop of each leg would be given: the numbers of its steps."""
+def run_stages(recorded, track=plain, *, count=3, length=4):
+    """Runs all stages, and returns the step numbers that the training loop of each one gets."""
     student = nn.Linear(2, 2)
-    relay, given = Relay(tape, student, count=count, length=length, track=track), {}
-    for index in range(relay.first, count):
-        leg, parts = Leg(relay, index), {"student": nn.Linear(1, 1), "optimizer": index}
+    staged_run, given = StagedRun(recorded, student, count=count, length=length, track=track), {}
+    for index in range(staged_run.first, count):
+        stage, parts = Stage(staged_run, index), {"student": nn.Linear(1, 1), "optimizer": index}
         given[index] = []
-        for step in leg.keep([Step(number) for number in range(leg.restore(parts, torch.device("cpu")), length)], parts):
+        for step in stage.keep([Step(number) for number in range(stage.restore(parts, torch.device("cpu")), length)], parts):
             step.loss = 10 * index + step.number
             given[index].append(step.number)
-    relay.finish()
-    assert all(parts["student"] is student for parts in tape.parts)
+    staged_run.finish()
+    assert all(parts["student"] is student for parts in recorded.parts)
     return given
 
 
-def test_legs_are_numbered_through_and_each_saves_its_own_parts_with_the_whole_student():
-    tape = Tape()
-    assert run_legs(tape) == {index: [0, 1, 2, 3] for index in range(3)}
-    assert tape.numbers == list(range(12)) and [parts["optimizer"] for parts in tape.parts] == [0] * 4 + [1] * 4 + [2] * 4
+def test_steps_are_numbered_consecutively_and_each_stage_saves_its_own_parts_with_the_whole_student():
+    recorded = RecordedRun()
+    assert run_stages(recorded) == {index: [0, 1, 2, 3] for index in range(3)}
+    assert recorded.numbers == list(range(12)) and [parts["optimizer"] for parts in recorded.parts] == [0] * 4 + [1] * 4 + [2] * 4
 
 
-def test_a_run_is_continued_in_the_leg_where_it_stopped():
+def test_a_run_is_resumed_in_the_stage_where_it_stopped():
     for begin, expected in ((6, {1: [2, 3], 2: [0, 1, 2, 3]}), (8, {2: [0, 1, 2, 3]}), (11, {2: [3]})):
-        tape = Tape(begin)
-        assert run_legs(tape) == expected and tape.numbers == list(range(begin, 12))
-        assert tape.restored == [["student"], ["optimizer", "student"]]
+        recorded = RecordedRun(begin)
+        assert run_stages(recorded) == expected and recorded.numbers == list(range(begin, 12))
+        assert recorded.restored == [["student"], ["optimizer", "student"]]
 
 
-def test_whoever_tracks_sees_one_row_of_steps_with_their_losses():
+def test_the_progress_display_sees_one_sequence_of_steps_with_their_losses():
     shown = []
 
     def track(steps, label):
@@ -63,5 +63,5 @@ def test_whoever_tracks_sees_one_row_of_steps_with_their_losses():
             yield step
             shown.append(step.loss)
 
-    run_legs(Tape(), track, count=2, length=2)
+    run_stages(RecordedRun(), track, count=2, length=2)
     assert shown == [0, 1, 10, 11]

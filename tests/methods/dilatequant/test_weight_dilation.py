@@ -1,4 +1,4 @@
-"""Dilation factors: the largest that leave every range as it is."""
+"""Dilation factors are the largest that leave the range of every output channel unchanged."""
 
 import pytest
 import torch
@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dmquant.methods.dilatequant.weight_dilation import (
-    LARGEST,
+    MAX_FACTOR,
     describe_dilation,
     dilated_layers,
-    find_factors,
-    find_smooth_factors,
+    dilation_factors,
     set_factors,
+    smoothing_factors,
     wrap_layers,
 )
 from dmquant.nn.fake_quant_layers import swap
@@ -30,7 +30,7 @@ INPUTS = {"linear": (3, 5), "conv1d": (3, 5, 7), "conv2d": (3, 5, 6, 6), "groupe
 
 @st.composite
 def layers(draw):
-    """A layer of any kind, with ranges of many sizes, one-sided rows, and channels of zeros."""
+    """Draws a layer with channels of different magnitudes, sometimes with one-sided rows or a channel of zeros."""
     kind, outputs, inputs = draw(st.sampled_from(list(MAKES))), draw(st.integers(1, 5)), draw(st.integers(1, 9))
     layer, generator = MAKES[kind](outputs, inputs), torch.Generator().manual_seed(draw(st.integers(0, 1 << 20)))
     weight = torch.randn(layer.weight.shape, generator=generator)
@@ -45,28 +45,28 @@ def layers(draw):
 
 
 def ranges(weight):
-    """Bottom and top of each output channel, zero included."""
+    """Returns minimum and maximum of each output channel, zero included."""
     rows = weight.flatten(1)
     return rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0)
 
 
 @settings(max_examples=300, deadline=None)
 @given(layers(), st.booleans())
-def test_no_range_of_an_output_channel_moves_by_a_bit_and_every_factor_is_one_or_more(layer, is_double):
+def test_dilation_keeps_every_range_bit_for_bit_and_every_factor_is_at_least_one(layer, is_double):
     weight, groups = layer.weight.double() if is_double else layer.weight, getattr(layer, "groups", 1)
-    factor = find_factors(weight, groups)
-    assert factor.isfinite().all() and (factor >= 1).all() and (factor <= LARGEST).all()
+    factor = dilation_factors(weight, groups)
+    assert factor.isfinite().all() and (factor >= 1).all() and (factor <= MAX_FACTOR).all()
     after = weight * spread(factor, weight, groups)
     assert all(torch.equal(one, other) for one, other in zip(ranges(weight), ranges(after)))
 
 
 @settings(max_examples=200, deadline=None)
 @given(layers())
-def test_a_factor_is_the_largest_that_no_range_forbids(layer):
+def test_a_larger_factor_would_change_a_range(layer):
     weight, groups = layer.weight, getattr(layer, "groups", 1)
-    factor = find_factors(weight, groups)
+    factor = dilation_factors(weight, groups)
     rows = weight.reshape(groups, -1, weight.shape[1], weight[0, 0].numel())
-    is_bounded = (factor < LARGEST) & (rows != 0).any(3).any(1).flatten()
+    is_bounded = (factor < MAX_FACTOR) & (rows != 0).any(3).any(1).flatten()
     for channel in is_bounded.nonzero().flatten():
         more = factor.clone()
         more[channel] *= 1 + 1e-5
@@ -76,36 +76,36 @@ def test_a_factor_is_the_largest_that_no_range_forbids(layer):
 
 @settings(max_examples=100, deadline=None)
 @given(layers(), st.integers(0, 1 << 20))
-def test_divided_inputs_and_dilated_weights_give_what_the_layer_gives(layer, seed):
+def test_dividing_inputs_and_dilating_weights_leaves_the_output_unchanged(layer, seed):
     groups = getattr(layer, "groups", 1)
     channels = layer.weight.shape[1] * groups
     shape = (3, channels, *(6,) * (layer.weight.ndim - 2))
-    x, factor = torch.randn(shape, generator=torch.Generator().manual_seed(seed)), find_factors(layer.weight, groups)
+    x, factor = torch.randn(shape, generator=torch.Generator().manual_seed(seed)), dilation_factors(layer.weight, groups)
     expected = layer(x)
     layer.weight = nn.Parameter(layer.weight * spread(factor, layer.weight, groups), requires_grad=False)
     quotient = x * factor.reciprocal().view(-1, *(1,) * (layer.weight.ndim - 2))
     assert torch.allclose(layer(quotient), expected, atol=1e-5 * max(1.0, expected.abs().max().item()))
 
 
-def test_channels_that_make_a_range_are_not_dilated_and_zeros_neither():
+def test_channels_with_an_extreme_weight_and_channels_of_zeros_are_not_dilated():
     weight = torch.tensor([[4.0, -1.0, 0.5, 0.0], [1.0, -2.0, -1.0, 0.0]])
-    factor = find_factors(weight)
+    factor = dilation_factors(weight)
     assert factor[[0, 1, 3]].tolist() == [1, 1, 1] and factor[2].item() == pytest.approx(2)
 
 
-def test_smooth_factors_follow_the_inputs_within_the_bound_of_dilation():
+def test_smoothing_factors_follow_the_input_magnitudes_up_to_the_dilation_factors():
     torch.manual_seed(0)
     weight, magnitude = torch.randn(4, 12) * torch.linspace(0.1, 1, 12), torch.rand(12) + 0.01
-    limit = find_factors(weight)
-    factor = find_smooth_factors(weight, magnitude)
+    limit = dilation_factors(weight)
+    factor = smoothing_factors(weight, magnitude)
     assert (factor >= 1).all() and (factor <= limit).all() and not torch.equal(factor, limit)
-    assert torch.allclose(find_smooth_factors(weight, magnitude * 100), factor)
+    assert torch.allclose(smoothing_factors(weight, magnitude * 100), factor)
     magnitude[5] = 1e6
-    assert find_smooth_factors(weight, magnitude)[5] == limit[5]
-    assert (find_smooth_factors(weight, torch.zeros(12)) == 1).all()
+    assert smoothing_factors(weight, magnitude)[5] == limit[5]
+    assert (smoothing_factors(weight, torch.zeros(12)) == 1).all()
 
 
-def test_layers_of_codes_by_codes_are_wrapped():
+def test_only_layers_with_quantized_weights_and_inputs_are_wrapped():
     model = nn.Sequential(nn.Linear(8, 2), nn.Conv2d(8, 2, 3), nn.Linear(2, 2))
     inputs = [LearnedStep(4, symmetric=False), LearnedStep(4, symmetric=False), nn.Identity()]
     swap(model, lambda name, layer: (LearnedStep(4, num_channels=2, ndim=layer.weight.ndim), inputs[int(name)]))
@@ -117,7 +117,7 @@ def test_layers_of_codes_by_codes_are_wrapped():
     assert torch.equal(model[0].input_quantizer.divide.reciprocal, 1 / factor)
 
 
-def test_dilated_channels_are_counted_in_a_float_model():
+def test_dilated_channels_of_a_float_model_are_counted():
     model = nn.ModuleDict({"first": nn.Linear(4, 2), "second": nn.Conv2d(4, 2, 1)})
     weight = torch.tensor([[4.0, -1.0, 0.5, 0.0], [1.0, -2.0, -1.0, 0.0]])
     model["first"].weight.data = weight

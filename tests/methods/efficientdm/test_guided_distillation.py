@@ -1,4 +1,4 @@
-"""What is learned from at which step, and what a guided error is."""
+"""Selection of the recorded calls per training step, and the error after guidance."""
 
 from dataclasses import replace
 
@@ -9,14 +9,14 @@ from torch import nn
 
 from dmquant.diffusion.conditioning import Conditioning
 from dmquant.diffusion.trajectories import Samples, record
-from dmquant.methods.efficientdm.guided_distillation import find_pairs, follow
+from dmquant.methods.efficientdm.guided_distillation import find_pairs, make_guided_distillation
 from dmquant.training.objectives import Distillation
 from dmquant.training.trainer import draw
 from tests.text import make_text_pipeline
 
 
-class Table(nn.Module):
-    """Answers with its input, moved by one number."""
+class Shift(nn.Module):
+    """Returns its input plus a trained number, scaled by the condition."""
 
     def __init__(self):
         super().__init__()
@@ -29,7 +29,7 @@ class Table(nn.Module):
 
 
 def recorded(trajectories=4, steps=3, chunk=2):
-    """Samples as a recording lays them out: per chunk of trajectories, one denoising step after the other. x names both."""
+    """Returns samples in the order of a recording: chunks of trajectories, by denoising step. x is (trajectory, step)."""
     calls = [(first, step) for first in range(0, trajectories, chunk) for step in range(steps)]
     rows = [(number, step) for first, step in calls for number in range(first, first + chunk)]
     x = torch.tensor([[float(number), float(step)] for number, step in rows])
@@ -38,7 +38,7 @@ def recorded(trajectories=4, steps=3, chunk=2):
 
 
 def paired(guidance=1.5, **conditioning):
-    """Each call once for each of two conditions, first half and second half as pipelines lay them out."""
+    """Returns samples with each call for two conditions, in two halves as pipelines batch them."""
     samples = recorded()
     index = torch.cat([torch.arange(start, start + 2).repeat(2) for start in range(0, len(samples), 2)])
     second = torch.tensor([0, 0, 1, 1]).repeat(len(samples) // 2)
@@ -51,20 +51,20 @@ def loss(objective, student, step=0, batch=4):
 
 
 def seen(objective, step, batch=2):
-    rows = objective.calls[objective.choose(batch, step, draw(0, step, 0))].flatten()
+    rows = objective.calls[objective.choose_calls(batch, step, draw(0, step, 0))].flatten()
     return [tuple(int(value) for value in objective.samples.x[row]) for row in rows]
 
 
 def test_in_sequence_each_optimiser_step_is_the_next_denoising_step_of_the_same_trajectories():
-    objective = follow(recorded(), torch.ones(12), in_sequence=True)
+    objective = make_guided_distillation(recorded(), torch.ones(12), in_sequence=True)
     assert [seen(objective, step) for step in range(6)] == [
         [(0, 0), (1, 0)], [(0, 1), (1, 1)], [(0, 2), (1, 2)], [(2, 0), (3, 0)], [(2, 1), (3, 1)], [(2, 2), (3, 2)]
     ]
     assert seen(objective, 6) == [(0, 0), (1, 0)] and seen(objective, 1, batch=3) == [(0, 1), (1, 1), (2, 1)]
 
 
-def test_in_sequence_every_process_takes_trajectories_of_its_own(monkeypatch):
-    objective = follow(recorded(8), torch.ones(24), in_sequence=True)
+def test_in_sequence_each_process_takes_different_trajectories(monkeypatch):
+    objective = make_guided_distillation(recorded(8), torch.ones(24), in_sequence=True)
     taken = []
     for rank in (0, 1):
         monkeypatch.setenv("RANK", str(rank))
@@ -74,21 +74,21 @@ def test_in_sequence_every_process_takes_trajectories_of_its_own(monkeypatch):
 
 
 def test_cached_trajectories_mix_timesteps_in_a_batch_and_depend_on_the_step_alone():
-    objective = follow(recorded(), torch.ones(12), in_sequence=False)
+    objective = make_guided_distillation(recorded(), torch.ones(12), in_sequence=False)
     assert len({step for _, step in seen(objective, 0, batch=12)}) == 3
     assert seen(objective, 3) == seen(objective, 3) and seen(objective, 3, 8) != seen(objective, 4, 8)
 
 
-def test_without_pairs_it_is_plain_distillation():
-    samples, weight, student = recorded(), torch.rand(12), Table()
+def test_without_pairs_the_loss_is_that_of_plain_distillation():
+    samples, weight, student = recorded(), torch.rand(12), Shift()
     student.shift.data.fill_(0.3)
     plain = Distillation(samples, weight)
-    objective = follow(samples, weight, in_sequence=False)
+    objective = make_guided_distillation(samples, weight, in_sequence=False)
     assert find_pairs(samples) is None
     assert torch.allclose(loss(objective, student), loss(plain, student))
 
 
-def test_pairs_are_found_by_their_input_and_odd_recordings_have_none():
+def test_pairs_are_found_by_their_input_unless_a_sample_is_left_over():
     pairs = find_pairs(paired())
     assert pairs.tolist()[:3] == [[0, 2], [1, 3], [4, 6]] and len(pairs) == 12
     assert find_pairs(paired()[:-1]) is None
@@ -96,12 +96,13 @@ def test_pairs_are_found_by_their_input_and_odd_recordings_have_none():
 
 @pytest.mark.parametrize(
     "name, conditional_shift, unconditional_shift",
-    [("class_labels", 1.0, 2.0), ("encoder_hidden_states", 2.0, 1.0)],  # labels first with condition, texts first without
+    # the conditional sample is first with labels, second with text
+    [("class_labels", 1.0, 2.0), ("encoder_hidden_states", 2.0, 1.0)],
 )
-def test_under_guidance_the_error_of_the_mix_counts(name, conditional_shift, unconditional_shift):
-    samples, student = paired(3.0, **{name: lambda second: second.view(-1, 1).float()}), Table()
-    student.shift.data.fill_(0.5)  # the row of each pair that is recorded first is off by 0.5, the second by 1.0
-    objective = follow(samples, torch.ones(24), in_sequence=False)
+def test_under_guidance_the_loss_is_the_error_of_the_combined_output(name, conditional_shift, unconditional_shift):
+    samples, student = paired(3.0, **{name: lambda second: second.view(-1, 1).float()}), Shift()
+    student.shift.data.fill_(0.5)  # the error of the first sample of each pair is 0.5, of the second 1.0
+    objective = make_guided_distillation(samples, torch.ones(24), in_sequence=False)
     mixed = 0.5 * unconditional_shift + 3.0 * 0.5 * (conditional_shift - unconditional_shift)
     assert loss(objective, student).item() == pytest.approx(mixed**2)
 
@@ -109,13 +110,13 @@ def test_under_guidance_the_error_of_the_mix_counts(name, conditional_shift, unc
 def test_a_batch_of_pairs_is_no_larger_than_one_of_single_calls():
     sizes = []
 
-    class Counting(Table):
+    class Counting(Shift):
         def forward(self, sample, timestep, **conditioning):
             sizes.append(len(sample))
             return super().forward(sample, timestep)
 
-    loss(follow(paired(), torch.ones(24), in_sequence=False), Counting(), batch=6)
-    loss(follow(recorded(), torch.ones(12), in_sequence=False), Counting(), batch=6)
+    loss(make_guided_distillation(paired(), torch.ones(24), in_sequence=False), Counting(), batch=6)
+    loss(make_guided_distillation(recorded(), torch.ones(12), in_sequence=False), Counting(), batch=6)
     assert sizes == [6, 6]
 
 
@@ -137,21 +138,21 @@ GUIDED = {
 
 
 @pytest.mark.parametrize("name", GUIDED)
-def test_the_answer_that_counts_is_the_one_that_the_sampler_goes_on_with(name):
+def test_the_combined_output_is_the_one_that_the_sampler_uses(name):
     make, wanted = GUIDED[name]
     pipeline = make()
     samples = record(pipeline, 2, steps=3, seed=0, conditioning=wanted)
-    objective = follow(samples, torch.ones(len(samples)), in_sequence=True)
-    assert samples.guidance == (wanted.guidance or 7.5) and objective.shares[0] != 1
+    objective = make_guided_distillation(samples, torch.ones(len(samples)), in_sequence=True)
+    assert samples.guidance == (wanted.guidance or 7.5) and objective.coefficients[0] != 1
     for now, then in zip(objective.sequence, objective.sequence[1:]):
         rows = objective.calls[now]
-        answer = sum(share * samples.target[rows[:, place], :4] for place, share in enumerate(objective.shares))
+        answer = sum(coefficient * samples.target[rows[:, place], :4] for place, coefficient in enumerate(objective.coefficients))
         stepped = pipeline.scheduler.step(answer, int(samples.timestep[rows[0, 0]]), samples.x[rows[:, 0]]).prev_sample
         assert torch.allclose(stepped, samples.x[objective.calls[then][:, 0]], atol=1e-5)
 
 
-def test_a_recording_of_unknown_guidance_is_followed_call_by_call():
-    assert follow(paired(None), torch.ones(24), in_sequence=False).shares == (1.0,)
+def test_a_recording_with_unknown_guidance_is_distilled_call_by_call():
+    assert make_guided_distillation(paired(None), torch.ones(24), in_sequence=False).coefficients == (1.0,)
 
 
 def test_the_recording_of_a_guided_pipeline_comes_in_pairs_with_the_condition_first():
@@ -160,4 +161,4 @@ def test_the_recording_of_a_guided_pipeline_comes_in_pairs_with_the_condition_fi
     pairs = find_pairs(samples)
     labels = samples.conditioning["class_labels"][pairs]
     assert len(pairs) == 6 and set(labels[:, 0].tolist()) == {7, 8} and set(labels[:, 1].tolist()) == {1000}
-    assert follow(samples, torch.ones(12), in_sequence=True).shares == (4.0, -3.0)
+    assert make_guided_distillation(samples, torch.ones(12), in_sequence=True).coefficients == (4.0, -3.0)

@@ -1,4 +1,4 @@
-"""EfficientDM whole: which layers, what is trained and at which rate, through files and other samplers."""
+"""EfficientDM: quantized layers, trained parameters and their rates, saving and loading, and other samplers."""
 
 import copy
 from dataclasses import replace
@@ -47,7 +47,7 @@ def prepared(pipeline, **settings):
 
 @pytest.fixture(scope="module")
 def calibrated(pipeline, samples, coarse_search):
-    """A function of settings that gives a copy of the calibrated student; each one is calibrated once."""
+    """Returns a function from settings to a copy of the calibrated student; calibration is cached."""
 
     @cache
     def calibrate(**settings):
@@ -72,14 +72,14 @@ def equal(one, other):
     [(UNet2DModel, LDM4_BEDS, 73), (UNet2DModel, LDM8_CHURCH, 109), (UNet2DConditionModel, LDM4_IMAGENET, 265)],
     ids=["LDM-4 beds", "LDM-8 church", "LDM-4 ImageNet"],
 )
-def test_under_policy_paper_as_many_layers_are_quantized_as_by_the_public_code(kind, config, count):
+def test_policy_paper_quantizes_as_many_layers_as_the_public_code(kind, config, count):
     denoiser = on_meta(kind, **config)
     bits = EfficientDM(policy="paper", act_bits=4).plan(denoiser).values()
     assert sum(pair != (FLOAT_BITS, FLOAT_BITS) for pair in bits) == count and list(bits).count((8, 8)) == 4
     assert (FLOAT_BITS, FLOAT_BITS) not in EfficientDM().plan(denoiser).values()
 
 
-def test_all_but_the_edges_have_adapters_and_all_but_the_time_embedding_grids_per_timestep(pipeline):
+def test_layers_below_8_bits_have_adapters_and_all_but_the_time_embedding_have_temporal_grids(pipeline):
     student = prepared(pipeline)
     roles = find_roles(student)
     for name, layer in quantized_layers(student).items():
@@ -88,7 +88,7 @@ def test_all_but_the_edges_have_adapters_and_all_but_the_time_embedding_grids_pe
     assert student.clock.timesteps.tolist() == TIMESTEPS.tolist()
 
 
-def test_under_policy_paper_layers_of_eight_bits_are_static(pipeline):
+def test_with_policy_paper_layers_of_eight_bits_have_static_grids(pipeline):
     student = prepared(pipeline, policy="paper")
     roles, layers = find_roles(student), quantized_layers(student)
     assert {roles[name] for name in roles if name not in layers} == {Role.SKIP, Role.RESAMPLE, Role.ATTENTION}
@@ -97,7 +97,7 @@ def test_under_policy_paper_layers_of_eight_bits_are_static(pipeline):
         assert isinstance(layer.input_quantizer, TemporalStep) == (roles[name] not in EfficientDM().eight_bit)
 
 
-def test_each_part_can_be_left_out(pipeline):
+def test_adapters_and_temporal_grids_can_be_switched_off(pipeline):
     static = prepared(pipeline, temporal=False)
     assert not any(isinstance(layer.input_quantizer, TemporalStep) for layer in quantized_layers(static).values())
     assert not hasattr(static, "clock")
@@ -108,10 +108,10 @@ def test_each_part_can_be_left_out(pipeline):
 @pytest.mark.parametrize("base", ["original", "rounded"])
 @pytest.mark.parametrize("half_base", [True, False])
 @torch.no_grad()
-def test_a_student_starts_as_the_calibrated_model_exactly(calibrated, samples, base, half_base):
+def test_adapters_leave_the_calibrated_student_unchanged_at_the_start(calibrated, samples, base, half_base):
     student = calibrated(base=base, half_base=half_base)
     for layer in adapted_layers(student):
-        layer.weight_quantizer.start(torch.Generator().manual_seed(0))
+        layer.weight_quantizer.initialize(torch.Generator().manual_seed(0))
     answer = samples.call(student)
     for layer in adapted_layers(student):
         layer.weight_quantizer = layer.weight_quantizer.inner
@@ -128,7 +128,7 @@ def test_a_rounded_base_has_the_codes_of_the_original_and_lies_on_their_grid(cal
 
 
 @torch.no_grad()
-def test_a_base_in_half_precision_is_one_that_half_precision_has(calibrated):
+def test_base_weights_are_representable_in_float16(calibrated):
     student = calibrated()
     assert all(torch.equal(layer.weight, layer.weight.half().float()) for layer in adapted_layers(student))
 
@@ -136,20 +136,20 @@ def test_a_base_in_half_precision_is_one_that_half_precision_has(calibrated):
 def test_only_adapters_and_grids_are_trained(calibrated, trained):
     start = calibrated().state_dict()
     changed = {name for name, value in trained.state_dict().items() if not torch.equal(value, start[name])}
-    changed.remove("conv_out.bias")  # corrected when training is over
+    changed.remove("conv_out.bias")  # corrected after training
     assert all("quantizer." in name for name in changed)
     assert {name.rpartition(".")[2] for name in changed} == {"down", "up", "scale", "offset", "log_scale", "zero"}
     assert all(value.dtype == torch.float32 for value in trained.state_dict().values())
 
 
-def test_rates_follow_steps_sizes_and_the_length_of_the_run(calibrated):
+def test_rates_follow_weight_steps_scale_sizes_and_the_run_length(calibrated):
     student = calibrated()
     layer = adapted_layers(student)[0]
     adapter, step = layer.weight_quantizer, layer.weight_quantizer.mean_step()
     assert step == pytest.approx(adapter.inner.scale.mean().item())
 
     def rates(**settings):
-        groups = EfficientDM(**{**QUICK, **settings}).groups(student)
+        groups = EfficientDM(**{**QUICK, **settings}).parameter_groups(student)
         return {parameter: group.rate for group in groups for parameter in group.parameters}
 
     for max_steps, factor in ((16000, 1), (32000, 1), (1600, 10), (100, 160), (6, 250)):
@@ -165,14 +165,14 @@ def test_rates_follow_steps_sizes_and_the_length_of_the_run(calibrated):
 def test_attention_products_are_trained_with_the_activations(calibrated):
     settings = {**QUICK, "attention_bits": 8}
     student = calibrated(attention_bits=8)
-    groups = EfficientDM(**settings).groups(student)
+    groups = EfficientDM(**settings).parameter_groups(student)
     trained = {parameter for group in groups for parameter in group.parameters}
     factors = [parameter for name, parameter in student.named_parameters() if ".processor." in name]
     assert len(factors) > 8 and trained.issuperset(factors)
 
 
 class TwoScales(nn.Module):
-    """Two layers whose weights are 100 times apart, read side by side at equal strength."""
+    """Two parallel layers whose weights differ by a factor of 100, with outputs of equal size."""
 
     def __init__(self):
         super().__init__()
@@ -187,16 +187,16 @@ class TwoScales(nn.Module):
 
 
 def train_two(**settings):
-    """By how many of its steps the weight of either layer moves on average, and the share of codes that change."""
+    """Returns, for each layer, the mean update of its weight in steps, and the fraction of codes that change."""
     torch.manual_seed(0)
     student, x = TwoScales(), torch.randn(256, 16)
-    wanted = (x @ torch.randn(16, 16) / 8).repeat(1, 2)  # equally far from both layers
+    wanted = (x @ torch.randn(16, 16) / 8).repeat(1, 2)  # the error of both layers is equal
     swap(student, lambda name, layer: (LearnedStep(4, num_channels=16, ndim=2), nn.Identity()))
     layers, before = quantized_layers(student), {}
     for name, layer in layers.items():
         layer.weight_quantizer.observe(layer.weight)
         layer.weight_quantizer = QALoRA(layer.weight_quantizer, layer.weight.shape, 8)
-        layer.weight_quantizer.start(torch.Generator().manual_seed(1))
+        layer.weight_quantizer.initialize(torch.Generator().manual_seed(1))
         before[name] = layer.weight_quantizer.encode(layer.weight).codes
     method = EfficientDM(act_bits=32, max_steps=20, batch=64, **settings)
     objective = Distillation(Samples(x, torch.zeros(256), wanted, {}, {}), torch.ones(256))
@@ -209,7 +209,7 @@ def train_two(**settings):
     return moved, crossed
 
 
-def test_with_scale_aware_rates_two_layers_100_times_apart_cross_steps_alike():
+def test_scale_aware_rates_change_equal_fractions_of_codes_in_layers_of_different_scale():
     moved, crossed = train_two()
     assert moved["small"] / moved["large"] == pytest.approx(1, abs=0.2)
     assert crossed["small"] / crossed["large"] == pytest.approx(1, abs=0.3) and min(crossed.values()) > 0.1
@@ -220,7 +220,7 @@ def test_with_scale_aware_rates_two_layers_100_times_apart_cross_steps_alike():
 @pytest.mark.parametrize(
     "weight_bits, act_bits, policy", [(2, 8, "strict"), (3, 4, "strict"), (4, 4, "paper"), (8, 8, "paper"), (1, 4, "strict")]
 )
-def test_a_pipeline_of_any_bits_saves_and_loads_what_it_computes(pipeline, samples, weight_bits, act_bits, policy, tmp_path):
+def test_a_loaded_pipeline_has_the_output_of_the_saved_one(pipeline, samples, weight_bits, act_bits, policy, tmp_path):
     settings = {**QUICK, "weight_bits": weight_bits, "act_bits": act_bits, "policy": policy, "max_steps": 2}
     quantized = quantize(pipeline, "efficientdm", samples=samples, **settings)
     dmquant.save(quantized, tmp_path / "out")
@@ -233,8 +233,8 @@ def test_a_pipeline_of_any_bits_saves_and_loads_what_it_computes(pipeline, sampl
 
 
 @pytest.mark.parametrize("lookup", ["nearest", "linear"])
-@pytest.mark.filterwarnings("ignore")  # of timesteps that were not calibrated, and from inside diffusers
-def test_any_sampler_and_step_count_runs_on_grids_of_three_steps(pipeline, samples, lookup, tmp_path):
+@pytest.mark.filterwarnings("ignore")  # about uncalibrated timesteps, and from inside diffusers
+def test_every_sampler_and_step_count_runs_with_grids_of_three_timesteps(pipeline, samples, lookup, tmp_path):
     dmquant.save(quantize(pipeline, "efficientdm", samples=samples, lookup=lookup, **{**QUICK, "max_steps": 0}), tmp_path / "out")
     loaded = dmquant.load(tmp_path / "out")
     assert find_target(loaded).denoiser.clock.lookup == lookup
@@ -244,8 +244,8 @@ def test_any_sampler_and_step_count_runs_on_grids_of_three_steps(pipeline, sampl
 
 
 @pytest.mark.parametrize("lookup", ["nearest", "linear"])
-@pytest.mark.filterwarnings("ignore")  # of timesteps that were not calibrated: that is the matter here
-def test_trained_with_many_steps_and_asked_at_the_timesteps_of_few_it_does_not_collapse(pipeline, samples, lookup):
+@pytest.mark.filterwarnings("ignore")  # about uncalibrated timesteps, which are tested here
+def test_a_student_trained_with_many_steps_works_at_uncalibrated_timesteps(pipeline, samples, lookup):
     many = record(pipeline, 4, steps=10, seed=0)
     method = EfficientDM(**{**QUICK, "sampling_steps": 10, "calibration_samples": 40, "max_steps": 2}, lookup=lookup)
     student = make_student(pipeline, method, samples=many)
@@ -256,7 +256,7 @@ def test_trained_with_many_steps_and_asked_at_the_timesteps_of_few_it_does_not_c
 
 
 @torch.no_grad()
-def test_a_batch_of_mixed_timesteps_gives_each_sample_what_it_gets_alone(calibrated, samples):
+def test_a_batch_of_mixed_timesteps_gives_the_same_output_as_single_samples(calibrated, samples):
     student = calibrated().double()
     mixed = samples[torch.tensor([0, 11, 5, 7])]
     mixed = replace(mixed, x=mixed.x.double())
@@ -264,7 +264,7 @@ def test_a_batch_of_mixed_timesteps_gives_each_sample_what_it_gets_alone(calibra
     assert torch.allclose(mixed.call(student), alone, rtol=0, atol=1e-12)
 
 
-def test_under_guidance_both_halves_of_a_doubled_batch_have_their_step(tmp_path):
+def test_under_guidance_both_halves_of_the_batch_use_the_grid_of_their_timestep(tmp_path):
     torch.manual_seed(0)
     network = DiTTransformer2DModel(
         num_layers=1, num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, sample_size=4, patch_size=2,
@@ -296,12 +296,12 @@ def test_a_text_pipeline_is_trained_at_the_guidance_scale_of_the_command_line(tm
 
 
 @pytest.mark.parametrize("settings", [{"trajectory": "sequential"}, {"precision": "bf16"}, {"ema_decay": 0.5}, {"rank": 1}])
-def test_other_ways_to_train_run_too(pipeline, samples, settings):
+def test_other_training_settings_run(pipeline, samples, settings):
     student = make_student(pipeline, EfficientDM(**{**QUICK, "max_steps": 2, **settings}), samples=samples)
     assert samples.call(student).isfinite().all()
 
 
-def test_training_on_images_runs_and_has_no_sequence(pipeline, samples, tmp_path):
+def test_training_on_images_runs_with_cached_trajectories_only(pipeline, samples, tmp_path):
     for index in range(4):
         Image.new("RGB", (8, 8), (index * 40, 0, 0)).save(tmp_path / f"{index}.png")
     student = make_student(pipeline, EfficientDM(**{**QUICK, "max_steps": 2}), data=tmp_path, samples=samples)
@@ -324,7 +324,7 @@ def test_an_interrupted_run_continues_bit_for_bit(trained, pipeline, samples, tm
     assert equal(trained.state_dict(), resumed.state_dict())
 
 
-def test_two_seeds_start_from_two_adapters(pipeline, samples):
+def test_different_seeds_draw_different_adapters(pipeline, samples):
     method = EfficientDM(**{**QUICK, "max_steps": 0})
     one, two = (make_student(pipeline, method, samples=samples, seed=seed) for seed in (0, 1))
     assert not torch.equal(adapted_layers(one)[0].weight_quantizer.down, adapted_layers(two)[0].weight_quantizer.down)

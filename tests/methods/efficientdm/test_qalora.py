@@ -1,4 +1,4 @@
-"""QALoRA: starts as calibrated, merges before rounding, trains nothing but itself."""
+"""QALoRA starts as calibrated, is merged before rounding, and leaves the base weight untrained."""
 
 import weakref
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dmquant.methods.efficientdm.qalora import QALoRA, adapted_layers, halved, light_layers
+from dmquant.methods.efficientdm.qalora import QALoRA, adapted_layers, half_precision_layers, stored_in_half
 from dmquant.nn.convert import pack_layer
 from dmquant.nn.fake_quant_layers import quantized, swap
 from dmquant.nn.packed_weight import Bases
@@ -29,7 +29,7 @@ def adapted(layer, bits=4, rank=3, moved=True):
     inner = Binary(**shape) if bits == 1 else LearnedStep(bits, **shape)
     adapter = QALoRA(inner, layer.weight.shape, rank)
     adapter.observe(layer.weight)
-    adapter.start(torch.Generator().manual_seed(0))
+    adapter.initialize(torch.Generator().manual_seed(0))
     if moved:
         nn.init.normal_(adapter.up, std=0.1)
     return adapter
@@ -37,7 +37,7 @@ def adapted(layer, bits=4, rank=3, moved=True):
 
 @every_layer
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
-def test_the_law_holds_and_the_adapter_starts_as_the_quantizer_inside(name, bits):
+def test_decoded_codes_equal_the_output_and_the_adapter_starts_as_its_inner_quantizer(name, bits):
     torch.manual_seed(0)
     weight = LAYERS[name][0]().weight
     start, later = adapted(LAYERS[name][0](), bits, moved=False), adapted(LAYERS[name][0](), bits)
@@ -47,7 +47,7 @@ def test_the_law_holds_and_the_adapter_starts_as_the_quantizer_inside(name, bits
 
 
 @every_layer
-def test_a_merged_update_is_what_two_layers_would_add(name):
+def test_a_merged_update_equals_the_sum_with_two_low_rank_layers(name):
     make, shape = LAYERS[name]
     torch.manual_seed(1)
     layer, x = make().double(), torch.randn(shape, dtype=torch.float64)
@@ -66,12 +66,12 @@ def test_a_merged_update_is_what_two_layers_would_add(name):
     assert torch.allclose(layer(x) - plain, expected, atol=1e-12)
 
 
-def test_the_rank_is_never_more_than_the_weight_has():
+def test_the_rank_is_limited_to_that_of_the_weight():
     assert QALoRA(LearnedStep(4, num_channels=6), torch.Size((6, 4, 3, 3)), 32).down.shape == (6, 4, 3, 3)
     assert QALoRA(LearnedStep(4, num_channels=6), torch.Size((64, 2, 1, 1)), 32).up.shape == (64, 2)
 
 
-def test_nothing_of_an_adapter_is_in_the_packed_layer():
+def test_a_packed_layer_contains_no_adapter():
     layer = nn.Conv2d(4, 6, 3)
     layer = quantized(layer, adapted(layer), nn.Identity())
     packed, x = pack_layer(layer), torch.randn(2, 4, 5, 5)
@@ -87,7 +87,7 @@ class BinaryBases(Binary):
         return BasisCodes(torch.zeros_like(x, dtype=torch.uint8), self.scale.unsqueeze(0))
 
 
-def test_what_the_inner_quantizer_is_stored_as_is_what_it_is_stored_as():
+def test_an_adapter_has_the_stored_format_of_its_inner_quantizer():
     layer = nn.Conv2d(4, 6, 3)
     adapter = QALoRA(BinaryBases(num_channels=6), layer.weight.shape, 2)
     assert adapter.traits == (Bases(),) and isinstance(adapter.encode(layer.weight), BasisCodes)
@@ -106,7 +106,7 @@ def test_gradients_reach_the_adapter_and_the_step_through_rounding():
 
 @every_layer
 @pytest.mark.parametrize("bits", [1, 4])
-def test_the_sum_is_not_kept_for_the_backward_pass_and_gradients_are_those_of_one_that_is(name, bits, monkeypatch):
+def test_the_merged_weight_is_not_stored_for_the_backward_pass_and_gradients_are_exact(name, bits, monkeypatch):
     torch.manual_seed(3)
     layer, sums = LAYERS[name][0]().requires_grad_(False), []
     one, other = adapted(layer, bits), adapted(layer, bits)
@@ -120,7 +120,7 @@ def test_the_sum_is_not_kept_for_the_backward_pass_and_gradients_are_those_of_on
 
     monkeypatch.setattr(QALoRA, "merge", noted)
     weight = one(layer.weight)
-    assert [found() for found in sums] == [None], "nobody holds the sum"
+    assert [found() for found in sums] == [None], "no reference to the merged weight is left"
     weight.mul(weight.detach()).sum().backward()
     assert len(sums) == 2
     kept = other.inner(merge(other, layer.weight))
@@ -129,7 +129,7 @@ def test_the_sum_is_not_kept_for_the_backward_pass_and_gradients_are_those_of_on
         assert torch.equal(ours.grad, theirs.grad)
 
 
-def test_a_start_depends_on_its_generator_alone_and_is_as_wide_as_a_layer_of_torch():
+def test_initialization_depends_on_its_generator_alone_and_has_the_bounds_of_a_torch_layer():
     torch.manual_seed(5)
     one = adapted(nn.Conv2d(40, 6, 3), rank=6, moved=False)
     torch.manual_seed(6)
@@ -139,21 +139,21 @@ def test_a_start_depends_on_its_generator_alone_and_is_as_wide_as_a_layer_of_tor
     assert 0.95 * bound < one.down.abs().max() <= bound and one.down.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
 
 
-def test_frozen_weights_wait_in_half_precision_and_come_back_as_they_were():
+def test_frozen_weights_are_stored_in_half_precision_and_restored_exactly():
     model = nn.Sequential(nn.Linear(10, 6), nn.Linear(6, 6))
     swap(model, lambda name, layer: (adapted(layer), nn.Identity()))
     model.requires_grad_(False)
-    for layer in light_layers(model):
+    for layer in half_precision_layers(model):
         layer.weight.copy_(layer.weight.half())
     before, x = model(torch.ones(1, 10)), torch.ones(1, 10)
-    assert light_layers(model) == adapted_layers(model)[1:], "diffusers reads a model's dtype off its first parameter"
-    with halved(light_layers(model)):
+    assert half_precision_layers(model) == adapted_layers(model)[1:], "diffusers reads a model's dtype from its first parameter"
+    with stored_in_half(half_precision_layers(model)):
         assert [layer.weight.dtype for layer in model] == [torch.float32, torch.float16]
         assert torch.equal(model(x), before)
     assert model[1].weight.dtype == torch.float32 and torch.equal(model(x), before)
 
 
-def test_mixed_precision_leaves_the_merge_alone():
+def test_the_merge_is_in_float32_under_mixed_precision():
     layer = nn.Linear(10, 6)
     adapter = adapted(layer)
     with torch.autocast("cpu", torch.bfloat16):

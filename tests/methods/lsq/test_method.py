@@ -29,7 +29,7 @@ def bits(layer):
     return tuple(getattr(q, "bits", 32) for q in (layer.weight_quantizer, layer.input_quantizer))
 
 
-def test_ends_and_time_embedding_have_eight_bits_and_everything_else_what_was_asked(denoiser):
+def test_first_last_and_time_embedding_layers_have_eight_bits_and_all_others_the_set_bits(denoiser):
     roles, layers = find_roles(denoiser), prepared(denoiser, weight_bits=3, act_bits=5)
     assert set(layers) == set(roles)
     for name, layer in layers.items():
@@ -42,7 +42,7 @@ def test_kept_roles_stay_float_layers(denoiser):
     assert all(bits(layer) == (4, 8) for layer in layers.values())
 
 
-def test_thirty_two_bits_are_float_for_weights_or_activations(denoiser):
+def test_thirty_two_bits_keep_weights_or_activations_in_float(denoiser):
     for layer in prepared(denoiser, act_bits=32).values():
         assert isinstance(layer.input_quantizer, nn.Identity) and isinstance(layer.weight_quantizer, LearnedStep)
     for layer in prepared(denoiser, weight_bits=32).values():
@@ -50,7 +50,7 @@ def test_thirty_two_bits_are_float_for_weights_or_activations(denoiser):
     assert not prepared(denoiser, weight_bits=32, act_bits=32)
 
 
-def test_one_bit_is_the_learnable_scale_sign(denoiser):
+def test_one_bit_weights_have_a_sign_and_a_trained_scale(denoiser):
     roles = find_roles(denoiser)
     for name, layer in prepared(denoiser, weight_bits=1).items():
         assert isinstance(layer.weight_quantizer, Binary) == (roles[name] not in LSQ().eight_bit)
