@@ -77,7 +77,7 @@ def read(file: Path) -> Measured:
 def write(file: Path, rows: Measured) -> None:
     conditions = {
         "device": torch.cuda.get_device_name(), "capability": torch.cuda.get_device_capability(), "torch": torch.__version__,
-        "cuda": torch.version.cuda, "triton": status.survey()["triton"] or "in use",
+        "cuda": torch.version.cuda, "triton": status.kernel_status()["triton"] or "in use",
     }  # fmt: skip
     file.parent.mkdir(parents=True, exist_ok=True)
     draft = file.with_suffix(".draft")

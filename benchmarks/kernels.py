@@ -76,7 +76,7 @@ def main() -> None:
         os.environ["ONEDNN_MAX_CPU_ISA"] = name  # read when oneDNN is first used
     rows = [measure(shape, args.seconds, without=without) for shape in SHAPES]
     conditions = {
-        "torch": torch.__version__, "threads": torch.get_num_threads(), "load": os.getloadavg(), "kernels": status.survey(),
+        "torch": torch.__version__, "threads": torch.get_num_threads(), "load": os.getloadavg(), "kernels": status.kernel_status(),
         "isa": args.isa,
     }  # fmt: skip
     print(table(rows))
@@ -115,7 +115,7 @@ def measure(shape: Shape, seconds: float, *, without: int = 0) -> dict[str, obje
 def fitting(weight_bits: int, act_bits: int, geometry: ConvGeometry, without: int) -> list[str]:
     fitting = [kernel for kernel in registry.KERNELS if kernel.fits(weight_bits, act_bits, geometry)]
     wanted = [kernel for kernel in fitting if not kernel.is_portable and not kernel.needs & without]
-    return [kernel.name for kernel in wanted if not registry.state(kernel)]
+    return [kernel.name for kernel in wanted if not registry.find_missing(kernel)]
 
 
 def make_packed(layer: nn.Conv2d, weight_bits: int, act_bits: int, kernel: str) -> PackedConv2d:

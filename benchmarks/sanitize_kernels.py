@@ -49,7 +49,7 @@ def check(cases: int, seed: int) -> None:
     build.OPTIONS = (*build.OPTIONS, *SANITIZERS)
     draw = random.Random(seed)
     torch.manual_seed(seed)
-    usable = [kernel for kernel in registry.KERNELS if not registry.state(kernel)]
+    usable = [kernel for kernel in registry.KERNELS if not registry.find_missing(kernel)]
     print("kernels:", ", ".join(kernel.name for kernel in usable))
     for case in range(cases):
         weight_bits, act_bits, bases = draw.randint(1, 8), draw.randint(1, 8), draw.choice([0, 0, 2])
@@ -120,7 +120,7 @@ def check_attention(draw: random.Random) -> None:
 
     bits, size = draw.randint(1, 8), [draw.randint(1, largest) for largest in (2, 3, 40, 150, 130)]
     arguments = (*factors(*size), *grids(*size[:2], bits), bits, draw.random())
-    usable = [number for number, kernel in enumerate(attention.VARIANTS) if not registry.state(kernel)]
+    usable = [number for number, kernel in enumerate(attention.VARIANTS) if not registry.find_missing(kernel)]
     found, wanted = [attention.attend(*arguments, number) for number in usable], attention.reference(*arguments)
     assert all(torch.equal(other, found[0]) for other in found), (size, bits)
     # a probability near the middle of two codes may be rounded to the other one

@@ -64,7 +64,7 @@ def _devices() -> Iterator[Finding]:
 
 
 def _kernels() -> Iterator[Finding]:
-    states = status.survey()
+    states = status.kernel_status()
     in_use = [name for name, reason in states.items() if not reason]
     yield Finding("kernels", ", ".join(in_use) or "torch: packed weights are unpacked to float before each product")
     yield from (Finding(f"kernel {name}", reason or "in use") for name, reason in states.items())

@@ -33,7 +33,7 @@ from dmquant.kernels.rounding import quantize
 
 NAME, SOURCE = "attention", "attention/attention"
 VARIANTS = (  # best first
-    Kernel(NAME, AVX512 | AMX, FLAGS_AMX, must_ask=True, source=SOURCE),
+    Kernel(NAME, AVX512 | AMX, FLAGS_AMX, needs_permission=True, source=SOURCE),
     Kernel(NAME, AVX512 | VNNI, FLAGS_VNNI, source=SOURCE),
     Kernel(NAME, AVX2 | AVX_VNNI, FLAGS_AVX_VNNI, source=SOURCE),
     Kernel(NAME, AVX2, FLAGS_256, source=SOURCE),
@@ -50,7 +50,7 @@ ATTENTION = struct.Struct(f"{len(POINTERS)}P{len(NUMBERS)}qd")  # as in csrc/att
 @torch.compiler.assume_constant_result
 def chosen(bits: int) -> int | None:
     """The number of the best variant that runs here and agrees with the reference."""
-    usable = (kernel for kernel in candidates() if not registry.state(kernel) and not check(kernel, bits))
+    usable = (kernel for kernel in candidates() if not registry.find_missing(kernel) and not check(kernel, bits))
     return next((VARIANTS.index(kernel) for kernel in usable), None)
 
 
@@ -60,12 +60,12 @@ def candidates() -> tuple[Kernel, ...]:
     return tuple(kernel for kernel in VARIANTS if wanted == "c" or (wanted in ("auto", EXACT.name) and not kernel.is_portable))
 
 
-def survey() -> str:
+def find_missing() -> str:
     """Empty if attention on codes is in use, or why it is not."""
     if not candidates():
         return f"DMQUANT_KERNELS={choice()}"
     last = candidates()[-1]
-    return "" if chosen(8) is not None else registry.state(last) or check(last, 8)
+    return "" if chosen(8) is not None else registry.find_missing(last) or check(last, 8)
 
 
 @cache

@@ -22,7 +22,7 @@ STEP = 1 << 21  # bytes of a huge page: sizes are rounded up to it
 SMALLEST = 1 << 20  # bytes: what is smaller comes from the allocator
 LIMIT = 256 << 20  # bytes kept for later at most
 LOCK = threading.RLock()  # a tensor may go, and give back its memory, in the middle of anything
-spare: list[mmap.mmap] = []  # the oldest first
+free: list[mmap.mmap] = []  # the oldest first
 
 
 def empty(shape: Sequence[int], order: torch.memory_format = torch.contiguous_format) -> Tensor:
@@ -31,9 +31,9 @@ def empty(shape: Sequence[int], order: torch.memory_format = torch.contiguous_fo
     count = math.prod(shape)
     if 4 * count < SMALLEST or not hasattr(mmap, "MAP_PRIVATE"):
         return torch.empty(shape, memory_format=order)
-    memory = take(-(-4 * count // STEP) * STEP)
+    memory = acquire(-(-4 * count // STEP) * STEP)
     view = (ctypes.c_char * len(memory)).from_buffer(memory)  # the tensor holds it
-    weakref.finalize(view, give_back, memory).atexit = False
+    weakref.finalize(view, release, memory).atexit = False
     flat = torch.frombuffer(view, dtype=torch.float32, count=count)
     if order is torch.contiguous_format:
         return flat.view(shape)
@@ -41,21 +41,21 @@ def empty(shape: Sequence[int], order: torch.memory_format = torch.contiguous_fo
     return flat.as_strided(shape, (channels * height * width, 1, channels * width, channels))
 
 
-def take(size: int) -> mmap.mmap:
+def acquire(size: int) -> mmap.mmap:
     """Memory of so many bytes: what was given back last, or new."""
     with LOCK:
-        for place in reversed(range(len(spare))):
-            if len(spare[place]) == size:
-                return spare.pop(place)
+        for index in reversed(range(len(free))):
+            if len(free[index]) == size:
+                return free.pop(index)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(AttributeError, OSError):  # a system without them
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
 
 
-def give_back(memory: mmap.mmap) -> None:
+def release(memory: mmap.mmap) -> None:
     """Keeps memory for the next tensor of its size. Where it is too much the oldest goes."""
     with LOCK:
-        spare.append(memory)
-        while sum(map(len, spare)) > LIMIT:
-            spare.pop(0)
+        free.append(memory)
+        while sum(map(len, free)) > LIMIT:
+            free.pop(0)

@@ -18,7 +18,7 @@ NAME = "onednn"
 PREPACKED = WeakTensorKeyDictionary()  # levels -> what oneDNN makes of them, by grid and window; gone with the levels
 
 
-def state() -> str:
+def find_missing() -> str:
     """Empty if this torch has the operators, otherwise what is missing."""
     for name in ("qconv_prepack", "qconv_pointwise"):
         if not hasattr(torch.ops.onednn, name):

@@ -16,7 +16,6 @@ from dmquant.errors import InputError
 from dmquant.kernels import build, layouts, triton_support
 from dmquant.kernels.build import CannotCompile
 from dmquant.kernels.conv_shape import ConvGeometry
-from dmquant.kernels.triton import layout
 
 AVX2, AVX512, VNNI, VBMI, AMX, AVX_VNNI = (1 << bit for bit in range(6))  # as in csrc/simd/isa.c
 NAMES = {AVX2: "AVX2", AVX512: "AVX-512", VNNI: "AVX-512 VNNI", VBMI: "AVX-512 VBMI", AMX: "AMX", AVX_VNNI: "AVX-VNNI"}
@@ -39,8 +38,8 @@ class Kernel:
     blocks: tuple[int, ...] = (64, 32)  # channels
     layout: str = "planes"
     geometries: tuple[ConvGeometry, ...] = ()  # kernel sizes and strides that it supports, with any padding; empty: all
-    outdoes: tuple[str, ...] = ()  # kernels that need not run where this one does
-    must_ask: bool = False  # the operating system for permission
+    supersedes: tuple[str, ...] = ()  # kernels that need not run where this one does
+    needs_permission: bool = False  # the operating system for permission
     is_portable: bool = False
     source: str = ""  # file in csrc/ without ".c"; empty: conv/ and the kernel's name
 
@@ -79,23 +78,23 @@ LAYOUTS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {  # c
     "planes": (layouts.to_planes, layouts.from_planes),
     "nibbles": (layouts.to_nibbles, layouts.from_nibbles),
     "nibbles by group": (partial(layouts.to_nibbles, by_group=True), partial(layouts.from_nibbles, by_group=True)),
-    "steps": (layout.to_steps, layout.from_steps),
+    "steps": (layouts.to_steps, layouts.from_steps),
 }
 LUT: dict[str, Any] = {"max_weight_bits": 2, "max_act_bits": 6}
 WINOGRAD: dict[str, Any] = {"max_weight_bits": 4, "max_act_bits": 5, "geometries": (ConvGeometry((3, 3)),), "blocks": (64,)}
 OF_256 = ("winograd2", "avxvnni", "avx2")
 KERNELS = (
-    Kernel("amx", AVX512 | AMX, FLAGS_AMX, blocks=(64,), outdoes=("winograd", "lut2", *OF_256, "scalar"), must_ask=True),
+    Kernel("amx", AVX512 | AMX, FLAGS_AMX, blocks=(64,), supersedes=("winograd", "lut2", *OF_256, "scalar"), needs_permission=True),
     Kernel(
-        "lut", AVX512 | VNNI | VBMI, (*FLAGS_VNNI, "-mavx512vbmi"), **LUT, layout="nibbles", outdoes=("lut2", *OF_256, "scalar"),
+        "lut", AVX512 | VNNI | VBMI, (*FLAGS_VNNI, "-mavx512vbmi"), **LUT, layout="nibbles", supersedes=("lut2", *OF_256, "scalar"),
         source="conv/lut_avx512",
     ),
-    Kernel("winograd", AVX512 | VNNI, FLAGS_VNNI, **WINOGRAD, outdoes=("winograd2",)),
-    Kernel("vnni", AVX512 | VNNI, FLAGS_VNNI, outdoes=(*OF_256, "scalar"), source="conv/avx512vnni"),
-    Kernel("lut2", AVX2, FLAGS_256, **LUT, layout="nibbles by group", outdoes=("scalar",), source="conv/lut_avx2"),
+    Kernel("winograd", AVX512 | VNNI, FLAGS_VNNI, **WINOGRAD, supersedes=("winograd2",)),
+    Kernel("vnni", AVX512 | VNNI, FLAGS_VNNI, supersedes=(*OF_256, "scalar"), source="conv/avx512vnni"),
+    Kernel("lut2", AVX2, FLAGS_256, **LUT, layout="nibbles by group", supersedes=("scalar",), source="conv/lut_avx2"),
     Kernel("winograd2", AVX2 | AVX_VNNI, FLAGS_AVX_VNNI, **WINOGRAD, source="conv/winograd"),
-    Kernel("avxvnni", AVX2 | AVX_VNNI, FLAGS_AVX_VNNI, outdoes=("avx2", "scalar"), source="conv/avx2"),
-    Kernel("avx2", AVX2, FLAGS_256, outdoes=("scalar",)),
+    Kernel("avxvnni", AVX2 | AVX_VNNI, FLAGS_AVX_VNNI, supersedes=("avx2", "scalar"), source="conv/avx2"),
+    Kernel("avx2", AVX2, FLAGS_256, supersedes=("scalar",)),
     Kernel("scalar", is_portable=True),
 )  # fmt: skip
 TRITON = Kernel(triton_support.NAME, blocks=(128, 64, 32), layout="steps")
@@ -115,7 +114,7 @@ def choice() -> str:
 
 
 @cache
-def state(kernel: Kernel) -> str:
+def find_missing(kernel: Kernel) -> str:
     """Empty if the kernel can be used here, otherwise why it cannot."""
     try:
         missing = kernel.needs & ~instruction_sets()
@@ -131,7 +130,7 @@ def state(kernel: Kernel) -> str:
 def library(kernel: Kernel) -> ctypes.CDLL:
     """Raises CannotCompile where there is none or it may not run."""
     loaded = build.load(kernel.source or f"conv/{kernel.name}", kernel.flags)
-    if kernel.must_ask and loaded.dmquant_request_amx() != 0:
+    if kernel.needs_permission and loaded.dmquant_request_amx() != 0:
         raise CannotCompile("the operating system does not allow it")
     loaded.dmquant_run.argtypes, loaded.dmquant_run.restype = [ctypes.c_void_p], ctypes.c_int
     return loaded

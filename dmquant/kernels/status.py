@@ -6,34 +6,34 @@ from dmquant.kernels import attention, onednn, registry, self_check, triton_supp
 from dmquant.kernels.registry import EXACT, KERNELS, choice
 
 
-def survey() -> dict[str, str]:
+def kernel_status() -> dict[str, str]:
     """Each kernel by name, with an empty text if it is in use or why it is not. Compiles what has not been compiled yet."""
     wanted = choice()
     found: dict[str, str] = {}
-    outdone: dict[str, str] = {}  # kernels by name, and by which one
+    superseded: dict[str, str] = {}  # kernels by name, and by which one
     for kernel in KERNELS:
         if wanted not in ("auto", "c"):
             found[kernel.name] = f"DMQUANT_KERNELS={wanted}"
-        elif kernel.name in outdone:
-            found[kernel.name] = f"not needed beside {outdone[kernel.name]}"
+        elif kernel.name in superseded:
+            found[kernel.name] = f"not needed beside {superseded[kernel.name]}"
         elif kernel.is_portable and wanted == "auto":
             found[kernel.name] = "plain C, only with DMQUANT_KERNELS=c"
         else:
-            found[kernel.name] = registry.state(kernel) or self_check.check(kernel.name, self_check.CodeFormat(1, 1, 4))
+            found[kernel.name] = registry.find_missing(kernel) or self_check.check(kernel.name, self_check.CodeFormat(1, 1, 4))
         if not found[kernel.name]:
-            outdone |= dict.fromkeys(set(kernel.outdoes) - set(outdone), kernel.name)
+            superseded |= dict.fromkeys(set(kernel.supersedes) - set(superseded), kernel.name)
     unwanted = f"DMQUANT_KERNELS={wanted}"
-    found[onednn.NAME] = onednn.state() if wanted in ("auto", "onednn") else unwanted
-    found[triton_support.NAME] = survey_gpu() if wanted in ("auto", triton_support.NAME) else unwanted
+    found[onednn.NAME] = onednn.find_missing() if wanted in ("auto", "onednn") else unwanted
+    found[triton_support.NAME] = triton_status() if wanted in ("auto", triton_support.NAME) else unwanted
     slow = f"torch in whole numbers, only with DMQUANT_KERNELS={EXACT.name}"
     found[EXACT.name] = {EXACT.name: "", "auto": slow}.get(wanted, unwanted)
-    found[attention.NAME] = attention.survey()
+    found[attention.NAME] = attention.find_missing()
     return found
 
 
-def survey_gpu() -> str:
+def triton_status() -> str:
     """Returns "" if Triton's kernels are in use on the current GPU, otherwise the reason why not."""
-    reason = triton_support.state()
+    reason = triton_support.find_missing()
     if reason:
         return reason
     device = torch.device("cuda", torch.cuda.current_device())

@@ -23,7 +23,7 @@ NEEDS = (8, 0)  # Turing (7.5) multiplies bytes too, but Triton compiles for Amp
 
 
 @cache
-def state(device: torch.device | None = None) -> str:
+def find_missing(device: torch.device | None = None) -> str:
     """Empty if the kernels can be tried on this CUDA device, or on the current one; otherwise why not."""
     if find_spec("triton") is None:
         return "triton is not installed: pip install 'dmquant[gpu]'"

@@ -1,165 +1,104 @@
-"""Which kernel multiplies a packed layer: by capability, a check against the reference and, on a CPU, a short race.
+"""Computes packed layers by kernels: which layers and inputs kernels support, and what a kernel is given of a layer.
 
-Those of C give the same bits, so that the fastest may win. oneDNN and the reference itself round otherwise, and images would
-depend on chance: they join the race only where C has no 512-bit registers, and win by a margin only. On a
-GPU there is one kernel, Triton's.
+The kernel of a layer is chosen at its first call (kernel_choice.py). Functions here read `_modules`, `_buffers` and `_parameters`
+of a layer: attribute access on a module costs about a microsecond, and a denoiser has hundreds of layers.
 """
 
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import reduce
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from dmquant.kernels import autotune, buffer_pool, onednn, ops, reference, registry, self_check, triton_support
-from dmquant.kernels.conv_shape import POINTWISE, ConvGeometry
+from dmquant.kernels import buffer_pool, onednn, ops, reference, self_check, triton_support
+from dmquant.kernels.conv_shape import ConvGeometry
 from dmquant.kernels.operands import NO_OPS, BlockedWeight, FusedOps, Operands
-from dmquant.kernels.registry import BY_NAME, KERNELS, choice
+from dmquant.nn.kernel_choice import prepare
+from dmquant.nn.layer_shape import as_images, geometry_of
 from dmquant.nn.packed_weight import BlockedCodes
 from dmquant.quantizers.base import FixedGrid
 from dmquant.quantizers.dilated import Divide
 from dmquant.quantizers.per_timestep import TemporalGrid
 
+if TYPE_CHECKING:
+    from dmquant.nn.packed_layers import PackedLayer
+
 DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16, torch.float16)}  # of inputs; no other devices
-LARGEST_SUM = 2**16  # products of an output: 2^16 * 255 * 128 fits 32 bits
-OTHERS = (onednn.NAME, triton_support.NAME, reference.NAME)  # kernels that are not of C
-LOCK = threading.Lock()  # two threads may call a layer for the first time at once
+NOT_C = (onednn.NAME, triton_support.NAME, reference.NAME)  # implementations that are not written in C
 
 
-def run(layer: nn.Module, x: Tensor) -> Tensor | None:
-    """The output of a packed layer, or None where the reference has to compute it."""
+def run_kernel(layer: nn.Module, x: Tensor) -> Tensor | None:
+    """Returns the output of a packed layer, or None where no kernel computes it and the caller has to dequantize the weight."""
     if not is_supported(layer, x):
         return None
-    weight = layer._modules["weight"]
+    weight: Any = layer._modules["weight"]
     if weight.blocked is None and not weight.is_left_alone and not torch.compiler.is_compiling():
         prepare(layer, x)
-    blocked = weight.blocked
+    blocked: BlockedWeight | None = weight.blocked
     if blocked is None or (blocked.kernel == onednn.NAME and torch.compiler.is_compiling()):
         return None
     return launch(layer, blocked, x)
 
 
-def run_sum(layers: Sequence[nn.Module], pieces: Sequence[Tensor]) -> Tensor | None:
-    """The sum of the outputs of packed layers, each for a piece that is not divided yet; None where the reference has to compute
-    all of them."""
-    pairs = list(zip(layers, pieces, strict=True))
-    if all(can_fuse(layer, piece) for layer, piece in pairs):
-        return reduce(lambda total, pair: run_fused(*pair, FusedOps(residual=total)), pairs, None)
-    outputs = [run(layer, layer.divide(piece)) for layer, piece in pairs]
+def run_kernel_on_parts(layers: "Sequence[PackedLayer]", parts: Sequence[Tensor]) -> Tensor | None:
+    """Returns the sum of the outputs of packed layers, each on its own part of an input before the division by channel.
+
+    Returns None where no kernel computes any of the layers.
+    """
+    pairs = list(zip(layers, parts, strict=True))
+    if all(can_fuse(layer, part) for layer, part in pairs):
+        total = None
+        for layer, part in pairs:
+            total = run_fused(layer, part, FusedOps(residual=total))
+        return total
+    outputs = [run_kernel(layer, layer.divide(part)) for layer, part in pairs]
     if all(output is None for output in outputs):
         return None
-    return reduce(torch.add, (layer(piece) if output is None else output for output, (layer, piece) in zip(outputs, pairs)))
+    return reduce(torch.add, (layer(part) if output is None else output for output, (layer, part) in zip(outputs, pairs)))
 
 
-def is_supported(layer: nn.Module, x: Tensor) -> bool:
-    """Whether this is a product of codes by codes, in a float that kernels take, without gradients, of a plain shape."""
+def is_supported(layer: nn.Module, x: Tensor) -> "TypeGuard[PackedLayer]":
+    """Returns whether a kernel can compute this layer on x."""
     return is_readable(x) and has_codes(layer, x)
 
 
 def is_readable(x: Tensor) -> bool:
-    """Whether kernels take an input of this kind."""
-    kind = x.device.type
-    if x.dtype not in DTYPES.get(kind, ()) or torch.is_autocast_enabled(kind):
+    """Returns whether kernels read x: a supported device and dtype, not empty, without gradients and autocast."""
+    device_type = x.device.type
+    if x.dtype not in DTYPES.get(device_type, ()) or torch.is_autocast_enabled(device_type):
         return False
     return x.numel() > 0 and not (torch.is_grad_enabled() and x.requires_grad)
 
 
-def has_codes(layer: nn.Module, x: Tensor) -> bool:
-    """Whether a layer multiplies codes by codes, where x lies, and is of a plain shape."""
-    parts = layer._modules  # to ask a module for its parts by name takes its time
+def has_codes(layer: nn.Module, x: Tensor) -> "TypeGuard[PackedLayer]":
+    """Returns whether a layer has packed weights and a quantized input on the device of x, no groups, dilation or odd padding."""
+    parts: dict[str, Any] = layer._modules
     weight = parts.get("weight")
     if not isinstance(weight, BlockedCodes) or type(parts["input"]) not in (FixedGrid, TemporalGrid):
         return False
-    if weight._buffers["scale"].device != x.device:
+    scale: Any = weight._buffers["scale"]
+    if scale.device != x.device:
         return False
     if isinstance(layer, nn.Linear):
         return True
-    is_plain = layer.groups == 1 and layer.padding_mode == "zeros" and set(layer.dilation) == {1}
+    conv: Any = layer
+    is_plain = conv.groups == 1 and conv.padding_mode == "zeros" and set(conv.dilation) == {1}
     return is_plain and x.dim() == len(weight.shape)
 
 
-def prepare(layer: nn.Module, x: Tensor) -> None:
-    """Puts the weight of a layer in the order of the kernel that is fastest on inputs of this shape, or leaves it alone."""
-    if choice() == "torch":
-        return
-    with LOCK:
-        weight, geometry = layer.weight, geometry_of(layer)
-        is_settled = weight.blocked is not None or weight.is_left_alone
-        if is_settled or weight.shape[1:].numel() >= LARGEST_SUM or not has_whole_zeros(layer):
-            return
-        is_uniform = "zero" in weight._buffers
-        format = self_check.CodeFormat(weight.bits if is_uniform else 1, 1 if is_uniform else weight.bits, layer.input.bits)
-        winner = choose(layer, x, format, geometry) if x.device.type == "cpu" else choose_on_gpu(format, x.device)
-        if winner == self_check.REFERENCE:
-            weight.is_left_alone = True
-        else:
-            weight.block(winner)
-
-
-def choose(layer: nn.Module, x: Tensor, format: self_check.CodeFormat, geometry: ConvGeometry) -> str:
-    """Who is fastest on the CPU, if nobody else was asked for."""
-    if choice() == reference.NAME:
-        return reference.NAME
-    ours, shape = tuple(candidates(format, geometry)), (*as_images(layer, x).shape, layer.weight.shape[0])
-    others = () if any(BY_NAME[name].is_wide for name in ours) else tuple(rivals(layer, format, is_alone=not ours))
-    return autotune.fastest(ours, others, format, shape, geometry, torch.get_num_threads())
-
-
-def choose_on_gpu(format: self_check.CodeFormat, device: torch.device) -> str:
-    """Triton where it can be used and agrees with the reference; no race, for it has no rival that keeps weights packed."""
-    is_wanted = choice() in ("auto", triton_support.NAME)
-    is_usable = is_wanted and not triton_support.state(device) and not self_check.check(triton_support.NAME, format, device)
-    return triton_support.NAME if is_usable else self_check.REFERENCE
-
-
-def candidates(format: self_check.CodeFormat, geometry: ConvGeometry) -> Iterator[str]:
-    """Names of the C kernels that support this format and geometry here and agree with the reference."""
-    wanted, outdone = choice(), set()
-    for kernel in KERNELS if wanted in ("auto", "c") else ():
-        is_wanted = kernel.name not in outdone and kernel.fits(format.bits, format.act_bits, geometry)
-        # plain C saves memory, not time: not unless it is asked for
-        is_wanted &= wanted == "c" or not kernel.is_portable
-        if is_wanted and not registry.state(kernel) and not self_check.check(kernel.name, format):
-            outdone.update(kernel.outdoes)
-            yield kernel.name
-
-
-def rivals(layer: nn.Module, format: self_check.CodeFormat, *, is_alone: bool) -> Iterator[str]:
-    """What else may multiply a layer: oneDNN by bytes, unless fewer are stored and somebody reads those; the reference."""
-    wanted = choice()
-    is_wanted = wanted == "onednn" or (wanted == "auto" and (is_alone or format.bits == 8))
-    is_known = format.planes == 1 and type(layer.input) is FixedGrid and onednn.is_centered(layer.weight)
-    if is_wanted and is_known and not onednn.state() and not self_check.check(onednn.NAME, format):
-        yield onednn.NAME
-        if wanted == "onednn":
-            return
-    if wanted != "c" or is_alone:
-        yield self_check.REFERENCE
-
-
-def has_whole_zeros(layer: nn.Module) -> bool:
-    """Whether every zero is a code: sums of levels are whole then. One half is whole where levels are odd."""
-    act_zero, zero = layer.input.zero, layer.weight._buffers.get("zero")
-    step = 2 if layer.weight.bits <= 2 else 1
-    if isinstance(layer.input, TemporalGrid):
-        act_zero = act_zero.round()  # as its rows are
-    is_code = (act_zero == act_zero.round()) & (act_zero >= 0) & (act_zero < 1 << layer.input.bits)
-    return bool(is_code.all()) and (zero is None or bool((zero * step == (zero * step).round()).all()))
-
-
-def can_fuse(layer: nn.Module, x: Tensor) -> bool:
-    """Returns whether a kernel computes this layer on x with fused operations, and no hook watches the layer."""
+def can_fuse(layer: nn.Module, x: Tensor) -> "TypeGuard[PackedLayer]":
+    """Returns whether a kernel computes this layer on x with fused operations, and the layer has no hooks."""
     return is_readable(x) and is_fusible(layer, x)
 
 
-def is_fusible(layer: nn.Module, x: Tensor) -> bool:
+def is_fusible(layer: nn.Module, x: Tensor) -> "TypeGuard[PackedLayer]":
     """Returns the same for an x that `is_readable`."""
     if layer._forward_hooks or layer._forward_pre_hooks or not has_codes(layer, x):
         return False
-    parts = layer._modules
-    blocked = parts["weight"].blocked
+    parts: dict[str, Any] = layer._modules
+    blocked: BlockedWeight | None = parts["weight"].blocked
     if blocked is None or blocked.kernel == onednn.NAME or type(parts["divide"]) not in (nn.Identity, Divide):
         return False
     return torch.compiler.is_compiling() or not self_check.check_fusion(blocked.kernel, parts["input"].bits, x.device)
@@ -169,17 +108,18 @@ def run_fused(
     layer: nn.Module, x: Tensor, fused: FusedOps = NO_OPS, *, bias: Tensor | None = None, geometry: ConvGeometry | None = None,
     out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Computes a layer that `can_fuse`, with its division by channel and these operations around it.
+    """Computes a layer for which `can_fuse` is true, with its division by channel and the fused operations.
 
     Args:
-        bias: (B, O), instead of the layer's.
-        geometry: instead of the layer's.
-        out: of a linear layer, the tensor that takes the output.
+        bias: (B, O), used instead of the layer's bias.
+        geometry: used instead of the layer's geometry.
+        out: tensor into which the output of a linear layer is written.
     """
-    divide = layer._modules["divide"]
+    parts: dict[str, Any] = layer._modules
+    divide = parts["divide"]
     if isinstance(divide, Divide):
         fused = replace(fused, factor=divide.reciprocal)
-    return launch(layer, layer._modules["weight"].blocked, x, fused, bias=bias, geometry=geometry, out=out)
+    return launch(layer, parts["weight"].blocked, x, fused, bias=bias, geometry=geometry, out=out)
 
 
 def launch(
@@ -190,8 +130,8 @@ def launch(
     operands, geometry = operands_of(layer, blocked, x, bias), geometry or geometry_of(layer)
     if isinstance(layer, nn.Linear):
         images, fused = share_images(operands, fused)
-    if blocked.kernel in OTHERS or isinstance(layer, nn.Conv1d) or torch.compiler.is_compiling():
-        made = _by_shape(layer, x, images if isinstance(layer, nn.Linear) else 1, operands, geometry, fused)
+    if blocked.kernel in NOT_C or isinstance(layer, nn.Conv1d) or torch.compiler.is_compiling():
+        made = _compute_on_images(layer, x, images if isinstance(layer, nn.Linear) else 1, operands, geometry, fused)
         return made if out is None else out.copy_(made)
     residual, outputs, pixel_stride = fused.residual, blocked.weight_sums.shape[1], None
     if isinstance(layer, nn.Linear):
@@ -222,10 +162,10 @@ def as_channels_last(x: Tensor) -> tuple[Tensor, int]:
     return x.contiguous(memory_format=torch.channels_last), channels
 
 
-def _by_shape(
+def _compute_on_images(
     layer: nn.Module, x: Tensor, images: int, operands: Operands, geometry: ConvGeometry, fused: FusedOps
 ) -> Tensor:  # fmt: skip
-    """Computes the same on views (B, H, W, C) of the tensors, as graphs and all kernels take them."""
+    """Computes a layer on views (B, H, W, C) of the tensors, which graphs and all kernels support."""
     if fused.residual is not None:
         fused = replace(fused, residual=as_images(layer, fused.residual))
     conv = ops.graph_conv if torch.compiler.is_compiling() else ops.quantized_conv
@@ -237,48 +177,33 @@ def _by_shape(
 
 
 def operands_of(layer: nn.Module, blocked: BlockedWeight, x: Tensor, bias: Tensor | None = None) -> Operands:
-    """Returns what a kernel reads of a layer; the bias given instead of the layer's."""
-    weight, grid = layer._modules["weight"], layer._modules["input"]  # attribute access on a module is slow
+    """Returns the operands of a layer, with `bias` instead of the layer's if it is given."""
+    parts: dict[str, Any] = layer._modules
+    weight, grid = parts["weight"], parts["input"]
     zero = weight._buffers["zero"] if blocked.is_shifted else None
     bias = layer._parameters["bias"] if bias is None else bias
     return Operands(blocked, weight._buffers["scale"], zero, *grid_of(grid, x), grid.bits, bias)
 
 
 def share_images(operands: Operands, fused: FusedOps) -> tuple[int, FusedOps]:
-    """Returns as how many images the tokens of a linear layer are computed, and the operations with a gain for each.
+    """Returns the number of images into which the tokens of a linear layer are divided, and `fused` with a gain for each image.
 
-    It is one image, unless there are more grids, biases or gains: few images of many pixels take less time.
+    All tokens form one image unless there are several grids, biases or gains: few images of many pixels take less time.
     """
-    grids = operands.act_scale.numel()
-    if fused.gain is None or fused.offset is None:
+    grids, gain, offset = operands.act_scale.numel(), fused.gain, fused.offset
+    if gain is None or offset is None:
         bias = operands.bias
         return grids if bias is None or bias.dim() == 1 else bias.shape[0], fused
-    images = max(grids, fused.gain.shape[0])
-    if fused.gain.shape[0] < images:
-        gain, offset = (x.expand(images, -1).contiguous() for x in (fused.gain, fused.offset))
+    images = max(grids, gain.shape[0])
+    if gain.shape[0] < images:
+        gain, offset = gain.expand(images, -1).contiguous(), offset.expand(images, -1).contiguous()
         fused = replace(fused, gain=gain, offset=offset)
     return images, fused
 
 
 def grid_of(grid: FixedGrid | TemporalGrid, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns scale and zero point of an input: one value, or one per sample (B,) where samples differ in their step."""
+    """Returns scale and zero point of an input: one value, or one per sample (B,) where samples are at different timesteps."""
     if not isinstance(grid, TemporalGrid):
-        return grid._buffers["scale"], grid._buffers["zero"]
+        buffers: dict[str, Any] = grid._buffers
+        return buffers["scale"], buffers["zero"]
     return grid.row() or grid.rows(len(x))
-
-
-def as_images(layer: nn.Module, x: Tensor, images: int = 1) -> Tensor:
-    """Returns the input or output of a layer as (B, H, W, C); the tokens of a linear layer as this many images of one row."""
-    if isinstance(layer, nn.Linear):
-        return x.reshape(images, 1, -1, x.shape[-1])
-    return (x.unsqueeze(2) if isinstance(layer, nn.Conv1d) else x).permute(0, 2, 3, 1)
-
-
-def geometry_of(layer: nn.Module) -> ConvGeometry:
-    """Returns the geometry of a layer; a Conv1d is a convolution over images of one row."""
-    if isinstance(layer, nn.Linear):
-        return POINTWISE
-    kernel, stride, padding = layer.kernel_size, layer.stride, layer._reversed_padding_repeated_twice
-    if isinstance(layer, nn.Conv1d):
-        return ConvGeometry((1, *kernel), (1, *stride), (0, 0, *padding))
-    return ConvGeometry(kernel, stride, (*padding[2:], *padding[:2]))

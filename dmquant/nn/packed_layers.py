@@ -56,7 +56,7 @@ class PackedConv2d(nn.Conv2d):
 def linear(layer: PackedLinear, x: Tensor) -> Tensor:
     """Returns the output of a packed linear layer."""
     x = layer.divide(x)
-    y = dispatch.run(layer, x)
+    y = dispatch.run_kernel(layer, x)
     return nn.functional.linear(layer.input(x), dense(layer.weight, x.dtype), layer.bias) if y is None else y
 
 
@@ -67,7 +67,7 @@ def convolve(layer: PackedConv1d | PackedConv2d, x: Tensor) -> Tensor:
         if y is not None:
             return y
     x = layer.divide(x)
-    y = dispatch.run(layer, x)
+    y = dispatch.run_kernel(layer, x)
     return layer._conv_forward(layer.input(x), dense(layer.weight, x.dtype), layer.bias) if y is None else y
 
 
@@ -75,7 +75,7 @@ def run_parts(layer: PackedConv1d | PackedConv2d, pieces: Sequence[Tensor]) -> T
     """Returns conv(cat(a, b)) as conv_a(a) + conv_b(b), each part multiplied by its own codes; None without a kernel for it."""
     if not isinstance(layer.weight, PackedWeight) or layer.groups > 1 or torch.compiler.is_compiling():
         return None
-    return dispatch.run_sum(slices_of(layer), pieces)
+    return dispatch.run_kernel_on_parts(slices_of(layer), pieces)
 
 
 def slices_of(layer: PackedConv1d | PackedConv2d) -> list[nn.Module]:

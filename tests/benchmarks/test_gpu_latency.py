@@ -22,7 +22,7 @@ def run(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "made up")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(gpu_latency.status, "survey", lambda: {"triton": ""})
+    monkeypatch.setattr(gpu_latency.status, "kernel_status", lambda: {"triton": ""})
     monkeypatch.setattr(gpu_latency, "measure", measure)
 
     def call(*arguments):

@@ -28,7 +28,7 @@ def test_the_kernels_are_named_with_the_reason_of_each_that_is_not_in_use(monkey
     monkeypatch.setenv("DMQUANT_KERNELS", "torch")
     assert found()["kernels"].startswith("torch") and found()["kernel vnni"] == "DMQUANT_KERNELS=torch"
     states = {"fast": "", "other": "this processor has no X", "third": ""}
-    monkeypatch.setattr(doctor.status, "survey", lambda: states)
+    monkeypatch.setattr(doctor.status, "kernel_status", lambda: states)
     assert found()["kernels"] == "fast, third" and found()["kernel other"] == "this processor has no X"
 
 

@@ -12,7 +12,7 @@ from dmquant.quantizers.per_timestep import TemporalGrid
 from dmquant.quantizers.timestep_clock import Clock
 from tests.kernels.test_ops import error
 
-USABLE = [number for number, kernel in enumerate(attention.VARIANTS) if kernel.is_portable or not registry.state(kernel)]
+USABLE = [number for number, kernel in enumerate(attention.VARIANTS) if kernel.is_portable or not registry.find_missing(kernel)]
 SIZES = [  # images, heads, queries, keys, channels
     (1, 2, 5, 3, 7), (2, 1, 33, 330, 40), (1, 3, 16, 64, 64), (2, 2, 17, 97, 100), (1, 1, 1, 1, 1), (1, 1, 40, 1, 16),
 ]  # fmt: skip
@@ -147,15 +147,15 @@ def test_a_variant_that_is_wrong_is_disabled_with_a_warning(monkeypatch):
     try:
         with pytest.warns(RuntimeWarning, match="attention is not used: it is wrong by"):
             assert quantized_attention(*factors(1, 2, 5, 6, 8), four(), 0.3) is None
-        assert attention.survey().startswith("wrong by")
+        assert attention.find_missing().startswith("wrong by")
     finally:
         attention.check.cache_clear()
 
 
 def test_it_is_chosen_like_every_kernel(monkeypatch):
-    assert attention.survey() == ""
+    assert attention.find_missing() == ""
     monkeypatch.setenv("DMQUANT_KERNELS", "torch")
-    assert attention.survey() == "DMQUANT_KERNELS=torch" and quantized_attention(*factors(1, 2, 5, 6, 8), four(), 0.3) is None
+    assert attention.find_missing() == "DMQUANT_KERNELS=torch" and quantized_attention(*factors(1, 2, 5, 6, 8), four(), 0.3) is None
 
 
 def test_the_operator_tells_its_shape_without_computing():

@@ -13,15 +13,15 @@ LARGE = (3, 1000, 200)  # more than a step, and no whole number of them
 
 @pytest.fixture(autouse=True)
 def nothing_kept(monkeypatch):
-    monkeypatch.setattr(buffer_pool, "spare", [])
+    monkeypatch.setattr(buffer_pool, "free", [])
 
 
 def test_memory_comes_back_when_a_tensor_goes():
     x = buffer_pool.empty(LARGE)
     place = x.data_ptr()
-    assert x.shape == LARGE and x.dtype == torch.float32 and x.is_contiguous() and not buffer_pool.spare
+    assert x.shape == LARGE and x.dtype == torch.float32 and x.is_contiguous() and not buffer_pool.free
     del x
-    assert len(buffer_pool.spare) == 1 and buffer_pool.empty(LARGE).data_ptr() == place
+    assert len(buffer_pool.free) == 1 and buffer_pool.empty(LARGE).data_ptr() == place
 
 
 def test_memory_stays_with_whoever_holds_a_view():
@@ -31,7 +31,7 @@ def test_memory_stays_with_whoever_holds_a_view():
     buffer_pool.empty(LARGE).fill_(2.0)
     assert (part == 1).all()
     del part
-    assert len(buffer_pool.spare) == 2
+    assert len(buffer_pool.free) == 2
 
 
 def test_two_tensors_share_nothing_and_sizes_are_not_mixed():
@@ -39,7 +39,7 @@ def test_two_tensors_share_nothing_and_sizes_are_not_mixed():
     assert (x == 1).all() and (y == 2).all()
     del x, y
     z = buffer_pool.empty((4, *LARGE)).fill_(3.0)
-    assert (z == 3).all() and len(buffer_pool.spare) == 2
+    assert (z == 3).all() and len(buffer_pool.free) == 2
 
 
 @pytest.mark.parametrize("shape", [(2, 30, 90, 80), (2, 3, 4, 5), (1, 1, 600, 700)])
@@ -56,7 +56,7 @@ def test_a_system_without_huge_pages_gives_small_ones(monkeypatch):
 def test_small_tensors_come_from_the_allocator():
     buffer_pool.empty((10, 10))
     buffer_pool.empty((0, 10))
-    assert not buffer_pool.spare
+    assert not buffer_pool.free
 
 
 def test_no_more_is_kept_than_the_limit_and_the_oldest_goes(monkeypatch):
@@ -65,7 +65,7 @@ def test_no_more_is_kept_than_the_limit_and_the_oldest_goes(monkeypatch):
     for kept, size in zip(([1], [1, 2], [2, 1], [3]), sizes):
         held = buffer_pool.empty(size)
         del held
-        assert sorted(len(memory) // buffer_pool.STEP for memory in buffer_pool.spare) == sorted(kept)
+        assert sorted(len(memory) // buffer_pool.STEP for memory in buffer_pool.free) == sorted(kept)
 
 
 def test_tensors_may_go_in_a_cycle_or_in_another_thread():
@@ -73,7 +73,7 @@ def test_tensors_may_go_in_a_cycle_or_in_another_thread():
     cycle.append(cycle)
     del cycle
     gc.collect()
-    assert len(buffer_pool.spare) == 1
+    assert len(buffer_pool.free) == 1
 
     def fill(value: float) -> None:
         kept.append(all((buffer_pool.empty(LARGE).fill_(value) == value).all() for _ in range(50)))
@@ -85,4 +85,4 @@ def test_tensors_may_go_in_a_cycle_or_in_another_thread():
         thread.start()
     for thread in threads:
         thread.join()
-    assert kept == [True] * 3 and 1 <= len(buffer_pool.spare) <= 4
+    assert kept == [True] * 3 and 1 <= len(buffer_pool.free) <= 4

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmquant.kernels import layouts
+from dmquant.kernels.layouts import from_steps, pieces, to_steps
 from dmquant.kernels.registry import KERNELS
 from dmquant.kernels.weight_packing import arrange, levels, restore
 
@@ -34,3 +35,20 @@ def test_totals_are_sums_of_levels_and_levels_are_signed_bytes(bits):
 def test_the_block_that_wastes_least_is_taken_and_the_larger_of_equals():
     kernel = next(kernel for kernel in KERNELS if kernel.blocks == (64, 32))
     assert [kernel.block_for(channels) for channels in (3, 32, 33, 64, 65, 96, 256)] == [32, 32, 64, 64, 32, 32, 64]
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("shape, block", [((5, 3, 9), 32), ((7, 130, 1), 64), ((2, 256, 4), 128)])
+def test_codes_come_back_from_steps(bits, shape, block):
+    codes = torch.randint(0, 1 << bits, shape, dtype=torch.uint8)
+    steps = to_steps(codes, bits, block)
+    assert torch.equal(from_steps(steps, shape, bits, block), codes)
+    filled = -(-shape[1] // block) * block
+    assert len(steps) * 8 == shape[0] * filled * shape[2] * bits, "no bit more than the channels that are filled up"
+
+
+def test_a_code_is_cut_into_pieces_that_divide_a_byte():
+    for bits in range(1, 9):
+        found = pieces(bits)
+        assert sum(width for _, width in found) == bits and all(8 % width == 0 for _, width in found)
+        assert [low for low, _ in found] == [sum(width for _, width in found[:index]) for index in range(len(found))]

@@ -25,10 +25,10 @@ def test_symmetric_weights_run_on_bytes_and_others_on_the_reference(weight_bits,
 
 def test_what_it_cannot_do_is_left_to_the_reference():
     layer, x = make_layer((9, 33), 0, 4, bases=2), torch.randn(4, 33)
-    assert dispatch.run(layer, x) is None
-    assert set(status.survey().values()) == {"DMQUANT_KERNELS=onednn", onednn.state()}
+    assert dispatch.run_kernel(layer, x) is None
+    assert set(status.kernel_status().values()) == {"DMQUANT_KERNELS=onednn", onednn.find_missing()}
 
 
 def test_it_says_which_operator_a_torch_has_not(monkeypatch):
     monkeypatch.setattr(onednn.torch.ops, "onednn", object())
-    assert "qconv_prepack" in onednn.state()
+    assert "qconv_prepack" in onednn.find_missing()

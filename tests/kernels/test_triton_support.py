@@ -18,7 +18,7 @@ def hopper(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
 
 
-state = triton_support.state.__wrapped__
+state = triton_support.find_missing.__wrapped__
 
 
 def test_nothing_is_missing_where_all_is_there(hopper):

@@ -12,7 +12,7 @@ from torch import nn
 from dmquant.kernels import autotune, norm, registry, self_check, status
 from dmquant.kernels.conv_shape import POINTWISE, ConvGeometry
 from dmquant.kernels.operands import NO_OPS, FusedOps
-from dmquant.nn import dispatch
+from dmquant.nn import dispatch, kernel_choice
 from dmquant.nn.convert import pack_model, packed_layers
 from dmquant.quantizers.per_timestep import TemporalGrid
 from dmquant.quantizers.timestep_clock import Clock
@@ -129,18 +129,18 @@ def test_loading_and_moving_let_go_of_the_blocked_weight():
 )  # fmt: skip
 def test_what_no_kernel_takes_goes_to_the_reference(change):
     layer, x = change(conv(), torch.randn(2, 70, 6, 5))
-    assert dispatch.run(layer, x) is None and layer.weight.blocked is None
+    assert dispatch.run_kernel(layer, x) is None and layer.weight.blocked is None
 
 
 @pytest.mark.parametrize("options", [{"groups": 2}, {"dilation": 2}])
 def test_groups_and_dilation_go_to_the_reference(options):
     layer, x = conv(**options), torch.randn(2, 70 * options.get("groups", 1), 6, 5)
-    assert dispatch.run(layer, x) is None and layer(x).shape[1] == 40
+    assert dispatch.run_kernel(layer, x) is None and layer(x).shape[1] == 40
 
 
 def test_autocast_goes_to_the_reference():
     with torch.autocast("cpu", torch.bfloat16):
-        assert dispatch.run(conv(), torch.randn(2, 70, 6, 5)) is None
+        assert dispatch.run_kernel(conv(), torch.randn(2, 70, 6, 5)) is None
 
 
 def test_a_grid_that_changes_is_followed():
@@ -183,7 +183,7 @@ def test_a_kernel_that_is_wrong_is_disabled_with_a_warning(monkeypatch, factor):
     monkeypatch.setattr(self_check.ops, "quantized_conv", multiply)
     try:
         with pytest.warns(RuntimeWarning, match="is not used: it is wrong by"):
-            assert dispatch.run(conv(), torch.randn(2, 70, 6, 5)) is None
+            assert dispatch.run_kernel(conv(), torch.randn(2, 70, 6, 5)) is None
     finally:
         self_check.check.cache_clear()
 
@@ -197,7 +197,7 @@ def test_a_kernel_that_is_wrong_is_disabled_with_a_warning(monkeypatch, factor):
 )  # fmt: skip
 def test_nobody_runs_who_is_slower_than_the_others(monkeypatch, slow, winner):
     monkeypatch.setenv("DMQUANT_KERNELS", "auto")
-    monkeypatch.setattr(dispatch, "candidates", lambda format, geometry: iter(["scalar"]))
+    monkeypatch.setattr(kernel_choice, "exact_candidates", lambda format, geometry: iter(["scalar"]))
     monkeypatch.setattr(autotune, "_least_seconds", lambda calls: {name: 1.3 if name in slow else 1.0 for name in calls})
     autotune.fastest.cache_clear()
     try:
@@ -247,18 +247,18 @@ def test_a_packed_model_gives_what_the_reference_gives(monkeypatch, has_compiler
 def test_the_choice_is_one_of_six(monkeypatch):
     monkeypatch.setenv("DMQUANT_KERNELS", "fast")
     with pytest.raises(ValueError, match="auto, c, onednn, torch, triton, exact"):
-        status.survey()
+        status.kernel_status()
     monkeypatch.setenv("DMQUANT_KERNELS", "torch")
-    assert set(status.survey().values()) == {"DMQUANT_KERNELS=torch"}
-    assert dispatch.run(conv(), torch.randn(2, 70, 6, 5)) is None
+    assert set(status.kernel_status().values()) == {"DMQUANT_KERNELS=torch"}
+    assert dispatch.run_kernel(conv(), torch.randn(2, 70, 6, 5)) is None
 
 
 def test_a_kernel_is_no_candidate_for_geometries_that_it_does_not_support(monkeypatch):
-    monkeypatch.setattr(registry, "state", lambda kernel: "")
+    monkeypatch.setattr(registry, "find_missing", lambda kernel: "")
     monkeypatch.setattr(self_check, "check", lambda *_: "")
     format = self_check.CodeFormat(4, 1, 4)
-    assert "winograd" not in dispatch.candidates(format, POINTWISE)
-    assert "winograd" not in dispatch.candidates(format, ConvGeometry((3, 3), (2, 2), (1, 1, 1, 1)))
-    monkeypatch.setattr(dispatch, "KERNELS", [kernel for kernel in registry.KERNELS if kernel.name != "amx"])
-    assert "winograd" in dispatch.candidates(format, ConvGeometry((3, 3), padding=(0, 1, 0, 1)))
-    assert "winograd" not in dispatch.candidates(self_check.CodeFormat(5, 1, 4), ConvGeometry((3, 3), padding=(0, 1, 0, 1)))
+    assert "winograd" not in kernel_choice.exact_candidates(format, POINTWISE)
+    assert "winograd" not in kernel_choice.exact_candidates(format, ConvGeometry((3, 3), (2, 2), (1, 1, 1, 1)))
+    monkeypatch.setattr(kernel_choice, "KERNELS", [kernel for kernel in registry.KERNELS if kernel.name != "amx"])
+    assert "winograd" in kernel_choice.exact_candidates(format, ConvGeometry((3, 3), padding=(0, 1, 0, 1)))
+    assert "winograd" not in kernel_choice.exact_candidates(self_check.CodeFormat(5, 1, 4), ConvGeometry((3, 3), padding=(0, 1, 0, 1)))

@@ -7,7 +7,7 @@ from triton.errors import TritonError
 from dmquant.kernels import self_check, status, triton_support
 from dmquant.kernels.operands import NO_OPS
 from dmquant.kernels.triton import conv
-from dmquant.nn import dispatch
+from dmquant.nn import dispatch, kernel_choice
 from dmquant.quantizers.dilated import Divide
 from tests.kernels.test_ops import error, expected, make_layer
 
@@ -19,8 +19,8 @@ FORMAT = self_check.CodeFormat(1, 1, 4)
 def as_on_a_gpu(monkeypatch):
     """Layers on the CPU choose as layers on a GPU do, and what is called a GPU is the interpreter."""
     monkeypatch.setenv("DMQUANT_KERNELS", "triton")
-    monkeypatch.setattr(triton_support, "state", lambda device=None: "")
-    monkeypatch.setattr(dispatch, "choose", lambda layer, x, format, window: dispatch.choose_on_gpu(format, x.device))
+    monkeypatch.setattr(triton_support, "find_missing", lambda device=None: "")
+    monkeypatch.setattr(kernel_choice, "choose", lambda layer, x, format, window: kernel_choice.choose_on_gpu(format, x.device))
     monkeypatch.setitem(dispatch.DTYPES, "cpu", dispatch.DTYPES["cuda"])
     with torch.no_grad():
         torch.manual_seed(0)
@@ -72,7 +72,7 @@ def test_a_kernel_that_does_not_compile_is_disabled_with_a_warning(monkeypatch, 
 
     monkeypatch.setattr(conv, "conv", fail)
     with pytest.warns(RuntimeWarning, match=f"not used: {type(failure).__name__}: {str(failure).splitlines()[0]}"):
-        assert dispatch.choose_on_gpu(FORMAT, CPU) == self_check.REFERENCE
+        assert kernel_choice.choose_on_gpu(FORMAT, CPU) == self_check.REFERENCE
 
 
 @pytest.mark.needs_compiler
@@ -99,11 +99,11 @@ def test_a_layer_whose_fused_product_fails_is_not_fused(monkeypatch):
 def test_what_is_wanted_on_a_gpu(monkeypatch, wanted, found):
     monkeypatch.setenv("DMQUANT_KERNELS", wanted)
     monkeypatch.setattr(self_check, "check", lambda *_: "")
-    assert dispatch.choose_on_gpu(FORMAT, CPU) == found
+    assert kernel_choice.choose_on_gpu(FORMAT, CPU) == found
 
 
 def test_the_survey_says_why_triton_is_not_in_use(monkeypatch):
-    monkeypatch.setattr(triton_support, "state", lambda device=None: "there is no CUDA device")
-    assert status.survey()["triton"] == "there is no CUDA device" and status.survey()["scalar"] == "DMQUANT_KERNELS=triton"
+    monkeypatch.setattr(triton_support, "find_missing", lambda device=None: "there is no CUDA device")
+    assert status.kernel_status()["triton"] == "there is no CUDA device" and status.kernel_status()["scalar"] == "DMQUANT_KERNELS=triton"
     monkeypatch.setenv("DMQUANT_KERNELS", "c")
-    assert status.survey()["triton"] == "DMQUANT_KERNELS=c"
+    assert status.kernel_status()["triton"] == "DMQUANT_KERNELS=c"

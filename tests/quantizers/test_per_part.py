@@ -90,9 +90,9 @@ def test_kernels_multiply_each_part_by_its_own_codes(name, temporal, factor, mon
     assert [part.weight.shape[1] for part in parts] == [5, 3]
     assert all(bool(part.weight.blocked) == has_compiler for part in parts)
     assert slices_of(packed) is parts and all(torch.equal(value, stored[key]) for key, value in packed.state_dict().items())
-    run = dispatch.run
+    run = dispatch.run_kernel
     monkeypatch.setattr(dispatch, "can_fuse", lambda part, piece: False)
-    monkeypatch.setattr(dispatch, "run", lambda part, piece: None if part is parts[1] else run(part, piece))
+    monkeypatch.setattr(dispatch, "run_kernel", lambda part, piece: None if part is parts[1] else run(part, piece))
     assert torch.allclose(packed(x), expected, atol=1e-5 * expected.abs().max().item()), "one part has no kernel"
     packed.weight.codes.zero_()
     values = packed.weight.dequantize()
