@@ -1,18 +1,17 @@
-"""Low-bit arithmetic for packed layers: the codes are multiplied as they are, and no float weight is made.
+"""Low-bit arithmetic on tensors: integer codes are multiplied as they are stored, and no float weight is made.
 
-A packed layer asks `run(layer, x)`. The answer is its output, or None where no kernel takes it: the layer then makes float
-weights, the reference that runs everywhere. Chosen once per layer, at its first call, by what this machine can do and a short
-timing; `DMQUANT_KERNELS=auto|c|onednn|torch|triton|exact` narrows the choice. What kernels leave to the reference: inputs that
-are not quantized, or on the CPU not float32, other devices than the CPU and CUDA's, gradients, autocast, groups, dilation,
-padding with other than zeros.
+`ops.quantized_conv(x, operands, geometry, fused)` quantizes an input and convolves it with a packed weight. Its implementations:
 
-The CPU kernels are C, compiled when first needed (compiler.py). All of them are exact in integers and end with one float
-expression, so that the same seed gives the same image whichever runs: that of a quantized model whose sums nobody rounds, which
-torch computes with `exact`. oneDNN and the reference round otherwise; they take a layer where they are a quarter faster.
-Attention whose factors are quantized is multiplied by codes as well (attention.py). Not done: ARM, kernels for weights in groups.
+- C (csrc/, compiled at first use by build.py). All C kernels add in 32-bit integers and end with the same float expression, so
+  they give the same bits, and an image does not depend on which of them runs.
+- Triton (triton/), for float32, bfloat16 and float16 on a CUDA device.
+- oneDNN (onednn.py), where there is no C compiler.
+- reference.py, in torch, with the bits of the C kernels.
 
-On a CUDA device Triton's kernels (gpu/) take float32, bfloat16 and float16. They were never run on one: see there.
+Attention with quantized factors is in attention.py. This package knows tensors only. dmquant/nn applies it to layers:
+kernel_choice.py chooses the kernel of a layer, dispatch.py calls it, fused/ replaces blocks of diffusers, and cuda_graph.py
+records calls of a denoiser. `DMQUANT_KERNELS=auto|c|onednn|torch|triton|exact` narrows the choice.
 
-A pipeline that is loaded also gets its blocks fused (nn/fused): norm, activation, residual, enlargement and padding are done by
-the kernels on the way.
+Not supported, and left to dequantized weights and torch: float inputs, other dtypes than float32 on the CPU, devices other than
+CPU and CUDA, gradients, autocast, groups, dilation, and padding with values other than zero. There are no ARM instructions.
 """

@@ -1,9 +1,8 @@
-"""Attention on codes: softmax(q k^T * scale) v, where queries, keys, probabilities and values are rounded to grids of their own.
+"""Attention on codes: softmax(q k^T * scale) v with queries, keys, probabilities and values on quantization grids of their own.
 
-Products are exact in integers, the softmax is float32 and sees scores that were not rounded to float (below 2^24: up to 512
-channels of 8 bits); the rounding expression is that of the quantizers. All variants of csrc/attention give the same floats
-bit for bit. What stays with torch: masks, gradients, other dtypes and devices than float32 on the CPU, and factors of
-different bits.
+Products are summed in integers and the softmax is computed in float32. Scores are exact floats below 2^24, which holds for up to
+512 channels of 8 bits. Values are rounded by the expression of the quantizers. All variants of csrc/attention give the same bits.
+Not supported: masks, gradients, dtypes other than float32, devices other than the CPU, and factors of different bits.
 """
 
 import struct
@@ -39,38 +38,38 @@ VARIANTS = (  # best first
     Kernel(NAME, AVX2, FLAGS_256, source=SOURCE),
     Kernel(NAME, is_portable=True, source=SOURCE),
 )
-TOLERANCE = 1e-5  # of the largest output
+TOLERANCE = 1e-5  # relative to the largest output
 LARGEST = 2**14  # channels of a head, and keys: three sums of their products fit 32 bits
 POINTERS = ("query", "key", "value", "out", "grid_scale", "grid_zero")
 STRIDES = tuple(f"{factor}_{step}" for factor in ("query", "key", "value") for step in ("image", "head", "token"))
 NUMBERS = ("images", "heads", "queries", "keys", "channels", *STRIDES, "max_code", "threads")
-ATTENTION = struct.Struct(f"{len(POINTERS)}P{len(NUMBERS)}qd")  # as in csrc/attention/params.h; the last is the scale
+ATTENTION = struct.Struct(f"{len(POINTERS)}P{len(NUMBERS)}qd")  # as in csrc/attention/params.h; the last field is the scale
 
 
 @torch.compiler.assume_constant_result
-def chosen(bits: int) -> int | None:
-    """The number of the best variant that runs here and agrees with the reference."""
-    usable = (kernel for kernel in candidates() if not registry.find_missing(kernel) and not check(kernel, bits))
+def choose_variant(bits: int) -> int | None:
+    """Returns the index of the best variant that runs on this machine and agrees with the reference; None if there is none."""
+    usable = (kernel for kernel in allowed_variants() if not registry.find_missing(kernel) and not check(kernel, bits))
     return next((VARIANTS.index(kernel) for kernel in usable), None)
 
 
-def candidates() -> tuple[Kernel, ...]:
-    """The variants that may be used: plain C saves memory, not time, and has to be asked for."""
+def allowed_variants() -> tuple[Kernel, ...]:
+    """Returns the variants that DMQUANT_KERNELS allows. Plain C saves memory but no time, so it is used on request only."""
     wanted = choice()
     return tuple(kernel for kernel in VARIANTS if wanted == "c" or (wanted in ("auto", EXACT.name) and not kernel.is_portable))
 
 
 def find_missing() -> str:
-    """Empty if attention on codes is in use, or why it is not."""
-    if not candidates():
+    """Returns "" if attention on codes is in use, otherwise the reason why not."""
+    if not allowed_variants():
         return f"DMQUANT_KERNELS={choice()}"
-    last = candidates()[-1]
-    return "" if chosen(8) is not None else registry.find_missing(last) or check(last, 8)
+    last = allowed_variants()[-1]
+    return "" if choose_variant(8) is not None else registry.find_missing(last) or check(last, 8)
 
 
 @cache
 def check(kernel: Kernel, bits: int) -> str:
-    """Empty if the variant agrees with the reference; otherwise, after a warning, what went wrong."""
+    """Compares a variant with the reference. Returns "" where they agree; otherwise warns and returns what differs."""
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2, 3, tokens, 20, generator=generator) for tokens in (19, 70, 70))
     scales = torch.rand(4, 2, 3, generator=generator).add_(1).mul_(4 / (1 << bits))
@@ -87,7 +86,7 @@ def check(kernel: Kernel, bits: int) -> str:
 
 
 def reference(query: Tensor, key: Tensor, value: Tensor, scales: Tensor, zeros: Tensor, bits: int, scale: float) -> Tensor:
-    """The same in float64, after the factors are rounded in float32."""
+    """Computes `attend` in float64 from factors that are rounded in float32."""
 
     def rounded(x: Tensor, factor: int) -> Tensor:
         grid, zero = scales[factor, ..., None, None], zeros[factor, ..., None, None]
@@ -101,7 +100,14 @@ def reference(query: Tensor, key: Tensor, value: Tensor, scales: Tensor, zeros: 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, scales: Tensor, zeros: Tensor, bits: int, scale: float, variant: int
 ) -> Tensor:
-    """softmax(q k^T * scale) v by a variant: (B, N, heads * C). scales and zeros: (4, B, heads), contiguous."""
+    """Computes softmax(q k^T * scale) v by a variant: (B, N, heads * C).
+
+    Args:
+        query: (B, heads, N, C); key and value are (B, heads, M, C).
+        scales: of query, key, probability and value: (4, B, heads), contiguous; zeros likewise.
+        bits: of all four factors.
+        variant: index in VARIANTS.
+    """
     images, heads, queries, channels = query.shape
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     out = buffer_pool.empty((images, queries, heads * channels))
@@ -111,7 +117,7 @@ def attend(
         (1 << bits) - 1, torch.get_num_threads(), scale,
     )  # fmt: skip
     if library(VARIANTS[variant]).dmquant_run(job) != 0:
-        raise MemoryError("no memory for an attention")
+        raise MemoryError("no memory for the attention kernel")
     return out
 
 

@@ -17,9 +17,9 @@ from dmquant.kernels.registry import BY_NAME
 from dmquant.kernels.rounding import quantize
 from dmquant.kernels.self_check import REFERENCE, CodeFormat
 
-PIXELS = 4096  # of the timed input, about
+PIXELS = 4096  # about, of the input that is timed
 REPEATS = 8
-GIVE_UP_RATIO = 2  # a candidate this many times slower than the best is not timed again
+GIVE_UP_RATIO = 2  # a candidate slower than the best by this factor is not timed again
 RANDOM_BYTES = 1 << 12  # drawn once, then repeated
 MARGIN = 1.25  # a candidate that rounds otherwise must be this much faster
 
@@ -32,7 +32,7 @@ def fastest(
     """Returns the name of the candidate that takes the least time on inputs of this shape.
 
     Args:
-        exact: candidates that give the same bits; the fastest of them wins.
+        exact: candidates that give the same bits; the fastest of them is taken.
         others: candidates that round otherwise; they must be faster by MARGIN.
         shape: (B, H, W, C, O).
         threads: part of the cache key only.

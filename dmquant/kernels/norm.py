@@ -1,8 +1,9 @@
-"""Norms on images channels last (N, H, W, C): group norm in two steps, its moments, then what a kernel does to what it reads.
+"""Norms and activations on images channels last (B, H, W, C), as the prologue of a kernel computes them.
 
-A group norm is a gain and an offset for each channel of each image. A kernel applies them, and SiLU behind them, to what it is
-about to quantize (ops.multiply), so that no normalized image is ever written. A layer norm it does on its own: that needs only
-the pixel which is read. `normalize` writes a normalized image by the same C: it is what kernels are compared with.
+A group norm is computed in two steps: `moments` returns a gain and an offset for each channel of each image, and a kernel applies
+them and the activation to the values that it quantizes (FusedOps), so that no normalized image is written. A layer norm needs
+only one pixel, so the kernel computes it entirely. `normalize` writes the normalized image with the same C code; kernels are
+compared with it.
 """
 
 import ctypes
@@ -22,20 +23,20 @@ VARIANTS = (Kernel(NAME, AVX512, FLAGS_512), Kernel(NAME, AVX2, FLAGS_256), Kern
 ACTIVATIONS = NONE, SILU, GELU, TANH_GELU, GATED = range(5)  # as in csrc/norm/norm.h
 POINTERS = ("x", "weight", "bias", "gain", "offset", "sums", "factor", "out")
 NUMBERS = ("images", "pixels", "channels", "groups", "activation", "threads")
-NORM = struct.Struct(f"{len(POINTERS)}P{len(NUMBERS)}qd")  # the structure of csrc/norm/norm.c; the last is epsilon
+NORM = struct.Struct(f"{len(POINTERS)}P{len(NUMBERS)}qd")  # the structure of csrc/norm/norm.c; the last field is epsilon
 
 
 def moments(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, epsilon: float) -> tuple[Tensor, Tensor]:
-    """Gain and offset (N, C) of a group norm over x (N, H, W, C): x * gain + offset is what it gives."""
+    """Returns gain and offset (B, C) of a group norm over x (B, H, W, C); x * gain + offset is its output."""
     if x.is_cuda:
         return moments_on_gpu(x, weight, bias, groups, epsilon)
-    return measure(x.contiguous(), x.shape[-1], weight, bias, groups, epsilon)
+    return _moments_by_c(x.contiguous(), x.shape[-1], weight, bias, groups, epsilon)
 
 
-def measure(
+def _moments_by_c(
     x: Tensor, channels: int, weight: Tensor | None, bias: Tensor | None, groups: int, epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    """The same by C for x of N images with so many channels: shapes say nothing else here, memory is channels last."""
+    """Computes `moments` in C for a tensor of B images whose memory is channels last; the order of its dimensions is not read."""
     images = x.shape[0]
     pixels = x.numel() // max(1, images * channels)
     shape = (images, channels)
@@ -53,9 +54,13 @@ def normalize(
     x: Tensor, gain: Tensor | None = None, offset: Tensor | None = None, *, factor: Tensor | None = None, activation: int = NONE,
     epsilon: float = 0,
 ) -> Tensor:  # fmt: skip
-    """f(x * gain + offset) * factor: (N, H, W, C). GATED is x[:C] * gelu(x[C:]), with neither gain nor offset.
+    """Computes activation(x * gain + offset) * factor: (B, H, W, C).
 
-    With an epsilon x is normalized over its channels first, and f must be NONE.
+    Args:
+        x: (B, H, W, C); for GATED, which is x[:C] * gelu(x[C:]), (B, H, W, 2 C) and neither gain nor offset.
+        gain: (B, C); offset likewise.
+        factor: (C,).
+        epsilon: if it is not 0, x is layer-normalized over its channels first, and the activation must be NONE.
     """
     x = x.contiguous()
     channels = x.shape[-1] // (2 if activation == GATED else 1)
@@ -71,7 +76,7 @@ def normalize(
 
 @cache
 def library() -> ctypes.CDLL:
-    """Raises CannotCompile where there is none."""
+    """Returns the compiled library of the best variant for this processor. Raises CannotCompile if there is none."""
     missing = "no variant"
     for variant in VARIANTS:
         try:
@@ -106,12 +111,12 @@ def _(
 
 
 def moments_of(norm: nn.GroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Gain and offset (N, C) of a layer over images (N, C, H, W), or over tokens (N, T, C)."""
+    """Returns gain and offset (B, C) of a GroupNorm over images (B, C, H, W), or over tokens (B, N, C)."""
     weight, bias = norm._parameters["weight"], norm._parameters["bias"]
     is_image = x.dim() == 4
     if x.is_cuda or torch.compiler.is_compiling():
-        act = moments_op if torch.compiler.is_compiling() else moments
+        compute = moments_op if torch.compiler.is_compiling() else moments
         x = x.permute(0, 2, 3, 1) if is_image else x.unsqueeze(1)
-        return act(x, weight, bias, norm.num_groups, norm.eps)
-    order = torch.channels_last if is_image else torch.contiguous_format
-    return measure(x.contiguous(memory_format=order), x.shape[1 if is_image else 2], weight, bias, norm.num_groups, norm.eps)
+        return compute(x, weight, bias, norm.num_groups, norm.eps)
+    channels, order = (x.shape[1], torch.channels_last) if is_image else (x.shape[2], torch.contiguous_format)
+    return _moments_by_c(x.contiguous(memory_format=order), channels, weight, bias, norm.num_groups, norm.eps)

@@ -36,7 +36,7 @@ class Operands:
     scale: Tensor  # float32 (planes, O), of the weight
     zero: Tensor | None  # float32 (O,), zero points of the weight; None where levels times scales are the values
     act_scale: Tensor
-    act_zero: Tensor  # whole numbers from 0 to 2^act_bits - 1
+    act_zero: Tensor  # integers from 0 to 2^act_bits - 1
     act_bits: int
     bias: Tensor | None = None  # float32 (O,), or (B, O) for a bias per image
 

@@ -1,6 +1,6 @@
 """The convolution of quantized inputs with packed weights, by the implementation that the weight is blocked for.
 
-`quantized_conv` is what Python calls; `graph_conv` is the same as one operator that torch.compile and export keep whole.
+Python calls `quantized_conv`; `graph_conv` is the same as one operator, which torch.compile and torch.export do not trace.
 Tensors are channels last: (B, H, W, C) in, (B, H', W', O) out. A linear layer is one image of one row.
 """
 
@@ -46,7 +46,7 @@ def quantized_conv(x: Tensor, operands: Operands, geometry: ConvGeometry, fused:
     x = x.contiguous()
     if fused.residual is not None and not fused.residual.is_contiguous():
         fused = replace(fused, residual=fused.residual.contiguous())
-    out_size = geometry.output_size(*x.shape[1:3], fused.upsample)
+    out_size = geometry.output_size(x.shape[1], x.shape[2], fused.upsample)
     out = buffer_pool.empty((len(x), *out_size, operands.weight.weight_sums.shape[1]))
     write_conv(out, out_size, x, x.shape, operands, geometry, fused)
     return out
@@ -60,8 +60,8 @@ def write_conv(
 
     Args:
         out_size: (H', W').
-        size: (B, H, W, C) of x. The shapes of the tensors are not read: memory is channels last without gaps,
-        pixel_stride: floats from one pixel of x to the next, C by default; more where x is a slice of channels.
+        size: (B, H, W, C) of x. The shapes of the tensors are not read; their memory is channels last.
+        pixel_stride: floats from one pixel of x to the next, C by default; more if x is a slice of channels.
     """
     if out.numel() == 0:
         return
@@ -82,7 +82,7 @@ def write_conv(
         height, width, last_width = split_rows(height * width)
         out_height, out_width = height, width
     pad_top, _, pad_left, _ = geometry.padding
-    run, block = entry_point(weight.kernel, channels)
+    call, block = entry_point(weight.kernel, channels)
     params = PARAMS.pack(
         x.data_ptr(), out.data_ptr(), weight.weight.data_ptr(), weight.weight_sums.data_ptr(), operands.scale.data_ptr(),
         address(operands.zero), address(bias), act_scale.data_ptr(), operands.act_zero.data_ptr(),
@@ -91,7 +91,7 @@ def write_conv(
         last_width, *geometry.kernel_size, *geometry.stride, pad_top, pad_left, out_height, out_width, torch.get_num_threads(),
         fused.epsilon,
     )  # fmt: skip
-    failed = run(params)
+    failed = call(params)
     if failed == 1:
         raise MemoryError(f"no memory for the kernel {weight.kernel}")
     if failed:
@@ -111,17 +111,17 @@ _FIELDS = tuple(
     for field in fields(part)
     if field.type != BlockedWeight
 )
-_SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", bool: "bool", float: "float", str: "str"}
+_SCHEMA_TYPES: dict[Any, str] = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", bool: "bool", float: "float", str: "str"}
 _SCHEMA = ", ".join(f"{_SCHEMA_TYPES.get(kind, 'int[]')} {name}" for _, name, kind in _FIELDS)
 
 
 def graph_conv(x: Tensor, operands: Operands, geometry: ConvGeometry, fused: FusedOps = NO_OPS) -> Tensor:
-    """The same as `quantized_conv`, as the operator dmquant::quantized_conv."""
+    """Computes `quantized_conv` by the operator dmquant::quantized_conv."""
     return conv_op(x, *flatten(operands, geometry, fused))
 
 
 def flatten(operands: Operands, geometry: ConvGeometry, fused: FusedOps) -> list[Any]:
-    """Returns the arguments of the operator behind x."""
+    """Returns the arguments of the operator after x."""
     parts = {BlockedWeight: operands.weight, Operands: operands, ConvGeometry: geometry, FusedOps: fused}
     return [getattr(parts[part], name) for part, name, _ in _FIELDS]
 

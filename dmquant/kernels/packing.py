@@ -1,23 +1,29 @@
-"""Integer codes <-> bit planes: one rule for 1 to 8 bits, no code straddles a byte, padding bits are zero."""
+"""Conversion between integer codes of 1 to 8 bits and bit planes. Padding bits are zero."""
 
 import torch
 from torch import Tensor
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Bit planes uint8 (bits, ceil(n / 8)) of n uint8 codes; bit i of byte j in plane b is bit b of code 8 j + i."""
+    """Returns the bit planes uint8 (bits, ceil(n / 8)) of n uint8 codes; bit i of byte j in plane b is bit b of code 8 j + i.
+
+    Raises ValueError for codes of another dtype or that need more bits.
+    """
     check_bits(bits)
     flat = codes.reshape(-1)
     if codes.dtype != torch.uint8 or (flat.numel() and int(flat.max()) >> bits):
         raise ValueError(f"codes must be uint8 below {1 << bits} for {bits} bits")
     padded = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
-    places = torch.arange(8, dtype=torch.uint8, device=codes.device)
-    planes = [((padded >> bit & 1) << places).sum(1, dtype=torch.uint8) for bit in range(bits)]
+    shifts = torch.arange(8, dtype=torch.uint8, device=codes.device)
+    planes = [((padded >> bit & 1) << shifts).sum(1, dtype=torch.uint8) for bit in range(bits)]
     return torch.stack(planes)
 
 
 def unpack(planes: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """Codes uint8 of the shape given, from bit planes uint8 (bits, ceil(n / 8))."""
+    """Returns the uint8 codes of bit planes uint8 (bits, ceil(n / 8)), in the shape given.
+
+    Raises ValueError if the planes do not hold as many codes as the shape.
+    """
     check_bits(planes.shape[0])
     count = torch.Size(shape).numel()
     if planes.dtype != torch.uint8 or planes.shape[1] != -(-count // 8):
@@ -31,11 +37,12 @@ def unpack(planes: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
 
 
 def _spread_bits(device: torch.device) -> Tensor:
-    """For each byte the int64 whose byte i in memory is bit i of it: (256,)."""
-    byte, place = (torch.arange(count, dtype=torch.uint8, device=device) for count in (256, 8))
-    return (byte.unsqueeze(1) >> place & 1).view(torch.int64).view(-1)
+    """Returns, for each byte value, the int64 whose byte i in memory is bit i of that value: (256,)."""
+    byte, shift = (torch.arange(count, dtype=torch.uint8, device=device) for count in (256, 8))
+    return (byte.unsqueeze(1) >> shift & 1).view(torch.int64).view(-1)
 
 
 def check_bits(bits: int) -> None:
+    """Raises ValueError unless bits is 1 to 8."""
     if not 1 <= bits <= 8:
         raise ValueError(f"bits must be 1 to 8, got {bits}")

@@ -1,7 +1,7 @@
-"""The arithmetic of the C kernels in torch, bit for bit: integer sums in float64, then one float expression.
+"""The arithmetic of the C kernels in torch, with the same bits: integer sums in float64, then one float expression.
 
-It is slow. Kernels are compared with it layer by layer before they are used, and in whole denoisers by DMQUANT_KERNELS=exact.
-The prologue is computed by C here too, where it compiles.
+It is slow. Kernels are compared with it before they are used; DMQUANT_KERNELS=exact uses it for all layers of a denoiser. The
+prologue is computed in C (norm.normalize).
 """
 
 import torch
@@ -18,7 +18,7 @@ NAME = EXACT.name
 
 
 def conv(x: Tensor, operands: Operands, geometry: ConvGeometry, fused: FusedOps = NO_OPS) -> Tensor:
-    """Computes ops.quantized_conv. The weight is laid out as for the portable C kernel."""
+    """Computes ops.quantized_conv for a weight that is blocked as for the portable C kernel."""
     if fused.has_prologue:
         x = norm.normalize(
             x, fused.gain, fused.offset, factor=fused.factor, activation=fused.activation, epsilon=fused.epsilon
@@ -53,13 +53,13 @@ def _integer_sums(a: Tensor, operands: Operands, geometry: ConvGeometry) -> Tens
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """Returns a * b + c of float32, rounded once, as C's fmaf does.
 
-    The product is exact in float64 and the sum is not, so it is rounded to odd: away from its neighbour whose last bit is 0. To
-    round that again, to a shorter mantissa, is to round the true sum (Boldo and Melquiond, 2008).
+    The product is exact in float64, but the sum is not. It is rounded to odd: to the neighbour whose last bit is 1. Rounding that
+    to float32 gives the same value as rounding the exact sum (Boldo and Melquiond, 2008).
     """
     product, c = a.double() * b.double(), c.double()
     total = product + c
     back = total - product
-    rest = (product - (total - back)) + (c - back)  # what the sum has lost (Knuth)
+    rest = (product - (total - back)) + (c - back)  # rounding error of the sum (Knuth, TwoSum)
     is_even = total.view(torch.int64) & 1 == 0
     odd = total.nextafter(rest.sign() * torch.inf)
     return torch.where((rest.abs() > 0) & is_even, odd, total).float()

@@ -1,6 +1,6 @@
-"""The kernels: what each needs of a processor and what it can multiply, those of C best first.
+"""The kernels: instruction sets that each needs, bits and geometries that it supports. C kernels are listed best first.
 
-All of C give the same floats bit for bit (csrc/conv/params.h says why), so which one runs is a matter of speed alone.
+All C kernels give the same bits (csrc/conv/params.h explains why), so the choice between them affects speed only.
 """
 
 import ctypes
@@ -28,49 +28,49 @@ CHOICES = ("auto", "c", "onednn", "torch", triton_support.NAME, "exact")
 
 @dataclass(frozen=True)
 class Kernel:
-    """One of csrc/, or Triton's. Layouts are those of blocking.py and of gpu/layout.py."""
+    """A C kernel of csrc/, Triton's, or the reference."""
 
     name: str
-    needs: int = 0  # instruction sets
+    needs: int = 0  # instruction sets, as bits
     flags: tuple[str, ...] = ()
     max_weight_bits: int = 8
     max_act_bits: int = 8
-    blocks: tuple[int, ...] = (64, 32)  # channels
-    layout: str = "planes"
+    blocks: tuple[int, ...] = (64, 32)  # supported block sizes of C
+    layout: str = "planes"  # key of LAYOUTS
     geometries: tuple[ConvGeometry, ...] = ()  # kernel sizes and strides that it supports, with any padding; empty: all
-    supersedes: tuple[str, ...] = ()  # kernels that need not run where this one does
-    needs_permission: bool = False  # the operating system for permission
+    supersedes: tuple[str, ...] = ()  # kernels that are never faster where this one runs
+    needs_permission: bool = False  # of the operating system, to use AMX
     is_portable: bool = False
     source: str = ""  # file in csrc/ without ".c"; empty: conv/ and the kernel's name
 
     def __hash__(self) -> int:
-        return hash(self.name)  # that of all fields would be computed at each call of a layer
+        return hash(self.name)  # the default hashes all fields, at each call of a layer
 
     @property
     def is_wide(self) -> bool:
-        """Whether it has registers of 512 bits: nothing else was ever much faster then."""
+        """Returns whether it uses 512-bit registers. No other implementation was measured much faster than such a kernel."""
         return bool(self.needs & AVX512)
 
     def fits(self, weight_bits: int, act_bits: int, geometry: ConvGeometry) -> bool:
-        """Whether it supports these bits (of a plane of weights, of activations) and this geometry."""
+        """Returns whether it supports these bits (of a plane of weights, of activations) and this geometry."""
         return weight_bits <= self.max_weight_bits and act_bits <= self.max_act_bits and self.supports(geometry)
 
     def supports(self, geometry: ConvGeometry) -> bool:
-        """Whether it supports this kernel size and stride."""
+        """Returns whether it supports this kernel size and stride."""
         sizes = [(known.kernel_size, known.stride) for known in self.geometries]
         return not sizes or (geometry.kernel_size, geometry.stride) in sizes
 
     @cache  # noqa: B019  kernels are few and live as long as the process
     def block_for(self, channels: int) -> int:
-        """The largest block of channels among those that are filled up the least."""
+        """Returns the block size that needs the fewest filled-up channels, the larger of equals."""
         return min(self.blocks, key=lambda block: (layouts.fill_up(channels, block), -block))
 
     def to_blocked(self, codes: Tensor, bits: int) -> Tensor:
-        """Bytes of the codes (O, C, taps) in this kernel's order."""
+        """Returns the bytes of the codes (O, C, K) in this kernel's layout."""
         return LAYOUTS[self.layout][0](codes, bits, self.block_for(codes.shape[1]))
 
     def from_blocked(self, blocked: Tensor, shape: tuple[int, int, int], bits: int) -> Tensor:
-        """The codes (O, C, taps) again."""
+        """Returns the codes (O, C, K) of a plane in this kernel's layout."""
         return LAYOUTS[self.layout][1](blocked, shape, bits, self.block_for(shape[1]))
 
 
@@ -84,10 +84,12 @@ LUT: dict[str, Any] = {"max_weight_bits": 2, "max_act_bits": 6}
 WINOGRAD: dict[str, Any] = {"max_weight_bits": 4, "max_act_bits": 5, "geometries": (ConvGeometry((3, 3)),), "blocks": (64,)}
 OF_256 = ("winograd2", "avxvnni", "avx2")
 KERNELS = (
-    Kernel("amx", AVX512 | AMX, FLAGS_AMX, blocks=(64,), supersedes=("winograd", "lut2", *OF_256, "scalar"), needs_permission=True),
     Kernel(
-        "lut", AVX512 | VNNI | VBMI, (*FLAGS_VNNI, "-mavx512vbmi"), **LUT, layout="nibbles", supersedes=("lut2", *OF_256, "scalar"),
-        source="conv/lut_avx512",
+        "amx", AVX512 | AMX, FLAGS_AMX, blocks=(64,), supersedes=("winograd", "lut2", *OF_256, "scalar"), needs_permission=True,
+    ),
+    Kernel(
+        "lut", AVX512 | VNNI | VBMI, (*FLAGS_VNNI, "-mavx512vbmi"), **LUT, layout="nibbles",
+        supersedes=("lut2", *OF_256, "scalar"), source="conv/lut_avx512",
     ),
     Kernel("winograd", AVX512 | VNNI, FLAGS_VNNI, **WINOGRAD, supersedes=("winograd2",)),
     Kernel("vnni", AVX512 | VNNI, FLAGS_VNNI, supersedes=(*OF_256, "scalar"), source="conv/avx512vnni"),
@@ -98,15 +100,12 @@ KERNELS = (
     Kernel("scalar", is_portable=True),
 )  # fmt: skip
 TRITON = Kernel(triton_support.NAME, blocks=(128, 64, 32), layout="steps")
-EXACT = Kernel("exact")  # by torch, as exact.py says
+EXACT = Kernel("exact")  # reference.py
 BY_NAME = {kernel.name: kernel for kernel in (*KERNELS, TRITON, EXACT)}
 
 
 def choice() -> str:
-    """DMQUANT_KERNELS: auto (C on a CPU if it compiles, else oneDNN, else torch; Triton on a GPU), or one of them by name.
-
-    exact is C's arithmetic by torch. Raises InputError for any other name.
-    """
+    """Returns the value of DMQUANT_KERNELS, one of CHOICES; "auto" if it is not set. Raises InputError for other values."""
     value = os.environ.get("DMQUANT_KERNELS") or "auto"
     if value not in CHOICES:
         raise InputError(f"DMQUANT_KERNELS must be one of {', '.join(CHOICES)}, got {value!r}")
@@ -115,7 +114,7 @@ def choice() -> str:
 
 @cache
 def find_missing(kernel: Kernel) -> str:
-    """Empty if the kernel can be used here, otherwise why it cannot."""
+    """Returns "" if the kernel runs on this machine, otherwise what is missing."""
     try:
         missing = kernel.needs & ~instruction_sets()
         if missing:
@@ -128,13 +127,14 @@ def find_missing(kernel: Kernel) -> str:
 
 @cache
 def library(kernel: Kernel) -> ctypes.CDLL:
-    """Raises CannotCompile where there is none or it may not run."""
+    """Returns the compiled library of a kernel. Raises CannotCompile if it cannot be compiled or is not allowed to run."""
     loaded = build.load(kernel.source or f"conv/{kernel.name}", kernel.flags)
     if kernel.needs_permission and loaded.dmquant_request_amx() != 0:
-        raise CannotCompile("the operating system does not allow it")
+        raise CannotCompile("the operating system does not allow AMX")
     loaded.dmquant_run.argtypes, loaded.dmquant_run.restype = [ctypes.c_void_p], ctypes.c_int
     return loaded
 
 
 def instruction_sets() -> int:
+    """Returns the instruction sets of this processor as bits. Raises CannotCompile without a compiler."""
     return build.load("simd/isa").dmquant_instruction_sets()

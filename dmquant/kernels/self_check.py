@@ -16,14 +16,14 @@ from dmquant.kernels.operands import FusedOps, Operands
 from dmquant.kernels.registry import BY_NAME
 from dmquant.kernels.weight_packing import arrange
 
-TOLERANCE = 1e-5  # of the largest output, for kernels that round otherwise than the reference
-STRAYS = 0.05  # share of outputs that may differ where torch writes the normalized image: some values round to other codes
-REFERENCE = "torch"  # the name of dequantized weights and torch's convolution
+TOLERANCE = 1e-5  # relative to the largest output, for kernels that round differently from the reference
+STRAYS = 0.05  # share of outputs that may differ from those of an image normalized by torch: some values get other codes
+REFERENCE = "torch"  # name of the implementation with dequantized weights and torch's convolution
 CPU = torch.device("cpu")
 GEOMETRIES = (ConvGeometry((3, 3), (1, 1), (1, 1, 1, 1)), ConvGeometry((3, 3), (2, 2), (0, 1, 0, 1)), POINTWISE)
 PROLOGUES = (*((activation, 0.0) for activation in norm.ACTIVATIONS), (norm.NONE, 1e-5))  # activation, epsilon of a layer norm
-ODD = (2, 5, 6, 67, 37)  # B, H, W, C, O that fill no block
-LARGE = ((1, 128, 128, 128, 128), (1, 128, 128, 64, 64), (1, 64, 128, 64, 64))  # one for each larger tile of a GPU
+ODD = (2, 5, 6, 67, 37)  # (B, H, W, C, O), no multiple of any block
+LARGE = ((1, 128, 128, 128, 128), (1, 128, 128, 64, 64), (1, 64, 128, 64, 64))  # one for each of Triton's larger tiles
 
 
 class CodeFormat(NamedTuple):
@@ -65,8 +65,8 @@ def check_fusion(kernel: str, act_bits: int, device: torch.device = CPU) -> str:
     """
     try:
         worst, is_same = _compare_fused(kernel, act_bits, torch.Generator().manual_seed(0), device)
-        reason = "" if is_same else f"the outcome is not what {kernel} makes of a normalized image"
-        reason = reason if worst <= TOLERANCE else f"the outcome is wrong by {worst:.1e}"
+        reason = "" if is_same else f"the output of {kernel} differs from its output on a normalized image"
+        reason = reason if worst <= TOLERANCE else f"the output is wrong by {worst:.1e}"
     except CannotCompile as error:
         return str(error)
     except failures(kernel) as error:

@@ -1,4 +1,4 @@
-"""Which kernels are in use on this machine, and why the others are not."""
+"""The kernels that are in use on this machine, and the reasons why others are not."""
 
 import torch
 
@@ -7,10 +7,10 @@ from dmquant.kernels.registry import EXACT, KERNELS, choice
 
 
 def kernel_status() -> dict[str, str]:
-    """Each kernel by name, with an empty text if it is in use or why it is not. Compiles what has not been compiled yet."""
+    """Returns, for each kernel by name, "" if it is in use, otherwise the reason why not. Compiles kernels at the first call."""
     wanted = choice()
     found: dict[str, str] = {}
-    superseded: dict[str, str] = {}  # kernels by name, and by which one
+    superseded: dict[str, str] = {}  # name of a kernel -> name of the one that supersedes it
     for kernel in KERNELS:
         if wanted not in ("auto", "c"):
             found[kernel.name] = f"DMQUANT_KERNELS={wanted}"
@@ -25,7 +25,7 @@ def kernel_status() -> dict[str, str]:
     unwanted = f"DMQUANT_KERNELS={wanted}"
     found[onednn.NAME] = onednn.find_missing() if wanted in ("auto", "onednn") else unwanted
     found[triton_support.NAME] = triton_status() if wanted in ("auto", triton_support.NAME) else unwanted
-    slow = f"torch in whole numbers, only with DMQUANT_KERNELS={EXACT.name}"
+    slow = f"integers by torch, only with DMQUANT_KERNELS={EXACT.name}"
     found[EXACT.name] = {EXACT.name: "", "auto": slow}.get(wanted, unwanted)
     found[attention.NAME] = attention.find_missing()
     return found

@@ -1,4 +1,4 @@
-"""Weights in the byte order of a kernel. They replace the stored codes in memory; no float copy is made."""
+"""Conversion of weights to the byte order of a kernel and back. No float copy is made."""
 
 import torch
 from torch import Tensor

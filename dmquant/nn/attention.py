@@ -12,7 +12,7 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 
-from dmquant.kernels.attention import LARGEST, attend, attend_op, chosen
+from dmquant.kernels.attention import LARGEST, attend, attend_op, choose_variant
 from dmquant.nn.fake_quant_layers import QuantInput
 from dmquant.quantizers.base import FixedGrid
 from dmquant.quantizers.per_part import HeadGrids
@@ -69,9 +69,9 @@ class QuantAttention(nn.Module):
         if mask is not None:
             mask = attn.prepare_attention_mask(mask, context.shape[1], len(context))
             mask = mask.view(len(context), attn.heads, -1, mask.shape[-1])
-        return self.multiply(query, key, value, attn.scale, mask)
+        return self.attend_heads(query, key, value, attn.scale, mask)
 
-    def multiply(self, query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    def attend_heads(self, query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
         """Returns softmax(q k^T * scale + mask) v (B, N, C) of factors (B, heads, N, C / heads)."""
         factors = (self.query, self.key, self.probability, self.value)
         is_watched = any(factor._forward_hooks or factor._forward_pre_hooks for factor in factors)
@@ -123,7 +123,7 @@ def quantized_attention(query: Tensor, key: Tensor, value: Tensor, grids: Sequen
     """
     if not is_supported(grids, query, key, value):
         return None
-    variant = chosen(grids[0].bits)
+    variant = choose_variant(grids[0].bits)
     if variant is None:
         return None
     scales, zeros = tables(grids, *query.shape[:2])

@@ -1,13 +1,16 @@
-"""A denoiser's call as a CUDA graph: what was a thousand launches from Python is one.
+"""Records a denoiser's call as a CUDA graph and replays it: one launch instead of about a thousand from Python.
 
-`capture` puts itself before a denoiser's forward and `release` takes itself away; hooks of the denoiser run as before, so the
-clock has read the timestep when a recording is replayed. What changes from call to call is copied into the tensors that were
-recorded: all tensor arguments, the timestep as a tensor even where it came as a number, and the steps of the clock, by which
-temporal grids find their rows. Each set of shapes, dtypes and other arguments has a recording of its own.
+State: `capture` sets the attribute `forward` of the denoiser, `release` deletes it; nothing is captured unless the user asks for
+it (cuda_graph=True). A wrapper module would change the denoiser's class, its config and the names in its state dict, which
+diffusers reads; a hook cannot replace a call. Hooks of the denoiser run before the replay, so the clock has read the timestep.
 
-What cannot be recorded runs as it is: gradients, training mode, inputs that are not on the GPU. Weights that were moved or loaded
-anew are noticed, except loaded into layers whose input is split. Hooks on layers inside are not called again. Never run on a GPU:
-all but the recording itself is tested without.
+Before a replay these are copied into the tensors that were recorded: all tensor arguments, the timestep (as a tensor even if it
+is given as a number), and the steps of the clock, by which temporal grids select their rows. There is a recording for each set of
+shapes, dtypes and other arguments, at most MAX_RECORDINGS; each holds the memory of a call.
+
+Calls with gradients, in training mode, or with inputs that are not on the GPU run without a graph. Weights that are moved or
+loaded invalidate the recordings, except in layers whose input is split. Hooks on inner modules are not called by a replay. Tests
+use a graph in Python; the recording itself has not been run on a GPU.
 """
 
 import inspect
@@ -23,34 +26,36 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 from dmquant.nn.packed_weight import BlockedCodes
 from dmquant.quantizers.timestep_clock import Clock, find_clock, find_timestep_name
 
-MAX_RECORDINGS = 8  # each holds the memory of a call
-WARM_UPS = 3  # calls before a recording: kernels are chosen and compiled, libraries get their workspaces
+MAX_RECORDINGS = 8  # the oldest is freed first
+WARM_UPS = 3  # calls before a recording, in which kernels are chosen and compiled and libraries allocate workspaces
 
 
 class Graph(Protocol):
-    """Something that records what a call launches, and launches it again. The outputs are written into the same memory."""
+    """Records the kernels that a call launches, and launches them again. Outputs are written into the same memory."""
 
     device_type: str
 
-    def record(self, run: Callable[[], Any]) -> Any: ...
+    def record(self, call: Callable[[], Any]) -> Any: ...
 
     def replay(self) -> None: ...
 
 
 class CudaGraph:
+    """A Graph by torch.cuda.CUDAGraph."""
+
     device_type = "cuda"
 
-    def record(self, run: Callable[[], Any]) -> Any:
-        """The outputs, not yet computed."""
+    def record(self, call: Callable[[], Any]) -> Any:
+        """Returns the output tensors, whose values are computed by the first replay."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
-                run()
+                call()
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            return run()
+            return call()
 
     def replay(self) -> None:
         self.graph.replay()
@@ -58,18 +63,20 @@ class CudaGraph:
 
 @dataclass(frozen=True)
 class Recording:
+    """A recorded call: its graph, the tensors it reads, and its outputs."""
+
     graph: Graph
     inputs: list[Tensor]
-    outputs: Any  # what the call gives, around tensors that every replay overwrites
+    outputs: Any  # return value of the call; every replay overwrites its tensors
 
 
 class CapturedForward:
-    """Stands in for a denoiser's forward. Copies and pickles have no recordings."""
+    """Replaces a denoiser's forward: replays a recording where there is one. Copies and pickles have no recordings."""
 
-    def __init__(self, denoiser: nn.Module, kind: type[Graph]):
-        self.denoiser, self.kind = denoiser, kind
-        self.recordings: dict[tuple, Recording | None] = {}  # None: it could not be recorded
-        self.weights: list[tuple[Any, Any]] = []  # who holds a weight, and what it held when it was recorded
+    def __init__(self, denoiser: nn.Module, graph_type: type[Graph]):
+        self.denoiser, self.graph_type = denoiser, graph_type
+        self.recordings: dict[tuple, Recording | None] = {}  # None: recording failed
+        self.weights: list[tuple[Any, Any]] = []  # holder of a weight, and the weight when it was recorded
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -91,16 +98,16 @@ class CapturedForward:
         recording = self.recordings[key]
         if recording is None:
             return self.__wrapped__(*args, **kwargs)
-        for ours, given in zip(recording.inputs, filter(is_tensor, leaves)):
-            ours.copy_(given)
+        for recorded, given in zip(recording.inputs, filter(is_tensor, leaves)):
+            recorded.copy_(given)
         recording.graph.replay()
         return tree_map(lambda leaf: leaf.clone() if is_tensor(leaf) else leaf, recording.outputs)
 
     def _key(self, leaves: list[Any], structure: TreeSpec) -> tuple | None:
-        """What a recording is valid for; None where there can be none."""
+        """Returns the key of the recording for these arguments; None if the call cannot be recorded."""
         device = next(self.denoiser.parameters()).device
         is_free = not (torch.is_grad_enabled() or self.denoiser.training or torch.compiler.is_compiling())
-        if not is_free or device.type != self.kind.device_type or not all(can_be_copied(leaf, device) for leaf in leaves):
+        if not is_free or device.type != self.graph_type.device_type or not all(can_be_copied(leaf, device) for leaf in leaves):
             return None
         return device, structure, *(describe(leaf) for leaf in leaves)
 
@@ -109,18 +116,18 @@ class CapturedForward:
 
     def _record(self, leaves: list[Any], structure: TreeSpec) -> Recording | None:
         device = next(self.denoiser.parameters()).device
-        with torch.inference_mode(False):  # its tensors could not be written to outside
+        with torch.inference_mode(False):  # inference tensors could not be written to outside of inference mode
             ours = [torch.empty_like(leaf, device=device).copy_(leaf) if is_tensor(leaf) else leaf for leaf in leaves]
-        before, graph = clock_state(self.denoiser), self.kind()
+        before, graph = clock_state(self.denoiser), self.graph_type()
 
-        def run() -> Any:
+        def call() -> Any:
             args, kwargs, state = tree_unflatten(ours, structure)
             set_clock(self.denoiser, state)
             return self.__wrapped__(*args, **kwargs)
 
         try:
-            outputs = graph.record(run)
-        except RuntimeError as error:  # whatever a capture does not allow
+            outputs = graph.record(call)
+        except RuntimeError as error:  # the call does something that a capture does not allow
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             warnings.warn(f"the denoiser runs without a CUDA graph: {reason}", RuntimeWarning, stacklevel=3)
             return None
@@ -132,21 +139,21 @@ class CapturedForward:
         return Recording(graph, [leaf for leaf in ours if is_tensor(leaf)], outputs)
 
 
-def capture(denoiser: nn.Module, kind: type[Graph] = CudaGraph) -> None:
-    """Makes a denoiser's calls replays of CUDA graphs, where they can be."""
+def capture(denoiser: nn.Module, graph_type: type[Graph] = CudaGraph) -> None:
+    """Records and replays a denoiser's calls from now on. Raises ValueError if its forward has been replaced already."""
     if "forward" in vars(denoiser):
-        raise ValueError(f"the forward of this {type(denoiser).__name__} was replaced already, by offloading or a graph")
-    denoiser.forward = CapturedForward(denoiser, kind)
+        raise ValueError(f"the forward of this {type(denoiser).__name__} has been replaced already, by offloading or by a graph")
+    denoiser.forward = CapturedForward(denoiser, graph_type)
 
 
 def release(denoiser: nn.Module) -> None:
-    """Makes them calls again, and frees what the graphs hold."""
+    """Undoes `capture` and frees the memory of the graphs."""
     if isinstance(vars(denoiser).get("forward"), CapturedForward):
         del denoiser.forward
 
 
 def with_timestep_tensor(forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """The arguments of a denoiser's call, its timestep a tensor: a number would be part of what is recorded."""
+    """Returns the arguments of a call with the timestep as a tensor, since a recording would fix a number."""
     bound = inspect.signature(forward).bind(*args, **kwargs)
     name = find_timestep_name(bound.arguments)
     bound.arguments[name] = torch.as_tensor(bound.arguments[name])
@@ -154,25 +161,26 @@ def with_timestep_tensor(forward: Callable[..., Any], args: tuple, kwargs: dict[
 
 
 def clock_state(denoiser: nn.Module) -> Any:
-    """What temporal grids read of the call that is running."""
+    """Returns the state of the clock that temporal grids read; None without a clock."""
     clock = getattr(denoiser, "clock", None)
     return (clock.step, clock.neighbours) if isinstance(clock, Clock) else None
 
 
 def set_clock(denoiser: nn.Module, state: Any) -> None:
+    """Sets the state that `clock_state` returns."""
     if state is not None:
         clock = find_clock(denoiser)
         clock.step, clock.neighbours = state
 
 
 def weights_of(denoiser: nn.Module) -> list[tuple[Any, Any]]:
-    """Holders of weights and what they hold. Held on to, so that nothing else comes to lie where it was."""
+    """Returns holders of weights with their weights. The references keep their memory from being reused at the same address."""
     packed = [module for module in denoiser.modules() if isinstance(module, BlockedCodes)]
     return [(parameter, parameter.data) for parameter in denoiser.parameters()] + [(module, module.blocked) for module in packed]
 
 
 def address(holder: Any) -> Any:
-    """Where a weight is."""
+    """Returns the identity of a weight: its memory address, or the id of its blocked codes."""
     if is_tensor(holder):
         return holder.data_ptr()
     return id(holder.blocked if isinstance(holder, BlockedCodes) else holder)
@@ -183,9 +191,10 @@ def is_tensor(leaf: Any) -> bool:
 
 
 def can_be_copied(leaf: Any, device: torch.device) -> bool:
-    """Whether an argument can be part of a recording. Timesteps may come from the CPU."""
+    """Returns whether an argument can be copied into a recording, or compared. Timesteps may be on the CPU."""
     return leaf.device == device or leaf.dim() < 2 if is_tensor(leaf) else leaf.__hash__ is not None
 
 
 def describe(leaf: Any) -> Any:
+    """Returns the part of an argument that a recording depends on."""
     return (leaf.shape, leaf.stride(), leaf.dtype) if is_tensor(leaf) else (type(leaf), leaf)

@@ -42,12 +42,12 @@ def run_kernel(layer: nn.Module, x: Tensor) -> Tensor | None:
     return launch(layer, blocked, x)
 
 
-def run_kernel_on_parts(layers: "Sequence[PackedLayer]", parts: Sequence[Tensor]) -> Tensor | None:
+def run_kernel_on_parts(layers: Sequence[nn.Module], parts: Sequence[Tensor]) -> Tensor | None:
     """Returns the sum of the outputs of packed layers, each on its own part of an input before the division by channel.
 
     Returns None where no kernel computes any of the layers.
     """
-    pairs = list(zip(layers, parts, strict=True))
+    pairs: list[tuple[Any, Tensor]] = list(zip(layers, parts, strict=True))
     if all(can_fuse(layer, part) for layer, part in pairs):
         total = None
         for layer, part in pairs:
@@ -143,7 +143,7 @@ def launch(
         order = torch.channels_last
         x, pixel_stride = as_channels_last(x)
         size = (x.shape[0], *x.shape[2:], x.shape[1])
-        out_size = geometry.output_size(*x.shape[2:], fused.upsample)
+        out_size = geometry.output_size(x.shape[2], x.shape[3], fused.upsample)
         out = buffer_pool.empty((len(x), outputs, *out_size), order)
     if residual is not None and not residual.is_contiguous(memory_format=order):
         fused = replace(fused, residual=residual.contiguous(memory_format=order))

@@ -97,7 +97,7 @@ def rounding_candidates(layer: "PackedLayer", format: CodeFormat, *, is_alone: b
 def has_integer_zeros(layer: "PackedLayer") -> bool:
     """Returns whether all sums of levels are integers.
 
-    Zero points of the input must be codes; those of the weight must be integers, or multiples of 0.5 where levels are odd numbers.
+    Zero points of the input must be codes; those of the weight integers, or multiples of 0.5 where levels are odd numbers.
     """
     grid: Any = layer.input
     weight: Any = layer.weight

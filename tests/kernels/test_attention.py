@@ -155,7 +155,8 @@ def test_a_variant_that_is_wrong_is_disabled_with_a_warning(monkeypatch):
 def test_it_is_chosen_like_every_kernel(monkeypatch):
     assert attention.find_missing() == ""
     monkeypatch.setenv("DMQUANT_KERNELS", "torch")
-    assert attention.find_missing() == "DMQUANT_KERNELS=torch" and quantized_attention(*factors(1, 2, 5, 6, 8), four(), 0.3) is None
+    assert attention.find_missing() == "DMQUANT_KERNELS=torch"
+    assert quantized_attention(*factors(1, 2, 5, 6, 8), four(), 0.3) is None
 
 
 def test_the_operator_tells_its_shape_without_computing():

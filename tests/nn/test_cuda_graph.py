@@ -18,14 +18,14 @@ class FakeGraph:
 
     device_type = "cpu"
 
-    def record(self, run):
-        self.run, self.outputs = run, run()
+    def record(self, call):
+        self.call, self.outputs = call, call()
         CALLS.append("record")
         return self.outputs
 
     def replay(self):
         CALLS.append("replay")
-        self.outputs["sample"].copy_(self.run()["sample"])
+        self.outputs["sample"].copy_(self.call()["sample"])
 
 
 class Denoiser(nn.Module):
@@ -136,8 +136,8 @@ def test_what_cannot_be_recorded_runs_as_it_is(spoil, monkeypatch):
 
 
 def test_a_call_that_fails_to_be_recorded_is_told_of_once_and_runs(monkeypatch):
-    def refuse(self, run):
-        run()
+    def refuse(self, call):
+        call()
         raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
 
     monkeypatch.setattr(FakeGraph, "record", refuse)
@@ -161,5 +161,5 @@ def test_copies_record_for_themselves_and_release_leaves_nothing():
 
 def test_a_forward_that_somebody_else_replaced_is_not_captured():
     captured = pair()[1]
-    with pytest.raises(ValueError, match="forward of this Denoiser was replaced already"):
+    with pytest.raises(ValueError, match="forward of this Denoiser has been replaced already"):
         cuda_graph.capture(captured)

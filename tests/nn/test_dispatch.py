@@ -176,11 +176,11 @@ def test_a_kernel_that_is_wrong_is_disabled_with_a_warning(monkeypatch, factor):
     self_check.check.cache_clear()
     right, calls = self_check.ops.quantized_conv, []
 
-    def multiply(*arguments):
+    def fail(*arguments):
         calls.append(arguments)
         return right(*arguments) * (1 if len(calls) == 1 else factor)
 
-    monkeypatch.setattr(self_check.ops, "quantized_conv", multiply)
+    monkeypatch.setattr(self_check.ops, "quantized_conv", fail)
     try:
         with pytest.warns(RuntimeWarning, match="is not used: it is wrong by"):
             assert dispatch.run_kernel(conv(), torch.randn(2, 70, 6, 5)) is None
@@ -261,4 +261,4 @@ def test_a_kernel_is_no_candidate_for_geometries_that_it_does_not_support(monkey
     assert "winograd" not in kernel_choice.exact_candidates(format, ConvGeometry((3, 3), (2, 2), (1, 1, 1, 1)))
     monkeypatch.setattr(kernel_choice, "KERNELS", [kernel for kernel in registry.KERNELS if kernel.name != "amx"])
     assert "winograd" in kernel_choice.exact_candidates(format, ConvGeometry((3, 3), padding=(0, 1, 0, 1)))
-    assert "winograd" not in kernel_choice.exact_candidates(self_check.CodeFormat(5, 1, 4), ConvGeometry((3, 3), padding=(0, 1, 0, 1)))
+    assert "winograd" not in kernel_choice.exact_candidates(format._replace(bits=5), ConvGeometry((3, 3), padding=(0, 1, 0, 1)))

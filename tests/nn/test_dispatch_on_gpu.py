@@ -102,8 +102,9 @@ def test_what_is_wanted_on_a_gpu(monkeypatch, wanted, found):
     assert kernel_choice.choose_on_gpu(FORMAT, CPU) == found
 
 
-def test_the_survey_says_why_triton_is_not_in_use(monkeypatch):
+def test_the_status_says_why_triton_is_not_in_use(monkeypatch):
     monkeypatch.setattr(triton_support, "find_missing", lambda device=None: "there is no CUDA device")
-    assert status.kernel_status()["triton"] == "there is no CUDA device" and status.kernel_status()["scalar"] == "DMQUANT_KERNELS=triton"
+    found = status.kernel_status()
+    assert found["triton"] == "there is no CUDA device" and found["scalar"] == "DMQUANT_KERNELS=triton"
     monkeypatch.setenv("DMQUANT_KERNELS", "c")
     assert status.kernel_status()["triton"] == "DMQUANT_KERNELS=c"

@@ -52,8 +52,8 @@ def call(model: nn.Module, sample: Samples) -> tuple[Tensor, dict[str, Tensor]]:
     return answer, read
 
 
-def multiply(layer: nn.Module, x: Tensor) -> Tensor:
-    """The output of a quantized layer by its own quantizers: float64 adds whole numbers, part by part and plane by plane."""
+def exact_output(layer: nn.Module, x: Tensor) -> Tensor:
+    """The output of a quantized layer by its own quantizers: float64 adds integers, part by part and plane by plane."""
     read, weight = layer.input_quantizer.encode(x), layer.weight_quantizer.encode(layer.weight)
     parts = [trait.first_channels for trait in layer_scheme(layer).traits if isinstance(trait, PerPart)]
     place, column = next(iter(parts), None), (-1, *(1,) * (layer.weight.dim() - 2))
@@ -76,7 +76,7 @@ def multiply(layer: nn.Module, x: Tensor) -> Tensor:
 @pytest.mark.needs_compiler
 def test_a_call_is_the_quantized_one_bit_for_bit_where_nobody_rounds_its_sums(student, packed, samples, monkeypatch):
     for layer in quantized_layers(student).values():
-        monkeypatch.setattr(layer, "forward", partial(multiply, layer))
+        monkeypatch.setattr(layer, "forward", partial(exact_output, layer))
     for sample in samples.split(1):
         assert torch.equal(sample.call(packed), sample.call(student))
     assert any(layer.weight.blocked for layer in packed_layers(packed).values())

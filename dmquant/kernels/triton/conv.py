@@ -1,7 +1,7 @@
-"""The product of an image with a packed weight: an implicit GEMM on the tensor cores for int8.
+"""Convolution of quantized images with a packed weight: an implicit GEMM on the int8 tensor cores.
 
-A tile of the output is (outputs, pixels), not the other way round: Hopper's wgmma takes its first operand from registers, where
-the weights have just been unpacked, and its second from shared memory with channels innermost, where channels last puts them.
+A tile of the output is (outputs, pixels) in this order: Hopper's wgmma reads its first operand from registers, where the weights
+are unpacked, and its second from shared memory with channels innermost, as in channels last.
 """
 
 import torch
@@ -14,9 +14,9 @@ from dmquant.kernels.operands import NO_OPS, FusedOps, Operands
 from dmquant.kernels.registry import TRITON
 from dmquant.kernels.triton.quantize import quantize
 
-TILES = ((128, 128), (64, 128), (64, 64), (64, 32))  # outputs and pixels
-FEW_TILES = 128  # fewer leave multiprocessors of a large GPU without work
-# without this each number that is one or a multiple of 16 where another was not makes a kernel anew
+TILES = ((128, 128), (64, 128), (64, 64), (64, 32))  # (outputs, pixels)
+FEW_TILES = 128  # with fewer tiles, multiprocessors of a large GPU are idle
+# not specialized: otherwise Triton compiles again for each argument that is 1 or a multiple of 16 in one call and not in another
 ANY_NUMBER = (
     "pixels", "taps", "channels", "padded_height", "padded_width", "out_height", "out_width", "kernel_width", "stride_height",
     "stride_width", "act_stride",
@@ -46,7 +46,7 @@ def conv(x: Tensor, operands: Operands, geometry: ConvGeometry, fused: FusedOps 
 
 
 def choose_tile(outputs: int, pixels: int) -> tuple[int, int]:
-    """Outputs and pixels of a tile: large ones read less, small ones let few pixels occupy the whole GPU."""
+    """Returns the outputs and pixels of a tile: the largest of which there are FEW_TILES, since larger tiles read less memory."""
     for rows, columns in TILES:
         if outputs >= rows and triton.cdiv(outputs, rows) * triton.cdiv(pixels, columns) >= FEW_TILES:
             return rows, columns
@@ -60,11 +60,11 @@ def conv_tile(
     BITS: tl.constexpr, ACT_BITS: tl.constexpr, PLANES: tl.constexpr, HALF_SCALE: tl.constexpr, PER_IMAGE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Outputs (ROWS) of pixels (COLUMNS). Tiles of the same pixels follow each other: codes are more to read than weights."""
+    """Computes a tile of ROWS outputs of COLUMNS pixels. Tiles of the same pixels are neighbours, to share codes."""
     across = tl.cdiv(outputs, ROWS)
     o = tl.program_id(0) % across * ROWS + tl.arange(0, ROWS)
     p = tl.program_id(0) // across * COLUMNS + tl.arange(0, COLUMNS)
-    row, pixel = tl.minimum(o, outputs - 1), tl.minimum(p, pixels - 1)  # what lies behind is computed and not stored
+    row, pixel = tl.minimum(o, outputs - 1), tl.minimum(p, pixels - 1)  # rows and pixels out of range are computed but not stored
     image, y, x = pixel // (out_height * out_width), pixel // out_width % out_height, pixel % out_width
     first = ((image * padded_height + y * stride_height).to(tl.int64) * padded_width + x * stride_width) * filled
     unit = tl.load(act_scale + image * act_stride) * (0.5 if HALF_SCALE else 1.0)
@@ -90,7 +90,7 @@ def conv_tile(
 
 @triton.jit
 def load_bias(bias, row, image, outputs, PER_IMAGE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """What sums are added to (ROWS, COLUMNS): nothing, a bias, or one for each image."""
+    """Returns the value (ROWS, COLUMNS) to which sums are added: 0, a bias (O,), or a bias per image (B, O)."""
     value = tl.zeros((ROWS, COLUMNS), tl.float32)
     if bias is not None:
         at = image[None, :] * outputs + row[:, None] if PER_IMAGE else row[:, None]
@@ -103,7 +103,7 @@ def accumulate(
     pixel, packed, o, outputs, taps, filled, padded_width, kernel_width, SUMS: tl.constexpr, BITS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sums of level * code (ROWS, COLUMNS) and, where wanted, of codes (COLUMNS)."""
+    """Returns sums of level * code (ROWS, COLUMNS) and, if SUMS, sums of codes (COLUMNS)."""
     acc = tl.zeros((ROWS, COLUMNS), tl.int32)
     box = tl.zeros((COLUMNS,), tl.int32)
     blocks = filled // BLOCK
@@ -121,7 +121,7 @@ def accumulate(
 
 @triton.jit
 def load_levels(packed, index, o, outputs, bit_bytes, BITS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Levels (ROWS, BLOCK) int8 of one step of a sum: the pieces of layout.py put together."""
+    """Returns the levels (ROWS, BLOCK) int8 of one step of a sum from the pieces of their codes (layouts.to_steps)."""
     code = tl.zeros((ROWS, BLOCK), tl.uint8)
     row = index * outputs + o
     if BITS & 1:
@@ -137,11 +137,11 @@ def load_levels(packed, index, o, outputs, bit_bytes, BITS: tl.constexpr, ROWS: 
 
 @triton.jit
 def load_piece(packed, row, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Pieces of WIDTH bits (ROWS, BLOCK): each byte is read once and shifted to as many places as it has."""
+    """Returns pieces of WIDTH bits (ROWS, BLOCK). Each byte is read once and shifted 8 / WIDTH times."""
     BYTES: tl.constexpr = BLOCK * WIDTH // 8
     packed_bytes = tl.load(packed + row[:, None] * BYTES + tl.arange(0, BYTES)[None, :])
-    places = (tl.arange(0, 8 // WIDTH) * WIDTH).to(tl.uint8)
-    return (packed_bytes[:, :, None] >> places[None, None, :] & ((1 << WIDTH) - 1)).reshape(ROWS, BLOCK)
+    shifts = (tl.arange(0, 8 // WIDTH) * WIDTH).to(tl.uint8)
+    return (packed_bytes[:, :, None] >> shifts[None, None, :] & ((1 << WIDTH) - 1)).reshape(ROWS, BLOCK)
 
 
 @triton.jit

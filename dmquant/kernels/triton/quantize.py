@@ -1,6 +1,6 @@
-"""An image as a product reads it: normalized, activated, quantized to bytes, its padding around it. One pass, channels last.
+"""Prologue and quantization of an image in one pass: the bytes that conv.py reads, channels last, with their padding.
 
-The floats are those of csrc/norm/norm.h and of the quantizer, operation for operation.
+The float operations and their order are those of csrc/norm/norm.h and of the quantizer.
 """
 
 import torch
@@ -12,14 +12,14 @@ from dmquant.kernels.conv_shape import ConvGeometry
 from dmquant.kernels.layouts import fill_up
 from dmquant.kernels.operands import FusedOps, Operands
 
-PIXELS, CHANNELS = 32, 128  # of a program
-MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: added to, it rounds to whole numbers, ties to even
+PIXELS, CHANNELS = 32, 128  # per program
+MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds to integers, ties to even
 
 
 def quantize(x: Tensor, operands: Operands, geometry: ConvGeometry, fused: FusedOps, block: int) -> Tensor:
     """Applies the prologue to x (B, H, W, C) and quantizes it: int8 codes minus 2^(bits - 1), (B, H', W', C').
 
-    H' and W' include enlargement and padding, whose code is the zero point; C' is C filled up to whole blocks with 0.
+    H' and W' include enlargement and padding, whose code is the zero point; C' is C filled up with 0 to a multiple of the block.
     """
     images, height, width, channels = x.shape
     (top, bottom, left, right), upsample = geometry.padding, fused.upsample
@@ -59,7 +59,8 @@ def write_codes(
         value = value * tl.load(factor + c, c < channels, 0.0)
     inverse = tl.div_rn(1.0, tl.load(act_scale + image * act_stride))[:, None]
     zero = tl.load(act_zero + image * act_stride)[:, None]
-    # clamped before it is rounded: the limits are whole, so the order does not matter, and nothing contracts with the product
+    # clamped before rounding, so that no addition contracts with the product to an fma; the limits are integers, so the
+    # order of the two does not matter
     value = tl.minimum(tl.maximum(value * inverse, -zero), (1 << BITS) - 1 - zero)
     level = tl.where(is_inside[:, None], (value + MAGIC) - MAGIC, 0.0) + (zero - (1 << (BITS - 1)))
     level = tl.where(c < channels, level, 0.0).to(tl.int8)
@@ -74,7 +75,7 @@ def silu(x):
 
 @triton.jit
 def invert(x):
-    """1 / x for 1 <= x < 2^120: Newton's steps from a guess by the exponent."""
+    """Returns 1 / x for 1 <= x < 2^120 by Newton's method from a guess by the exponent."""
     y = (0x7EF311C7 - x.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
     y = tl.fma(y, tl.fma(-x, y, 1.0), y)
     y = tl.fma(y, tl.fma(-x, y, 1.0), y)
@@ -83,7 +84,7 @@ def invert(x):
 
 @triton.jit
 def exponential(x):
-    """e^x for |x| < 88: 2^n e^r with |r| < 0.35, by the series of e^r."""
+    """Returns e^x for |x| < 88 as 2^n e^r with |r| < 0.35, by the series of e^r."""
     z = tl.fma(x, 1.44269504, MAGIC)
     n = z - MAGIC
     r = tl.fma(n, 1.90465421e-9, tl.fma(n, -0.693147182, x))

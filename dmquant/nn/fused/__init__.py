@@ -1,0 +1,1 @@
+"""Blocks of diffusers that run by kernels with fused norms, activations and residuals."""

@@ -1,4 +1,6 @@
-"""What fused blocks have in common: they run by kernels where they can, and as diffusers wrote them elsewhere."""
+"""The base class of fused blocks: it decides, at each call, whether a block runs by kernels or by the code of diffusers."""
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -7,24 +9,33 @@ LAST = torch.channels_last
 
 
 class Fused:
-    """A block that runs by kernels where it can, else as the class behind it does. Arguments have the names of that class."""
+    """The first base of a fused block. Arguments have the names that the block's class in diffusers gives them."""
 
-    def forward(self, *args: object, **kwargs: object) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if not self.can_fuse(*args, **kwargs):
-            out = super().forward(*args, **kwargs)
-            # a first call chooses the kernels; what it gives is what every later one gives
+            block: Any = super()
+            out: Tensor = block.forward(*args, **kwargs)
+            # the first call of a layer chooses its kernel; its output must be that of all later calls
             if not self.can_fuse(*args, **kwargs):
                 return out
-        return self.run(*args, **kwargs)
+        return self.forward_fused(*args, **kwargs)
+
+    def can_fuse(self, *args: Any, **kwargs: Any) -> bool:
+        """Returns whether kernels compute the block for these arguments."""
+        raise NotImplementedError
+
+    def forward_fused(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Computes the block by kernels. Only called where `can_fuse` is true."""
+        raise NotImplementedError
 
 
 def images(x: Tensor) -> Tensor:
-    """(N, C, H, W) as (N, H, W, C)."""
+    """Returns a view (B, H, W, C) of images (B, C, H, W)."""
     return x.permute(0, 2, 3, 1)
 
 
 def is_free(*norms: nn.Module) -> bool:
-    """Whether nobody wants gradients or watches these norms."""
+    """Returns whether gradients are off and these norms have no hooks and a dtype that kernels read."""
     if torch.is_grad_enabled() or is_watched(*norms):
         return False
     parameters = (own for norm in norms for own in norm._parameters.values() if own is not None)
@@ -32,9 +43,10 @@ def is_free(*norms: nn.Module) -> bool:
 
 
 def is_watched(*modules: nn.Module) -> bool:
-    """Whether somebody's hook waits for the calls of these modules."""
+    """Returns whether one of these modules has forward hooks, which a fused block would not call."""
     return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
-def is_training(dropout: nn.Module) -> bool:
+def is_training(dropout: nn.Dropout) -> bool:
+    """Returns whether a dropout layer changes its input."""
     return dropout.training and dropout.p > 0

@@ -1,13 +1,17 @@
-"""Blocks of diffusers that hand a kernel their norm, their activation and their residual, instead of running them one by one.
+"""UNet blocks of diffusers whose norm, activation and residual are computed by the kernels of their layers.
 
-`fuse` changes the class of a block and nothing else; `unfuse` changes it back. A fused block asks at every call: where a layer
-has no kernel, is watched by a hook, or anything else is out of the ordinary, the block runs as diffusers wrote it.
+State: `fuse` assigns another class to `__class__` of each block; `unfuse` assigns the original class again, and
+DMQUANT_KERNELS=torch makes every block run by the code of diffusers. A new module in place of a block would have to share its
+parameters, hooks and device moves with the old one, and references to blocks that diffusers and users hold would become stale. A
+class has none of these problems: modules, names and files stay as they are. It costs a check of each block at each call.
 
-Not fused: the norm and the activation before the last convolution (they belong to the root), processors of attention other than
-the plain ones and ours. Query, key and value each quantize the tokens for themselves: they have grids of their own.
+A block runs by the code of diffusers where a layer has no kernel or has hooks, gradients are on, or an option is not supported.
+Not fused: the norm and activation before the last convolution (they belong to the root module), and attention processors other
+than the plain ones and QuantAttention. Query, key and value quantize the tokens three times, because they have separate grids.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
@@ -20,17 +24,18 @@ from torch import Tensor, nn
 
 from dmquant.kernels.norm import SILU, moments_of
 from dmquant.kernels.operands import FusedOps
-from dmquant.nn.dispatch import can_fuse, geometry_of, run_fused
+from dmquant.nn.dispatch import can_fuse, run_fused
 from dmquant.nn.fused.base import LAST, Fused, images, is_free, is_training, is_watched
-from dmquant.nn.fused.transformer import FusedBasicTransformerBlock, FusedTransformer2DModel, has_plain_products, multiply
+from dmquant.nn.fused.transformer import FusedBasicTransformerBlock, FusedTransformer2DModel, attend_heads, has_plain_products
+from dmquant.nn.layer_shape import geometry_of
 
 
 class FusedResnetBlock2D(Fused, ResnetBlock2D):
-    """Two kernel calls: each normalizes, activates and quantizes what it reads, the second adds the residual."""
+    """A residual block as two kernel calls with norm and activation in the prologue; the second one adds the residual."""
 
-    def run(self, input_tensor: Tensor, temb: Tensor | None, *args: object, **kwargs: object) -> Tensor:
+    def forward_fused(self, input_tensor: Tensor, temb: Tensor | None, *args: object, **kwargs: object) -> Tensor:
         x = input_tensor.contiguous(memory_format=LAST)
-        own = self._modules  # to ask a module for its parts by name takes its time
+        own: dict[str, Any] = self._modules  # attribute access on a module is slow
         time = None if self.time_emb_proj is None else self._embed(temb)
         is_scaled = self.time_embedding_norm == "scale_shift"
         gain, offset = moments_of(own["norm1"], x)
@@ -50,8 +55,9 @@ class FusedResnetBlock2D(Fused, ResnetBlock2D):
         layers = (self.conv1, self.conv2)
         return is_plain and is_free(self.norm1, self.norm2) and all(can_fuse(layer, input_tensor) for layer in layers)
 
-    def _embed(self, temb: Tensor) -> Tensor:
-        """The bias of the first convolution with what the time adds to it (N, O), or scales and shifts of the second (N, 2 O)."""
+    def _embed(self, temb: Tensor | None) -> Tensor:
+        """Returns the projected time embedding: plus the first bias (B, O), or scale and shift of the second norm (B, 2 O)."""
+        assert temb is not None
         layer, bias = self.time_emb_proj, self.conv1.bias
         if self.skip_time_act:
             time = layer(temb)
@@ -63,15 +69,15 @@ class FusedResnetBlock2D(Fused, ResnetBlock2D):
 
 
 class FusedAttention(Fused, Attention):
-    """Three kernel calls that normalize and quantize the tokens, the products of attention, and one that adds the residual."""
+    """An attention block: the projections normalize and quantize the tokens, the output projection adds the residual."""
 
-    def run(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
-        tokens = images(hidden_states.contiguous(memory_format=LAST)).flatten(1, 2)  # (N, tokens, C)
+    def forward_fused(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+        tokens = images(hidden_states.contiguous(memory_format=LAST)).flatten(1, 2)  # (B, N, C)
         gain, offset = moments_of(self.group_norm, tokens)
         query, key, value = (
             run_fused(layer, tokens, FusedOps(gain, offset)) for layer in (self.to_q, self.to_k, self.to_v)
         )
-        answer = multiply(self, query, key, value)
+        answer = attend_heads(self, query, key, value)
         answer = run_fused(self.to_out[0], answer, FusedOps(residual=tokens if self.residual_connection else None))
         answer = answer if self.rescale_output_factor == 1 else answer / self.rescale_output_factor
         return answer.unflatten(1, hidden_states.shape[2:]).permute(0, 3, 1, 2)
@@ -88,9 +94,9 @@ class FusedAttention(Fused, Attention):
 
 
 class FusedUpsample2D(Fused, Upsample2D):
-    """A kernel call that reads each pixel four times: the enlarged image is never written."""
+    """An upsampling block as one kernel call that enlarges in its prologue; the enlarged image is not written."""
 
-    def run(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+    def forward_fused(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
         return run_fused(self._last_conv, hidden_states.contiguous(memory_format=LAST), FusedOps(upsample=2))
 
     def can_fuse(self, hidden_states: Tensor, output_size: int | None = None, *args: object, **kwargs: object) -> bool:
@@ -103,9 +109,9 @@ class FusedUpsample2D(Fused, Upsample2D):
 
 
 class FusedDownsample2D(Fused, Downsample2D):
-    """A kernel call that knows of the row and the column of zeros: the padded image is never written."""
+    """A downsampling block as one kernel call with asymmetric padding; the padded image is not written."""
 
-    def run(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+    def forward_fused(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
         return run_fused(self.conv, hidden_states, geometry=replace(geometry_of(self.conv), padding=(0, 1, 0, 1)))
 
     def can_fuse(self, hidden_states: Tensor, *args: object, **kwargs: object) -> bool:
@@ -113,7 +119,7 @@ class FusedDownsample2D(Fused, Downsample2D):
         return is_padded and not torch.is_grad_enabled() and can_fuse(self.conv, hidden_states)
 
 
-FUSED = {
+FUSED: dict[type[nn.Module], type[nn.Module]] = {
     ResnetBlock2D: FusedResnetBlock2D, Attention: FusedAttention, Upsample2D: FusedUpsample2D, Downsample2D: FusedDownsample2D,
     BasicTransformerBlock: FusedBasicTransformerBlock, Transformer2DModel: FusedTransformer2DModel,
 }  # fmt: skip
@@ -121,15 +127,15 @@ PLAIN = {fused: plain for plain, fused in FUSED.items()}
 
 
 def fuse(denoiser: nn.Module) -> None:
-    """Makes the blocks of a packed denoiser fuse what they can. Parameters, names and everything saved stay as they are."""
-    _change(denoiser, FUSED)
+    """Replaces the classes of a packed denoiser's blocks by fused ones. Parameters, names and saved files do not change."""
+    _replace_classes(denoiser, FUSED)
 
 
 def unfuse(denoiser: nn.Module) -> None:
-    """Makes them run as diffusers wrote them."""
-    _change(denoiser, PLAIN)
+    """Undoes `fuse`."""
+    _replace_classes(denoiser, PLAIN)
 
 
-def _change(denoiser: nn.Module, kinds: dict[type, type]) -> None:
+def _replace_classes(denoiser: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> None:
     for module in denoiser.modules():
-        module.__class__ = kinds.get(type(module), type(module))
+        module.__class__ = classes.get(type(module), type(module))
