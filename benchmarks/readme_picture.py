@@ -16,7 +16,7 @@ from torch import Tensor
 
 import dmquant
 from dmquant.diffusion.pipeline import find_target
-from dmquant.diffusion.sampling import generate
+from dmquant.diffusion.sampling import SamplingPlan, generate
 from dmquant.evaluation.cost import measure_cost
 from dmquant.evaluation.image_grid import stack_rows
 
@@ -47,7 +47,7 @@ def describe(pipeline: DiffusionPipeline) -> str:
 
 def draw(pipeline: DiffusionPipeline, count: int, side: int) -> Tensor:
     """Returns images of seeds 0 to count - 1, uint8 (N, 3, H, W), enlarged without smoothing to `side` pixels or more."""
-    images = torch.cat(list(generate(pipeline, range(count), steps=STEPS, batch=count)))
+    images = torch.cat(list(generate(pipeline, range(count), SamplingPlan(STEPS, count))))
     zoom = -(-side // images.shape[-1])
     return images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
 

@@ -15,6 +15,7 @@ from dmquant.checkpoint import diffusers_quantizer
 from dmquant.diffusion.clip_range import fit_clipping
 from dmquant.diffusion.conditioning import Conditioning, complete
 from dmquant.diffusion.pipeline import EMBEDDED, Target, evaluating, find_target
+from dmquant.diffusion.sampling import SamplingPlan
 from dmquant.diffusion.trajectories import Samples, record, recording_seeds
 from dmquant.errors import InputError
 from dmquant.methods.base import Method
@@ -57,9 +58,9 @@ def quantize(
     diffusers_quantizer.mark_as_quantized(packed)
     quantized = target.with_denoiser(packed)
     seeds = recording_seeds(seed, min(method.clip_images, method.trajectories))
-    how = {"steps": method.sampling_steps, "batch": method.batch, "conditioning": conditioning}
+    plan = SamplingPlan(method.sampling_steps, method.batch, conditioning)
     with meter.stage("clipping"):
-        fit_clipping(quantized, target, seeds, **how, track=track)
+        fit_clipping(quantized, target, seeds, plan, track=track)
     packed.dmquant_effort = meter.sum_up(**trained, is_whole=not run.is_continued)
     return quantized.pipeline
 

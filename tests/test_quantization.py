@@ -4,7 +4,7 @@ import torch
 from dmquant.checkpoint import serialization
 from dmquant.diffusion.layer_roles import find_roles
 from dmquant.diffusion.pipeline import find_target, open_pipeline
-from dmquant.diffusion.sampling import generate
+from dmquant.diffusion.sampling import SamplingPlan, generate
 from dmquant.errors import InputError
 from dmquant.methods.lsq.method import LSQ
 from dmquant.nn.convert import packed_layers
@@ -35,7 +35,7 @@ def test_a_quantized_pipeline_draws_and_shares_all_but_the_denoiser(pipeline, qu
     assert quantized.unet is not pipeline.unet and type(quantized) is type(pipeline)
     ranges = {key: value for key, value in quantized.scheduler.config.items() if value != pipeline.scheduler.config[key]}
     assert not ranges.keys() - {"clip_sample_range"}
-    images = torch.cat(list(generate(quantized, range(3), steps=2)))
+    images = torch.cat(list(generate(quantized, range(3), SamplingPlan(2))))
     assert images.shape == (3, 3, 8, 8)
 
 
@@ -57,7 +57,7 @@ def test_what_comes_back_draws_what_is_loaded_after_saving(quantized, tmp_path):
     quantized.save_pretrained(tmp_path / "by diffusers")
     for folder in ("saved", "by diffusers"):
         loaded = serialization.load(tmp_path / folder)
-        assert torch.equal(*(torch.cat(list(generate(p, [0, 1], steps=2))) for p in (quantized, loaded)))
+        assert torch.equal(*(torch.cat(list(generate(p, [0, 1], SamplingPlan(2)))) for p in (quantized, loaded)))
 
 
 def test_a_student_has_the_values_that_are_packed(student, quantized):

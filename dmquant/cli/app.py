@@ -176,11 +176,11 @@ def sample(
     from dmquant.diffusion import sampling
     from dmquant.evaluation import image_grid
 
-    rows, how = {}, {"steps": steps, "batch": batch, "conditioning": conditioning, "track": console.Tracker()}
+    rows, plan = {}, sampling.SamplingPlan(steps, batch, conditioning)
     for name in dict.fromkeys([model, *(beside or ())]):
         pipeline = arguments.open_model(name, device, any_tool=True)
         sampling.set_sampler(pipeline, sampler)
-        rows[name] = torch.cat(list(sampling.generate(pipeline, range(seed, seed + count), **how)))
+        rows[name] = torch.cat(list(sampling.generate(pipeline, range(seed, seed + count), plan, track=console.Tracker())))
     picture = image_grid.stack_rows(rows) if beside else image_grid.make_grid(rows[model], math.ceil(count**0.5))
     output.parent.mkdir(parents=True, exist_ok=True)
     picture.save(output)

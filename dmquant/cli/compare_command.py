@@ -99,10 +99,11 @@ def _run(order: Order, paths: list[Path], *, has_page: bool) -> tuple[list[Path]
     chosen = chosen.with_layers() if has_page else chosen
     pipeline.locate(order.model)
     arguments.require_writable(order.output)
-    how = {"begin": _begin, "cache": image_cache.default_folder(), "tell": console.say, "track": console.Tracker()}
-    how |= {"model": order.model, "device": order.device or pipeline.choose_device()}
     try:
-        results = sweep.run_plan(chosen, order.output, **how)
+        results = sweep.run_plan(
+            chosen, order.output, model=order.model, device=order.device or pipeline.choose_device(),
+            cache=image_cache.default_folder(), begin=_begin, tell=console.say, track=console.Tracker(),
+        )
     except (KeyboardInterrupt, Interrupted):
         raise Interrupted("interrupted; the same command goes on") from None
     return [*(order.output / name for name in results.reports), *paths], results.failures
@@ -166,8 +167,8 @@ def _write_page(file: Path, table: "Comparison", reports: list["Report"], sample
     if samples:
         from dmquant.evaluation import image_cache, sample_sheet
 
-        how = {"device": device, "cache": image_cache.default_folder(), "track": console.Tracker()}
-        strips = sample_sheet.draw_strips(reports, samples, **how)
+        cache, track = image_cache.default_folder(), console.Tracker()
+        strips = sample_sheet.draw_strips(reports, samples, device=device, cache=cache, track=track)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(html_page.render(table, reports, figures=figures, strips=strips), encoding="utf-8")
     console.say(f"wrote {file}")

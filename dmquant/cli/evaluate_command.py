@@ -1,8 +1,9 @@
 """The commands that measure: eval and reference. Like all commands thin, with everything heavy imported inside them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -62,18 +63,22 @@ def evaluate(
     if num_processes > 1 and not distributed.is_launched():
         raise typer.Exit(distributed.launch(context.obj, num_processes))
     from dmquant.diffusion import pipeline as denoiser
+    from dmquant.evaluation import evaluator, image_cache
     from dmquant.evaluation.reports.report import name_file
 
     wanted = {"fid": fid, "sfid": sfid, "kid": kid, "is": score, "prdc": prdc, "psnr": psnr, "ssim": ssim, "cosine": cosine,
               "layers": layers, "clip_score": clip_score}  # fmt: skip
-    how = {"num_images": num_images, "seed": seed, "steps": steps, "sampler": sampler, "batch": batch, "extractor": extractor,
-           "inception_weights": inception_weights, "reference": reference, "clip": clip}  # fmt: skip
-    how["metrics"] = arguments.read_metrics(metrics, [name for name, is_wanted in wanted.items() if is_wanted])
-    how["conditioning"] = arguments.read_conditioning(prompts, class_labels, guidance_scale)
+    chosen = arguments.read_metrics(metrics, [name for name, is_wanted in wanted.items() if is_wanted])
+    conditioning = arguments.read_conditioning(prompts, class_labels, guidance_scale)
     denoiser.locate(model)
     file = name_file(output or arguments.name_evaluation(model))
     arguments.require_writable(file.parent)
-    report = _measure(model, device, keep, how)
+    with _explaining_interrupts(keep):
+        report = evaluator.evaluate(
+            arguments.open_model(model, device, any_tool=True), metrics=chosen, num_images=num_images, seed=seed, steps=steps,
+            sampler=sampler, batch=batch, conditioning=conditioning, extractor=extractor, inception_weights=inception_weights,
+            reference=reference, clip=clip, cache=image_cache.default_folder() if keep else None, track=console.Tracker(),
+        )
     if distributed.is_first():
         report.save(file)
     _show(report, as_json)
@@ -81,13 +86,11 @@ def evaluate(
     distributed.leave_together()
 
 
-def _measure(model: str | None, device: str | None, keep: bool, how: dict[str, Any]) -> "Report":
-    """What evaluation.evaluate says of a model, asked with these arguments; an interrupt says whether images are kept."""
-    from dmquant.evaluation import evaluator, image_cache
-
+@contextmanager
+def _explaining_interrupts(keep: bool) -> Iterator[None]:
+    """Raises Interrupted for Ctrl-C, and says in it if the images drawn so far are kept."""
     try:
-        pipeline = arguments.open_model(model, device, any_tool=True)
-        return evaluator.evaluate(pipeline, cache=image_cache.default_folder() if keep else None, track=console.Tracker(), **how)
+        yield
     except KeyboardInterrupt:
         advice = "; the same command goes on with the images that were drawn"
         raise Interrupted("interrupted" + (advice if keep else "")) from None

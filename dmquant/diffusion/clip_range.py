@@ -8,15 +8,13 @@ the file stays a plain diffusers pipeline.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
-from dmquant.diffusion.conditioning import Conditioning
 from dmquant.diffusion.pipeline import Target, evaluating
-from dmquant.diffusion.sampling import generate
+from dmquant.diffusion.sampling import SamplingPlan, generate
 from dmquant.errors import DmquantError
 from dmquant.progress import Track, plain
 
@@ -32,8 +30,7 @@ def clips(scheduler: SchedulerMixin) -> bool:
 
 
 def fit_clipping(
-    student: Target, teacher: Target, seeds: Sequence[int], *, steps: int, batch: int,
-    conditioning: Conditioning = Conditioning(), track: Track = plain,
+    student: Target, teacher: Target, seeds: Sequence[int], plan: SamplingPlan, *, track: Track = plain
 ) -> None:
     """Gives the student's pipeline the range in which its images come nearest to the teacher's, in mean squared distance.
 
@@ -44,13 +41,12 @@ def fit_clipping(
     pipeline = student.pipeline
     if not seeds or not clips(pipeline.scheduler):
         return
-    how = {"steps": steps, "batch": batch, "conditioning": conditioning}
     own, distances = pipeline.scheduler, {}
     try:
-        wanted = draw(teacher, seeds, **how)
+        wanted = draw_images(teacher, seeds, plan)
         for value in track([factor * own.config[RANGE] for factor in WIDER], "fit clipping"):
             pipeline.scheduler = with_range(own, value)
-            distances[value] = (draw(student, seeds, **how) - wanted).square().mean().item()
+            distances[value] = (draw_images(student, seeds, plan) - wanted).square().mean().item()
             if distances[value] > min(distances.values()):
                 break
     except DmquantError:
@@ -71,6 +67,7 @@ def with_range(scheduler: SchedulerMixin, value: float) -> SchedulerMixin:
     return type(scheduler).from_config(scheduler.config, **{RANGE: value})
 
 
-def draw(target: Target, seeds: Sequence[int], **how: Any) -> Tensor:
+def draw_images(target: Target, seeds: Sequence[int], plan: SamplingPlan) -> Tensor:
+    """Returns the images of the seeds, sampled in evaluation mode: float32 (N, 3, H, W), 0 to 255."""
     with evaluating(target.denoiser):
-        return torch.cat(list(generate(target.pipeline, seeds, **how))).float()
+        return torch.cat(list(generate(target.pipeline, seeds, plan))).float()

@@ -6,6 +6,7 @@ A seed also decides what a conditional pipeline is asked for, so that an image d
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import diffusers
@@ -35,25 +36,40 @@ NOISE_SCHEDULE = (
 )  # fmt: skip
 
 
-def generate(
-    pipeline: DiffusionPipeline, seeds: Sequence[int], *, steps: int = 20, batch: int = 50,
-    conditioning: Conditioning = Conditioning(), track: Track = plain,
-) -> Iterator[Tensor]:
-    """Images of the seeds in order, uint8 (b, 3, H, W) on the CPU, one batch at a time.
+@dataclass(frozen=True)
+class SamplingPlan:
+    """How images are sampled, beside their seeds. Raises InputError if steps or batch are below 1."""
 
-    A class-conditional pipeline without labels draws all its classes in turn; a text pipeline wants prompts. Raises InputError.
+    steps: int = 20
+    batch: int = 50  # images per denoiser call
+    conditioning: Conditioning = Conditioning()
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.batch) < 1:
+            raise InputError(f"steps and batch must be at least 1, got {self.steps} and {self.batch}")
+
+
+def generate(
+    pipeline: DiffusionPipeline, seeds: Sequence[int], plan: SamplingPlan = SamplingPlan(), *, track: Track = plain
+) -> Iterator[Tensor]:
+    """Yields the images of the seeds in order, one batch at a time: uint8 (B, 3, H, W) on the CPU.
+
+    Without class labels, a class-conditional pipeline samples all of its classes in turn.
+
+    Raises:
+        InputError: more steps than the pipeline was trained with, a seed out of range, or conditions that the pipeline does
+            not take or lacks (a text pipeline needs prompts).
+        DmquantError: an image is not finite.
     """
-    if steps < 1 or batch < 1:
-        raise InputError(f"steps and batch must be at least 1, got {steps} and {batch}")
-    limit = pipeline.scheduler.config.get("num_train_timesteps", steps)
-    if steps > limit:
-        raise InputError(f"this pipeline was trained with {limit} timesteps; steps must be at most that, got {steps}")
+    limit = pipeline.scheduler.config.get("num_train_timesteps", plan.steps)
+    if plan.steps > limit:
+        raise InputError(f"this pipeline was trained with {limit} timesteps; steps must be at most that, got {plan.steps}")
     if any(not 0 <= seed < 2**63 for seed in seeds):
         raise InputError("seeds must lie between 0 and 2^63 - 1")
-    conditioning = complete(pipeline, conditioning)
-    for start in track(range(0, len(seeds), batch), "sampling"):
-        chunk = list(seeds[start:start + batch])
-        yield _sample(pipeline, chunk, steps, _write_arguments(conditioning, chunk))
+    conditioning = complete(pipeline, plan.conditioning)
+    for start in track(range(0, len(seeds), plan.batch), "sampling"):
+        chunk = list(seeds[start:start + plan.batch])
+        yield _sample(pipeline, chunk, plan.steps, _write_arguments(conditioning, chunk))
 
 
 def set_sampler(pipeline: DiffusionPipeline, name: str | None = None) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dmquant.diffusion.conditioning import Conditioning, complete
 from dmquant.diffusion.pipeline import evaluating, find_target
-from dmquant.diffusion.sampling import generate
+from dmquant.diffusion.sampling import SamplingPlan, generate
 from dmquant.errors import InputError
 from dmquant.progress import Track, plain
 from dmquant.quantizers.timestep_clock import find_timestep_name
@@ -81,11 +81,11 @@ def record(
     16; Song et al., 2021); InputError for others.
     """
     denoiser, recorder, conditioning = find_target(pipeline).denoiser, Recorder(), complete(pipeline, conditioning)
-    seeds, how = recording_seeds(seed, trajectories), dict(steps=steps, batch=batch, conditioning=conditioning, track=track)
+    seeds, plan = recording_seeds(seed, trajectories), SamplingPlan(steps, batch, conditioning)
     with evaluating(denoiser), stepping(pipeline.scheduler, eta) as given:
         hook = denoiser.register_forward_hook(recorder.note, with_kwargs=True)
         try:
-            for _ in generate(pipeline, seeds, **how):
+            for _ in generate(pipeline, seeds, plan, track=track):
                 pass  # the hook keeps what is wanted
         finally:
             hook.remove()

@@ -22,7 +22,7 @@ from dmquant.diffusion.clip_range import clip_like
 from dmquant.diffusion.conditioning import Conditioning, complete, recall
 from dmquant.diffusion.pipeline import EMBEDDED as EMBEDDED_MODEL
 from dmquant.diffusion.pipeline import Target, find_target, is_quantized, open_pipeline
-from dmquant.diffusion.sampling import set_sampler
+from dmquant.diffusion.sampling import SamplingPlan, set_sampler
 from dmquant.errors import DmquantError, InputError
 from dmquant.evaluation.cost import FLOAT_BITS, Cost, measure_cost
 from dmquant.evaluation.image_cache import Drawn, Gallery
@@ -57,23 +57,12 @@ class Course:
     """How images are drawn."""
 
     seeds: range
-    steps: int
-    batch: int
-    conditioning: Conditioning
+    plan: SamplingPlan
     cache: Path | None
     track: Track
 
-    def __post_init__(self) -> None:
-        if min(self.steps, self.batch) < 1:
-            raise InputError(f"steps and batch must be at least 1, got {self.steps} and {self.batch}")
-
     def first(self, count: int) -> range:
         return self.seeds[:count]
-
-    @property
-    def how(self) -> dict[str, Any]:
-        """What sampling wants to know beside the seeds."""
-        return {"steps": self.steps, "batch": self.batch, "conditioning": self.conditioning, "track": self.track}
 
 
 @torch.no_grad()
@@ -104,7 +93,7 @@ def evaluate(
     conditioning = complete(pipeline, conditioning)
     chosen.refuse_without_prompts(conditioning.prompts)
     cost, cache = measure_cost(denoiser), None if cache is None else Path(cache)
-    course = Course(range(seed, seed + num_images), steps, batch, conditioning, cache, track)
+    course = Course(range(seed, seed + num_images), SamplingPlan(steps, batch, conditioning), cache, track)
     distributed.join(on_cpu=denoiser.device.type == "cpu")
     with keep_scheduler(pipeline):
         sampler = set_sampler(pipeline, sampler)
@@ -128,7 +117,7 @@ def add_layers(
     protocol = report.protocol
     seeds = range(protocol.seed, protocol.seed + protocol.num_images)
     asked = conditioning or recall(pipeline, protocol.conditions_sha256, protocol.guidance_scale)
-    course = Course(seeds, protocol.steps, protocol.batch, asked, None, track)
+    course = Course(seeds, SamplingPlan(protocol.steps, protocol.batch, asked), None, track)
     with keep_scheduler(pipeline):
         if set_sampler(pipeline) != protocol.sampler:
             set_sampler(pipeline, protocol.sampler)
@@ -198,12 +187,12 @@ def read(
 
     Each round every process draws one batch.
     """
-    asked = course.conditioning
-    gallery = Gallery(pipeline, steps=course.steps, conditioning=asked, folder=course.cache)
-    batches = [seeds[start:start + course.batch] for start in range(0, len(seeds), course.batch)]
+    plan = course.plan
+    gallery = Gallery(pipeline, steps=plan.steps, conditioning=plan.conditioning, folder=course.cache)
+    batches = [seeds[start:start + plan.batch] for start in range(0, len(seeds), plan.batch)]
     for start in course.track(range(0, len(batches), distributed.count()), "sampling"):
         own = batches[start + distributed.number():][:1]
-        drawn = [(gallery.draw(batch), asked.choose(batch)) for batch in own]
+        drawn = [(gallery.draw(batch), plan.conditioning.choose(batch)) for batch in own]
         pages = distributed.gather([(page, yardstick.look(page.images, entries)) for page, entries in drawn])
         yield from (page for sheet in pages for page in sheet)
 
@@ -243,7 +232,7 @@ def compare_answers(target: Target, base: Target, course: Course) -> dict[str, d
     seeds = course.first(MAX_WITNESSED)
     with keep_scheduler(base.pipeline):
         base.pipeline.scheduler = clip_like(target.pipeline.scheduler, base.pipeline.scheduler)
-        found = output_cosine.measure_agreement(target, base, seeds, **course.how) if distributed.is_first() else {}
+        found = output_cosine.measure_agreement(target, base, seeds, course.plan, track=course.track) if distributed.is_first() else {}
     return distributed.share({output_cosine.NAME: {f"{timestep:g}": value for timestep, value in found.items()}})
 
 
@@ -252,7 +241,7 @@ def profile_layers(target: Target, base: Target, course: Course) -> tuple[LayerP
     seeds = course.first(MAX_PROFILED)
     with keep_scheduler(base.pipeline):
         base.pipeline.scheduler = clip_like(target.pipeline.scheduler, base.pipeline.scheduler)
-        found = layer_sqnr.measure_layers(target, base, seeds, **course.how) if distributed.is_first() else ()
+        found = layer_sqnr.measure_layers(target, base, seeds, course.plan, track=course.track) if distributed.is_first() else ()
     return distributed.share(found)
 
 

@@ -30,7 +30,7 @@ from dmquant import __version__, diffusion, kernels, nn, quantizers
 from dmquant.diffusion.conditioning import Conditioning, complete
 from dmquant.diffusion.other_tools import stored_tensors
 from dmquant.diffusion.pipeline import Target, find_target
-from dmquant.diffusion.sampling import generate
+from dmquant.diffusion.sampling import SamplingPlan, generate
 from dmquant.kernels.registry import choice
 
 VARIABLE = "DMQUANT_CACHE"
@@ -95,7 +95,7 @@ def draw(target: Target, seeds: Sequence[int], steps: int, conditioning: Conditi
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     started = time.perf_counter()
-    images = torch.cat(list(generate(target.pipeline, seeds, steps=steps, batch=len(seeds), conditioning=conditioning)))
+    images = torch.cat(list(generate(target.pipeline, seeds, SamplingPlan(steps, len(seeds), conditioning))))
     seconds = time.perf_counter() - started
     return Drawn(images, seconds, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0)
 

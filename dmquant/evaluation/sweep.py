@@ -251,16 +251,18 @@ def share_recording(
     """Records the float model's trajectories (their number, steps, eta, seed) when first asked, and once."""
     @cache
     def recall(trajectories: int, steps: int, eta: float, seed: int) -> Samples:
-        how = {"steps": steps, "eta": eta, "seed": seed, "conditioning": asked, "track": track}
-        return record(serialization.open_any(model, device=device), trajectories, **how)
+        pipeline = serialization.open_any(model, device=device)
+        return record(pipeline, trajectories, steps=steps, eta=eta, seed=seed, conditioning=asked, track=track)
 
     return recall
 
 
 def _evaluate(pipeline: DiffusionPipeline, bench: Bench, metrics: Sequence[str]) -> Report:
-    how = {"float_pipeline": bench.open() if Choice(tuple(metrics)).needs_float_model else None, **bench.plan.protocol}
-    asked = bench.plan.conditioning
-    return evaluate(pipeline, metrics=metrics, conditioning=asked, cache=bench.cache, track=bench.track, **how)
+    base = bench.open() if Choice(tuple(metrics)).needs_float_model else None
+    return evaluate(
+        pipeline, metrics=metrics, conditioning=bench.plan.conditioning, float_pipeline=base, cache=bench.cache,
+        track=bench.track, **bench.plan.protocol,
+    )
 
 
 def _find_report(folder: Path, plan: Plan, metrics: Sequence[str]) -> Report | None:

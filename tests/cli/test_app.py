@@ -133,12 +133,12 @@ def test_layers_that_are_looked_at_are_summed_up_on_the_terminal(quantized, caps
 
 
 def test_the_defaults_of_eval_and_sample_are_those_of_the_library():
-    from dmquant.diffusion.sampling import generate
+    from dmquant.diffusion.sampling import SamplingPlan
     from dmquant.evaluation.evaluator import evaluate
 
-    for command, function in ((evaluate_command.evaluate, evaluate), (app.sample, generate)):
+    for command, function in ((evaluate_command.evaluate, evaluate), (app.sample, SamplingPlan)):
         offered, taken = (inspect.signature(f).parameters for f in (command, function))
-        shared = (offered.keys() & taken.keys()) - {"seeds", "pipeline"}
+        shared = (offered.keys() & taken.keys()) - {"pipeline", "conditioning"}
         assert shared and {name: offered[name].default for name in shared} == {name: taken[name].default for name in shared}
 
 

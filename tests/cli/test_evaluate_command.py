@@ -109,10 +109,10 @@ def test_an_interrupt_keeps_what_was_drawn(folder, monkeypatch, capsys, tmp_path
     monkeypatch.setenv("DMQUANT_CACHE", str(tmp_path / "images"))
     real = image_cache.generate
 
-    def stop(pipeline, seeds, **how):
+    def stop(pipeline, seeds, plan):
         if seeds[0] == 9:
             raise KeyboardInterrupt
-        return real(pipeline, seeds, **how)
+        return real(pipeline, seeds, plan)
 
     with monkeypatch.context() as patch:
         patch.setattr(image_cache, "generate", stop)

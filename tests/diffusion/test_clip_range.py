@@ -7,12 +7,13 @@ from diffusers import DDIMPipeline, DDIMScheduler, EulerDiscreteScheduler, UNet2
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from dmquant.checkpoint import serialization
-from dmquant.diffusion.clip_range import RANGE, WIDER, clip_like, clips, draw, fit_clipping
+from dmquant.diffusion.clip_range import RANGE, WIDER, clip_like, clips, draw_images, fit_clipping
 from dmquant.diffusion.pipeline import find_target
+from dmquant.diffusion.sampling import SamplingPlan
 from dmquant.quantization import quantize
 
 SPREAD = 0.3  # of the colours
-HOW = {"steps": 10, "batch": 8}
+HOW = SamplingPlan(steps=10, batch=8)
 QUICK = dict(trajectories=2, sampling_steps=2, calibration_samples=4, max_steps=0, batch=2, init="minmax")
 
 
@@ -48,14 +49,14 @@ def noisy(teacher: DDIMPipeline, error: float = 0.1) -> DDIMPipeline:
 
 
 def colours(pipeline: DDIMPipeline) -> torch.Tensor:
-    return draw(find_target(pipeline), range(8), **HOW).mean((2, 3)) / 127.5 - 1
+    return draw_images(find_target(pipeline), range(8), HOW).mean((2, 3)) / 127.5 - 1
 
 
 def test_errors_of_the_denoiser_make_images_pale_and_a_fitted_range_gives_the_colour_back():
     teacher = make_pipeline()
     student, wanted = noisy(teacher), colours(teacher)
     pale = colours(student)
-    fit_clipping(find_target(student), find_target(teacher), range(8), **HOW)
+    fit_clipping(find_target(student), find_target(teacher), range(8), HOW)
     assert pale.norm() < 0.8 * wanted.norm()
     assert (colours(student) - wanted).norm() < 0.5 * (pale - wanted).norm()
     assert student.scheduler.config[RANGE] > 1.0
@@ -63,12 +64,12 @@ def test_errors_of_the_denoiser_make_images_pale_and_a_fitted_range_gives_the_co
 
 def test_the_fitted_range_is_the_narrowest_candidate_nearly_as_near_to_the_teacher_as_any():
     teacher = make_pipeline()
-    student, wanted, distances = noisy(teacher), draw(find_target(teacher), range(8), **HOW), {}
-    fit_clipping(find_target(student), find_target(teacher), range(8), **HOW)
+    student, wanted, distances = noisy(teacher), draw_images(find_target(teacher), range(8), HOW), {}
+    fit_clipping(find_target(student), find_target(teacher), range(8), HOW)
     for value in WIDER:
         trial = noisy(teacher)
         trial.scheduler = DDIMScheduler(clip_sample_range=value)
-        distances[value] = (draw(find_target(trial), range(8), **HOW) - wanted).square().mean().item()
+        distances[value] = (draw_images(find_target(trial), range(8), HOW) - wanted).square().mean().item()
     chosen = student.scheduler.config[RANGE]
     assert all(distances[chosen] <= 1.2 * distance for distance in distances.values())
     assert all(distances[value] > 1.2 * min(distances.values()) for value in WIDER if value < chosen)
@@ -77,14 +78,14 @@ def test_the_fitted_range_is_the_narrowest_candidate_nearly_as_near_to_the_teach
 def test_a_perfect_student_keeps_the_scheduler_that_it_shares():
     teacher = make_pipeline()
     student = copy.copy(teacher)
-    fit_clipping(find_target(student), find_target(teacher), range(8), **HOW)
+    fit_clipping(find_target(student), find_target(teacher), range(8), HOW)
     assert student.scheduler is teacher.scheduler
 
 
 def test_candidates_are_multiples_of_the_range_that_the_teacher_has():
     teacher = make_pipeline(clip_sample_range=0.5)
     student = noisy(teacher)
-    fit_clipping(find_target(student), find_target(teacher), range(8), **HOW)
+    fit_clipping(find_target(student), find_target(teacher), range(8), HOW)
     assert student.scheduler.config[RANGE] in [0.5 * factor for factor in WIDER]
     assert teacher.scheduler.config[RANGE] == 0.5
 
@@ -93,14 +94,14 @@ def test_candidates_are_multiples_of_the_range_that_the_teacher_has():
 def test_a_sampler_without_a_fixed_range_stays_as_it_is(settings):
     pipeline = make_pipeline(**settings)
     before = pipeline.scheduler
-    fit_clipping(find_target(pipeline), find_target(make_pipeline(**settings)), range(4), **HOW)
+    fit_clipping(find_target(pipeline), find_target(make_pipeline(**settings)), range(4), HOW)
     assert pipeline.scheduler is before and not clips(before)
 
 
 def test_a_student_that_cannot_be_sampled_from_keeps_its_scheduler_and_is_not_lost():
     teacher, student = make_pipeline(), make_pipeline(Diverging)
     before = student.scheduler
-    fit_clipping(find_target(student), find_target(teacher), range(4), **HOW)
+    fit_clipping(find_target(student), find_target(teacher), range(4), HOW)
     assert student.scheduler is before
 
 
@@ -108,7 +109,7 @@ def test_no_seeds_means_no_fit():
     teacher = make_pipeline()
     student = noisy(teacher)
     before = student.scheduler
-    fit_clipping(find_target(student), find_target(teacher), (), **HOW)
+    fit_clipping(find_target(student), find_target(teacher), (), HOW)
     assert student.scheduler is before
 
 

@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2
 
 from dmquant.diffusion.conditioning import Conditioning, complete
 from dmquant.diffusion.pipeline import open_pipeline
-from dmquant.diffusion.sampling import generate
+from dmquant.diffusion.sampling import SamplingPlan, generate
 from dmquant.errors import InputError, MissingResource
 from dmquant.evaluation import image_cache
 from dmquant.evaluation.evaluator import add_layers, evaluate
@@ -43,7 +43,7 @@ def test_images_of_prompts_are_measured_in_one_pass_by_a_protocol_that_names_the
     report = evaluate(text_pipeline, metrics=["clip_score", "psnr", "cosine"], **how)
     seeds = range(QUICK["num_images"])
     images, others = (
-        torch.cat(list(generate(model, seeds, steps=QUICK["steps"], batch=QUICK["batch"], conditioning=ASKED)))
+        torch.cat(list(generate(model, seeds, SamplingPlan(QUICK["steps"], QUICK["batch"], ASKED))))
         for model in (text_pipeline, how["float_pipeline"])
     )
     match = load_clip(clip_folder).match(images, [ASKED.prompts[seed % 3] for seed in seeds])

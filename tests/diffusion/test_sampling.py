@@ -19,7 +19,7 @@ from diffusers.pipelines import ImagePipelineOutput
 from torch import Tensor, nn
 
 from dmquant.diffusion.conditioning import Conditioning, complete
-from dmquant.diffusion.sampling import SAMPLERS, generate, set_sampler
+from dmquant.diffusion.sampling import SAMPLERS, SamplingPlan, generate, set_sampler
 from dmquant.errors import DmquantError, InputError, OutOfMemory
 from dmquant.evaluation.image_grid import make_grid, stack_rows
 from dmquant.testing import TINY_UNET
@@ -44,7 +44,7 @@ def dit() -> DiTPipeline:
 
 
 def images(pipeline: DiffusionPipeline, seeds=range(4), **settings) -> Tensor:
-    return torch.cat(list(generate(pipeline, seeds, **{"steps": 3} | settings)))
+    return torch.cat(list(generate(pipeline, seeds, SamplingPlan(**{"steps": 3} | settings))))
 
 
 def furthest(a: Tensor, b: Tensor) -> int:
@@ -107,7 +107,8 @@ def test_sampling_leaves_the_global_random_state_alone(pipeline, dit):
 def test_images_come_batch_by_batch_and_only_when_asked_for(pipeline):
     calls, tracked = [], []
     pipeline.unet.register_forward_pre_hook(lambda module, arguments: calls.append(len(arguments[0])))
-    chunks = generate(pipeline, range(5), steps=1, batch=2, track=lambda work, label: tracked.append((len(work), label)) or work)
+    track = lambda work, label: tracked.append((len(work), label)) or work  # noqa: E731
+    chunks = generate(pipeline, range(5), SamplingPlan(1, 2), track=track)
     assert not calls
     assert len(next(chunks)) == 2 and calls == [2]
     assert [len(chunk) for chunk in chunks] == [2, 1]

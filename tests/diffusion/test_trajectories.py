@@ -7,7 +7,7 @@ from torch import nn
 
 from dmquant.diffusion.conditioning import Conditioning
 from dmquant.diffusion.pipeline import find_target, open_pipeline
-from dmquant.diffusion.sampling import generate, set_sampler
+from dmquant.diffusion.sampling import SamplingPlan, generate, set_sampler
 from dmquant.diffusion.trajectories import Recorder, Samples, record, recording_seeds, stepping
 from dmquant.errors import InputError
 from dmquant.training.resume import SavedRun
@@ -200,10 +200,10 @@ def test_steps_with_eta_one_add_noise_of_the_variance_in_ddims_equation_16():
 
 
 def test_a_sampler_without_eta_is_refused_before_anything_is_drawn_and_every_sampler_is_left_as_it_was(pipeline):
-    before = torch.cat(list(generate(pipeline, range(2), steps=2)))
+    before = torch.cat(list(generate(pipeline, range(2), SamplingPlan(2))))
     record(pipeline, 1, steps=2, seed=0, eta=1.0)
     assert "step" not in vars(pipeline.scheduler)
-    assert torch.equal(torch.cat(list(generate(pipeline, range(2), steps=2))), before)
+    assert torch.equal(torch.cat(list(generate(pipeline, range(2), SamplingPlan(2)))), before)
     set_sampler(pipeline, "euler")
     with pytest.raises(InputError, match="eta of 1: EulerDiscreteScheduler takes none; leave it at 0"):
         record(pipeline, 1, steps=2, seed=0, eta=1.0, track=lambda *_: pytest.fail("an image was drawn"))

@@ -8,7 +8,7 @@ from PIL import Image
 
 from dmquant.checkpoint import serialization
 from dmquant.diffusion.pipeline import find_target, open_pipeline
-from dmquant.diffusion.sampling import generate
+from dmquant.diffusion.sampling import SamplingPlan, generate
 from dmquant.errors import DmquantError, InputError
 from dmquant.evaluation import evaluator, image_cache
 from dmquant.evaluation.cost import measure_cost
@@ -49,7 +49,7 @@ def images(tmp_path_factory) -> Path:
 
 
 def draw(pipeline: DDIMPipeline, seeds: range) -> torch.Tensor:
-    return torch.cat(list(generate(pipeline, seeds, steps=QUICK["steps"], batch=QUICK["batch"])))
+    return torch.cat(list(generate(pipeline, seeds, SamplingPlan(QUICK["steps"], QUICK["batch"]))))
 
 
 def test_the_distance_is_that_of_all_images_of_the_seeds_to_the_reference(pipeline, images):
@@ -282,7 +282,7 @@ def test_operations_stand_in_the_report_with_attention_apart(pipeline):
 def count_draws(monkeypatch) -> list[list[int]]:
     """The seeds of every call of the sampler."""
     calls, real = [], image_cache.generate
-    noted = lambda model, seeds, **how: calls.append(list(seeds)) or real(model, seeds, **how)  # noqa: E731
+    noted = lambda model, seeds, *plan: calls.append(list(seeds)) or real(model, seeds, *plan)  # noqa: E731
     monkeypatch.setattr(image_cache, "generate", noted)
     return calls
 

@@ -23,7 +23,7 @@ def drawing(monkeypatch):
     """The seeds of every call of the sampler, which draws noise."""
     calls = []
 
-    def generate(pipeline, seeds, **how):
+    def generate(pipeline, seeds, plan):
         calls.append(list(seeds))
         yield torch.randint(0, 256, (len(seeds), 3, 8, 8), generator=torch.Generator().manual_seed(seeds[0])).to(torch.uint8)
 

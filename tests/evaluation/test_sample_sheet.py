@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from dmquant.diffusion.pipeline import open_pipeline
-from dmquant.diffusion.sampling import generate
+from dmquant.diffusion.sampling import SamplingPlan, generate
 from dmquant.evaluation import image_cache
 from dmquant.evaluation.evaluator import evaluate
 from dmquant.evaluation.sample_sheet import FULL, colour, draw_strips, measure_difference
@@ -40,9 +40,9 @@ def reports(tiny_folder, tmp_path):
 def test_the_float_model_comes_first_and_others_show_their_differences(reports, tiny_folder):
     first, second = draw_strips(reports, 3, device="cpu")
     assert first.model == str(tiny_folder) and first.differences == () and not first.note
-    images = torch.cat(list(generate(open_pipeline(tiny_folder), range(3, 6), steps=2, batch=3)))
+    images = torch.cat(list(generate(open_pipeline(tiny_folder), range(3, 6), SamplingPlan(2, 3))))
     assert torch.equal(pictures(first.images), images)
-    others = torch.cat(list(generate(open_pipeline(second.model), range(3, 6), steps=2, batch=3)))
+    others = torch.cat(list(generate(open_pipeline(second.model), range(3, 6), SamplingPlan(2, 3))))
     assert torch.equal(pictures(second.images), others)
     assert torch.equal(pictures(second.differences), colour(measure_difference(others, images)))
     assert (first.size, first.first_seed) == (second.size, second.first_seed) == ((8, 8), 3)

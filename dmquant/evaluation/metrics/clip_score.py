@@ -63,8 +63,9 @@ class Clip(NamedTuple):
         """100 times the cosine of each uint8 image (B, 3, H, W) and its prompt, float64 (B,) on the CPU."""
         pictures = [Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy()) for image in images]
         longest = self.network.config.text_config.max_position_embeddings
-        how = {"padding": True, "truncation": True, "max_length": longest, "return_tensors": "pt"}
-        inputs = self.processor(text=list(prompts), images=pictures, **how).to(self.network.device)
+        inputs = self.processor(
+            text=list(prompts), images=pictures, padding=True, truncation=True, max_length=longest, return_tensors="pt"
+        ).to(self.network.device)
         with torch.autocast(self.network.device.type, enabled=False):
             seen = self.network(**inputs)
         ours, theirs = (part.cpu().double() for part in (seen.image_embeds, seen.text_embeds))
@@ -84,8 +85,9 @@ def load_clip(model: str | Path | None = None) -> Clip:
     _refuse_others(folder, weights)
     try:
         with loading_quietly():
-            how = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
-            network, found = CLIPModel.from_pretrained(folder, **how)
+            network, found = CLIPModel.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            )
             processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, SafetensorError) as error:
         raise DamagedFile(f"{folder} cannot be loaded as CLIP: {str(error).strip().splitlines()[0]}") from error

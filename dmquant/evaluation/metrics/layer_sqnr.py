@@ -15,6 +15,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from statistics import fmean
 from typing import Any
@@ -22,10 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmquant.diffusion.conditioning import Conditioning
 from dmquant.diffusion.layer_roles import find_roles, named_layers
 from dmquant.diffusion.pipeline import Target
-from dmquant.diffusion.sampling import generate
+from dmquant.diffusion.sampling import SamplingPlan, generate
 from dmquant.evaluation.reports.report import LayerProfile, Range
 from dmquant.nn.convert import layer_bits
 from dmquant.progress import Track, plain
@@ -40,14 +40,13 @@ DIGITS = 4  # of a range in the report
 
 @torch.no_grad()
 def measure_layers(
-    target: Target, base: Target, seeds: Sequence[int], *, steps: int, batch: int,
-    conditioning: Conditioning = Conditioning(), track: Track = plain,
+    target: Target, base: Target, seeds: Sequence[int], plan: SamplingPlan, *, track: Track = plain
 ) -> tuple[LayerProfile, ...]:
     """Every layer that the float denoiser runs, in that order, over the trajectories of the seeds."""
     probe = Probe(base.denoiser, target.denoiser)
     with probe.listening():
-        how = {"steps": steps, "batch": min(batch, MAX_BATCH), "conditioning": conditioning, "track": track}
-        for _ in generate(base.pipeline, seeds, **how):
+        small = replace(plan, batch=min(plan.batch, MAX_BATCH))
+        for _ in generate(base.pipeline, seeds, small, track=track):
             pass  # the probe listens
     return probe.describe()
 

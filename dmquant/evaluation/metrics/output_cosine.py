@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmquant.diffusion.conditioning import Conditioning
 from dmquant.diffusion.pipeline import Target
-from dmquant.diffusion.sampling import generate
+from dmquant.diffusion.sampling import SamplingPlan, generate
 from dmquant.progress import Track, plain
 from dmquant.quantizers.timestep_clock import find_timestep_name
 
@@ -23,14 +22,13 @@ NAME = "cosine"
 
 @torch.no_grad()
 def measure_agreement(
-    target: Target, base: Target, seeds: Sequence[int], *, steps: int, batch: int,
-    conditioning: Conditioning = Conditioning(), track: Track = plain,
+    target: Target, base: Target, seeds: Sequence[int], plan: SamplingPlan, *, track: Track = plain
 ) -> dict[float, float]:
     """Timestep -> cosine between the two denoisers' answers, mean over the trajectories of the seeds, latest noise first."""
     witness = Witness(target.denoiser)
     hook = base.denoiser.register_forward_hook(witness.note, with_kwargs=True)
     try:
-        for _ in generate(base.pipeline, seeds, steps=steps, batch=batch, conditioning=conditioning, track=track):
+        for _ in generate(base.pipeline, seeds, plan, track=track):
             pass  # the hook listens
     finally:
         hook.remove()

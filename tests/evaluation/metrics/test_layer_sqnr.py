@@ -3,6 +3,7 @@
 import copy
 import math
 from collections import defaultdict
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,13 +12,13 @@ import torch
 from dmquant.checkpoint import serialization
 from dmquant.diffusion.layer_roles import named_layers
 from dmquant.diffusion.pipeline import find_target, open_pipeline
-from dmquant.diffusion.sampling import generate
+from dmquant.diffusion.sampling import SamplingPlan, generate
 from dmquant.evaluation.metrics import layer_sqnr
 from dmquant.evaluation.metrics.layer_sqnr import measure_layers, measure_range, merge, to_db
 from dmquant.methods import get
 from dmquant.quantization import quantize
 
-HOW = {"steps": 2, "batch": 2}
+HOW = SamplingPlan(steps=2, batch=2)
 SMALL = {"max_steps": 0, "trajectories": 1, "sampling_steps": 2, "calibration_samples": 3, "batch": 2}
 CHANGED = "mid_block.resnets.0.conv2"
 # Matrix products may sum in another order when weights lie at another alignment, as those read from a file and their copies
@@ -38,7 +39,7 @@ def packed(tiny_folder, tmp_path_factory):
 
 
 def measure(other, base, seeds=range(3)):
-    return {layer.name: layer for layer in measure_layers(find_target(other), find_target(base), seeds, **HOW)}
+    return {layer.name: layer for layer in measure_layers(find_target(other), find_target(base), seeds, HOW)}
 
 
 def is_rounding(error_db):
@@ -53,7 +54,7 @@ def record(pipeline, seeds, batch):
         layer.register_forward_hook(lambda _, args, y, name=name: seen[name].append((args[0].double(), y.double().clone())))
         for name, layer in named_layers(pipeline.unet).items()
     ]
-    list(generate(pipeline, seeds, steps=HOW["steps"], batch=batch))
+    list(generate(pipeline, seeds, replace(HOW, batch=batch)))
     for hook in hooks:
         hook.remove()
     return seen
@@ -102,7 +103,7 @@ def test_the_total_error_of_the_last_layer_is_that_of_the_answers(pipeline):
         seen.append(output.sample)
 
     hook = pipeline.unet.register_forward_hook(note, with_kwargs=True)
-    list(generate(pipeline, range(3), **HOW))
+    list(generate(pipeline, range(3), HOW))
     hook.remove()
     with torch.no_grad():
         others = [other.unet(*args, **kwargs).sample for args, kwargs in asked]
@@ -151,7 +152,7 @@ def test_images_are_profiled_alike_in_any_batch(pipeline):
     other = copy.deepcopy(pipeline)
     with torch.no_grad():
         other.unet.conv_in.weight.mul_(1.1)
-    one, many = (measure_layers(find_target(other), find_target(pipeline), range(3), steps=2, batch=batch) for batch in (1, 50))
+    one, many = (measure_layers(find_target(other), find_target(pipeline), range(3), SamplingPlan(2, batch)) for batch in (1, 50))
     for first, second in zip(one, many, strict=True):
         assert is_rounding(first.total_db) == is_rounding(second.total_db)
         if not is_rounding(first.total_db):

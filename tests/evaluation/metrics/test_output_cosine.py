@@ -5,9 +5,10 @@ import torch
 
 from dmquant.diffusion import trajectories as samples_module
 from dmquant.diffusion.pipeline import find_target, open_pipeline
+from dmquant.diffusion.sampling import SamplingPlan
 from dmquant.evaluation.metrics.output_cosine import measure_agreement, measure_cosine
 
-HOW = {"steps": 3, "batch": 2}
+HOW = SamplingPlan(steps=3, batch=2)
 
 
 @pytest.fixture
@@ -24,17 +25,17 @@ def disturb(pipeline, scale: float):
 
 
 def test_a_model_agrees_with_itself_at_every_timestep(pipeline):
-    measured = measure_agreement(find_target(pipeline), find_target(copy.deepcopy(pipeline)), range(3), **HOW)
+    measured = measure_agreement(find_target(pipeline), find_target(copy.deepcopy(pipeline)), range(3), HOW)
     assert list(measured) == sorted(measured, reverse=True) and len(measured) == 3
     assert list(measured.values()) == pytest.approx([1.0] * 3)
 
 
 def test_it_is_the_cosine_of_the_answers_to_the_float_models_own_questions(pipeline, monkeypatch):
     other = disturb(pipeline, 0.05)
-    measured = measure_agreement(find_target(other), find_target(pipeline), range(7, 10), **HOW)
+    measured = measure_agreement(find_target(other), find_target(pipeline), range(7, 10), HOW)
 
     monkeypatch.setattr(samples_module, "recording_seeds", lambda seed, count: range(7, 10))
-    samples = samples_module.record(pipeline, 3, seed=0, **HOW)
+    samples = samples_module.record(pipeline, 3, seed=0, steps=HOW.steps, batch=HOW.batch)
     cosines = measure_cosine(samples.call(other.unet).detach(), samples.target)
     for timestep, value in measured.items():
         assert value == pytest.approx(cosines[samples.timestep == timestep].mean().item(), rel=1e-5)
@@ -43,12 +44,12 @@ def test_it_is_the_cosine_of_the_answers_to_the_float_models_own_questions(pipel
 
 def test_a_larger_disturbance_agrees_less(pipeline):
     base = find_target(pipeline)
-    near, far = (measure_agreement(find_target(disturb(pipeline, scale)), base, range(2), **HOW) for scale in (0.01, 0.2))
+    near, far = (measure_agreement(find_target(disturb(pipeline, scale)), base, range(2), HOW) for scale in (0.01, 0.2))
     assert sum(far.values()) < sum(near.values())
 
 
 def test_no_hook_stays_behind(pipeline):
-    measure_agreement(find_target(pipeline), find_target(pipeline), range(1), **HOW)
+    measure_agreement(find_target(pipeline), find_target(pipeline), range(1), HOW)
     assert not pipeline.unet._forward_hooks
 
 

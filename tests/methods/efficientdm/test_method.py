@@ -16,7 +16,7 @@ from dmquant.cli import app
 from dmquant.diffusion.conditioning import Conditioning
 from dmquant.diffusion.layer_roles import Role, find_roles
 from dmquant.diffusion.pipeline import find_target
-from dmquant.diffusion.sampling import generate, set_sampler
+from dmquant.diffusion.sampling import SamplingPlan, generate, set_sampler
 from dmquant.diffusion.trajectories import Samples, record
 from dmquant.errors import InputError, Interrupted
 from dmquant.methods.efficientdm.method import EfficientDM
@@ -240,7 +240,7 @@ def test_every_sampler_and_step_count_runs_with_grids_of_three_timesteps(pipelin
     assert find_target(loaded).denoiser.clock.lookup == lookup
     for sampler, steps in (("ddim", 3), ("ddim", 7), ("heun", 4), ("dpm++", 5), ("euler", 3)):
         set_sampler(loaded, sampler)
-        assert next(iter(generate(loaded, [0, 1], steps=steps))).shape == (2, 3, 8, 8)
+        assert next(iter(generate(loaded, [0, 1], SamplingPlan(steps)))).shape == (2, 3, 8, 8)
 
 
 @pytest.mark.parametrize("lookup", ["nearest", "linear"])
@@ -278,10 +278,10 @@ def test_under_guidance_both_halves_of_the_batch_use_the_grid_of_their_timestep(
     transformer = find_target(quantized).denoiser
     layer = next(layer for layer in packed_layers(transformer).values() if isinstance(layer.input, TemporalGrid))
     layer.register_forward_pre_hook(lambda layer, args: steps.append((len(args[0]), transformer.clock.step.tolist())))
-    images = next(iter(generate(quantized, [0, 1], steps=3, conditioning=wanted)))
+    images = next(iter(generate(quantized, [0, 1], SamplingPlan(3, conditioning=wanted))))
     assert steps == [(4, [step] * 4) for step in range(3)] and images.shape[:2] == (2, 3)
     dmquant.save(quantized, tmp_path / "out")
-    again = next(iter(generate(dmquant.load(tmp_path / "out"), [0, 1], steps=3, conditioning=wanted)))
+    again = next(iter(generate(dmquant.load(tmp_path / "out"), [0, 1], SamplingPlan(3, conditioning=wanted))))
     assert torch.equal(again, images)
 
 
