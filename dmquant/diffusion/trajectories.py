@@ -95,9 +95,11 @@ def record(
 
 @contextmanager
 def stepping(scheduler: SchedulerMixin, eta: float) -> Iterator[set[torch.Size]]:
-    """While inside, the scheduler's steps take this eta; notes the shapes (C, ...) of what they are given.
+    """Replaces scheduler.step within the block: steps take this eta, and the shapes (C, ...) of their inputs are collected.
 
-    The scheduler is told and not the pipeline, since some pipelines (DiT) hand no eta on.
+    Nothing simpler reaches every pipeline: some (DiT) pass no eta to the scheduler, and none tells which channels of the
+    denoiser's output the scheduler gets. This is the only place that replaces a method of a scheduler; the end of the block puts
+    it back, after errors too.
     """
     own, given = scheduler.step, set()
     if eta and "eta" not in inspect.signature(own).parameters:

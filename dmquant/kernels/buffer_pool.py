@@ -1,11 +1,15 @@
-"""Memory of large output tensors, kept for reuse after the tensors are freed.
+"""A pool for the memory of large outputs of kernels: float32 tensors on the CPU of at least SMALLEST bytes.
 
-An allocator returns large blocks to the system, which then maps them page by page and zeroes each page at its first access. That
-was 7 % of a call of Stable Diffusion 1.5. Blocks here are mapped with huge pages of 2 MiB where the system has them; kernels
-that read many rows at once then take 5 to 10 % less time. torch has no setting for either on the CPU.
+glibc gives the end of its heap back to the system when a tensor is freed, and gets it back page by page, each filled with zeros.
+Whether that happens depends on what else is in the heap, so it differs between processes. Without the pool a packed DDPM of
+CIFAR-10 (W1A4, batch 4, one thread) had 0 to 3,200 page faults per call of the denoiser in three processes that drew images, and
+took 1 to 12 % more processor time than with it; at batch 16 it took 4 to 6 % more. The embedded pipeline took 0 to 5 % more,
+and LDM-4 0.2 %.
 
-State: the module-level list `free`, guarded by LOCK. It holds at most LIMIT bytes, in blocks of at least SMALLEST bytes. Setting
-`buffer_pool.LIMIT = 0` keeps nothing.
+Nothing simpler does the same: torch has no pool for CPU memory, and glibc's own limits (MALLOC_TRIM_THRESHOLD_,
+MALLOC_MMAP_THRESHOLD_) hold for every library of the process, so they are for the user to set. The pool asks for huge pages,
+which saved a further 1.8 % (LDM-4) to 3.8 % (CIFAR-10) of a call. It keeps up to LIMIT bytes that no tensor uses.
+`buffer_pool.LIMIT = 0` switches it off: every tensor then comes from torch.empty.
 """
 
 import ctypes
@@ -33,7 +37,7 @@ def empty(shape: Sequence[int], order: torch.memory_format = torch.contiguous_fo
     Its memory is kept for reuse when the tensor and all views of it are freed.
     """
     count = math.prod(shape)
-    if 4 * count < SMALLEST or not hasattr(mmap, "MAP_PRIVATE"):
+    if 4 * count < SMALLEST or LIMIT == 0 or not hasattr(mmap, "MAP_PRIVATE"):
         return torch.empty(shape, memory_format=order)
     memory = acquire(-(-4 * count // STEP) * STEP)
     view = (ctypes.c_char * len(memory)).from_buffer(memory)  # kept alive by the tensor

@@ -103,9 +103,7 @@ def moments_op(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: in
 
 
 @moments_op.register_fake
-def _(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, epsilon: float
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, epsilon: float) -> tuple[Tensor, Tensor]:
     gain = x.new_empty(len(x), x.shape[-1], dtype=torch.float32)
     return gain, torch.empty_like(gain)
 

@@ -59,6 +59,16 @@ def test_small_tensors_come_from_the_allocator():
     assert not buffer_pool.free
 
 
+def test_with_a_limit_of_0_all_tensors_come_from_the_allocator(monkeypatch):
+    monkeypatch.setattr(buffer_pool, "LIMIT", 0)
+    monkeypatch.delattr(buffer_pool, "take")
+    for order in (torch.contiguous_format, torch.channels_last):
+        x = buffer_pool.empty((3, 10, 100, 200), order)
+        assert x.shape == (3, 10, 100, 200) and x.is_contiguous(memory_format=order)
+        del x
+    assert not buffer_pool.spare
+
+
 def test_no_more_is_kept_than_the_limit_and_the_oldest_goes(monkeypatch):
     monkeypatch.setattr(buffer_pool, "LIMIT", 3 * buffer_pool.STEP)
     sizes = [(buffer_pool.STEP // 4 * count,) for count in (1, 2, 1, 3)]
