@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from dmquant.kernels.packing import pack, unpack
-from dmquant.kernels.registry import choice
 from dmquant.nn import dispatch
 from dmquant.nn.fake_quant_layers import Layer
 from dmquant.nn.packed_weight import PackedWeight, dense

@@ -66,7 +66,7 @@ def test_with_a_limit_of_0_all_tensors_come_from_the_allocator(monkeypatch):
         x = buffer_pool.empty((3, 10, 100, 200), order)
         assert x.shape == (3, 10, 100, 200) and x.is_contiguous(memory_format=order)
         del x
-    assert not buffer_pool.spare
+    assert not buffer_pool.free
 
 
 def test_no_more_is_kept_than_the_limit_and_the_oldest_goes(monkeypatch):
