@@ -23,7 +23,7 @@ from statistics import mean
 
 import torch
 
-from dmquant.cli.console import say, show_table
+from dmquant.cli.console import print_message, print_table
 from dmquant.evaluation.reports import report
 from dmquant.evaluation.sweep import Experiment, parse_run
 from dmquant.training import run_cost
@@ -69,10 +69,10 @@ def main() -> None:
     for experiment in experiments:
         lengths = sorted({round(share * experiment.method.max_steps) for share in args.shares})
         curves[experiment.name] = [measure(experiment, steps, args) for steps in lengths]
-    show_table(HEADINGS, list_rows(curves), align="l" + "r" * (len(HEADINGS) - 1), notes=["", *list_notes(curves)])
+    print_table(HEADINGS, list_rows(curves), align="l" + "r" * (len(HEADINGS) - 1), notes=["", *list_notes(curves)])
     args.result.parent.mkdir(parents=True, exist_ok=True)
     args.result.write_text(json.dumps(summarize(curves, experiments, args), indent=2) + "\n", encoding="utf-8")
-    say(f"wrote {args.result}")
+    print_message(f"wrote {args.result}")
 
 
 def parse_arguments() -> argparse.Namespace:

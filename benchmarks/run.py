@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean
 
 import dmquant
-from dmquant.cli.console import Tracker, say
+from dmquant.cli.console import Tracker, print_message
 from dmquant.evaluation.reports.report import Report
 from dmquant.evaluation.sweep import FLOAT, read_plan, run_plan
 
@@ -31,7 +31,7 @@ def main() -> None:
     plan = read_plan(args.experiments)
     number, count = map(int, args.share.split("/"))
     share = replace(plan, experiments=plan.experiments[number - 1::count])
-    failures = run_plan(share, args.output, model=args.model, tell=say, track=Tracker()).failures
+    failures = run_plan(share, args.output, model=args.model, tell=print_message, track=Tracker()).failures
     names = [FLOAT, *(experiment.name for experiment in plan.experiments)]
     if not failures and all((args.output / name / "report.json").exists() for name in names):
         write(args.experiments.stem, {name: Report.load(args.output / name) for name in names})

@@ -1,6 +1,6 @@
 """dmquant: extremely low-bit quantization of diffusion models.
 
-The public names are resolved at first use, so that `import dmquant` takes no time and no torch.
+Public names are imported at first use, so that `import dmquant` does not import torch.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""`python -m dmquant`: the same commands under `accelerate launch -m dmquant` and `torchrun -m dmquant`."""
+"""Runs the commands by `python -m dmquant`, `accelerate launch -m dmquant` and `torchrun -m dmquant`."""
 
 from dmquant.cli.app import main
 

@@ -1,35 +1,35 @@
-"""What can go wrong for a user, and the exit code of each. Every message says what to do next."""
+"""Errors that a user can cause or solve, each with its exit code. Every message names a way out."""
 
 
 class DmquantError(Exception):
-    """An expected failure: a damaged file, a run that diverged, a threshold missed."""
+    """Base class of expected failures, such as a model that diverged."""
 
     exit_code = 1
 
 
 class InputError(DmquantError, ValueError):
-    """The command, a setting or a file given is not usable as it is."""
+    """The user gave a command, setting or file that cannot be used."""
 
     exit_code = 2
 
 
 class MissingResource(DmquantError):
-    """Something to be fetched or installed first is not there: weights, a hub, a package."""
+    """Weights, a model or a package must be downloaded or installed first."""
 
     exit_code = 3
 
 
 class OutOfMemory(DmquantError):
-    """The work does not fit; the message names what shrinks it."""
+    """There is not enough memory; the message names the options that reduce it."""
 
     exit_code = 4
 
 
 class Interrupted(DmquantError):
-    """Stopped by the user after the state was saved."""
+    """The user stopped the work."""
 
     exit_code = 130
 
 
 class DamagedFile(DmquantError):
-    """A file that is not what it says it is: truncated, altered, wrong shapes or types."""
+    """A file is truncated or altered, or its content has wrong shapes or types."""

@@ -1,4 +1,4 @@
-"""Registers the packed format with diffusers: after `import dmquant.hf`, `from_pretrained` of diffusers reads our folders."""
+"""Registers the packed format with diffusers: after `import dmquant.hf`, `from_pretrained` loads folders that dmquant wrote."""
 
 from dmquant.checkpoint.diffusers_quantizer import DmquantQuantizer, mark_as_quantized
 

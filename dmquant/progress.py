@@ -1,4 +1,4 @@
-"""The progress seam: long work is an iterable that a caller may wrap. The library itself shows nothing."""
+"""The type of progress callbacks: (iterable, label) -> iterable of the same items. The library itself shows no progress."""
 
 from collections.abc import Callable, Iterable
 
@@ -6,5 +6,5 @@ Track = Callable[[Iterable, str], Iterable]
 
 
 def plain(work: Iterable, label: str) -> Iterable:
-    """Tracks nothing."""
+    """Returns the iterable unchanged: shows no progress."""
     return work

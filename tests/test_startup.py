@@ -1,4 +1,4 @@
-"""What needs no torch imports none: help, the list of methods and comparisons answer at once."""
+"""Tests that help, the list of methods and comparisons do not import torch."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ HEAVY = ("torch", "diffusers", "torchmetrics", "accelerate", "transformers", "nu
 PROBE = f"""
 import json, sys, dmquant.cli.app
 for line in json.loads(sys.argv[1]):
-    code = dmquant.cli.app.run(line)
+    code = dmquant.cli.app.run_command(line)
     heavy = set(sys.modules) & set({HEAVY})
     if code or heavy:
         sys.exit(f"{{line}} ended with {{code}} and imported {{heavy}}")
@@ -22,18 +22,18 @@ COMMANDS = ("quantize", "eval", "compare", "methods", "inspect", "sample", "veri
 
 
 def run(*lines: list[str]) -> list[str]:
-    """What a process prints for each of these command lines; none may fail or import anything heavy."""
+    """Returns the output of a process for each command line; fails if one fails or imports torch, diffusers or the like."""
     done = subprocess.run([sys.executable, "-c", PROBE, json.dumps(lines)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.split("\0")[:-1]
 
 
-def test_help_and_lists_come_without_torch():
+def test_help_and_lists_import_no_torch():
     printed = run(["--help"], ["--version"], ["methods"], *([name, "--help"] for name in COMMANDS))
     assert len(printed) == 3 + len(COMMANDS) and all(printed)
 
 
-def test_a_comparison_of_report_files_comes_without_torch(tmp_path):
+def test_a_comparison_of_report_files_imports_no_torch(tmp_path):
     protocol = Protocol(num_images=10, seed=0, steps=2, sampler="ddim", batch=5, image_size=8)
     report = Report(
         model="m", method="float", settings={}, weight_bits=32, act_bits=32, metrics={"psnr": 1.0}, protocol=protocol,
@@ -54,7 +54,7 @@ def test_a_page_with_plots_imports_neither_torch_nor_pyplot(tmp_path):
     page = tmp_path / "page.html"
     line = ["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--html", str(page), "--samples", "0"]
     unwanted = {"torch", "matplotlib.pyplot"}
-    code = f"import sys\nfrom dmquant.cli import app\napp.run(sys.argv[1:])\nassert not {unwanted} & set(sys.modules)"
+    code = f"import sys\nfrom dmquant.cli import app\napp.run_command(sys.argv[1:])\nassert not {unwanted} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, *line], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "<svg" in page.read_text(encoding="utf-8")
@@ -66,7 +66,7 @@ def test_the_package_itself_imports_nothing_heavy():
     assert done.returncode == 0, done.stderr
 
 
-def test_an_unknown_public_name_says_what_there_is():
+def test_an_unknown_public_name_is_refused_with_the_list():
     import dmquant
 
     with pytest.raises(AttributeError, match="quantize, load"):

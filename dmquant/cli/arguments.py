@@ -1,4 +1,4 @@
-"""What a command line says and what it leaves unsaid: settings given as text, names of folders, doors to try first."""
+"""Parses and checks arguments of the command line: settings, metrics, conditioning, default folders, paths to write."""
 
 import os
 from collections.abc import Sequence
@@ -18,7 +18,10 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def refuse_empty(line: list[str]) -> None:
-    """An argument without text is a variable that was not set: as a path it would be the working folder."""
+    """Raises InputError if an argument is empty.
+
+    It usually stems from a shell variable that is not set; as a path it would mean the working folder.
+    """
     for before, argument in zip(["", *line], line):
         name, equals, value = argument.partition("=")
         if not argument or (name.startswith("--") and equals and not value):
@@ -26,7 +29,7 @@ def refuse_empty(line: list[str]) -> None:
 
 
 def merge_settings(options: dict[str, int | None], pairs: list[str]) -> dict[str, int | str]:
-    """Settings that have options of their own and those given as key=value; each may be given once."""
+    """Returns the settings given by options (None: not given) and by key=value; raises InputError if one is given twice."""
     merged: dict[str, int | str] = {key: value for key, value in options.items() if value is not None}
     for pair in pairs:
         key, equals, value = pair.partition("=")
@@ -39,7 +42,7 @@ def merge_settings(options: dict[str, int | None], pairs: list[str]) -> dict[str
 
 
 def read_metrics(text: str | None, shorthands: Sequence[str] = ()) -> tuple[str, ...] | None:
-    """Names of metrics as in fid,psnr, and those whose own options are given; each once, and None if there are none.
+    """Returns the metrics named in `text`, as in fid,psnr, then `shorthands`, without duplicates; None if none is given.
 
     Raises:
         InputError: a name is unknown.
@@ -53,13 +56,13 @@ def read_metrics(text: str | None, shorthands: Sequence[str] = ()) -> tuple[str,
     return tuple(dict.fromkeys((*names, *shorthands)))
 
 
-def name_run(model: str | None, method: str, weight_bits: int, act_bits: int) -> Path:
-    """Where a quantized pipeline goes when no folder is given."""
+def default_result_folder(model: str | None, method: str, weight_bits: int, act_bits: int) -> Path:
+    """Returns the folder of a quantized pipeline if none is given: runs/MODEL-METHOD-wBITSaBITS."""
     return RUNS / f"{_short_name(model)}-{method}-w{weight_bits}a{act_bits}"
 
 
-def name_evaluation(model: str | None) -> Path:
-    """Where a report goes when no folder is given: beside a quantized pipeline that lies here, else under runs."""
+def default_report_folder(model: str | None) -> Path:
+    """Returns the folder of a report if none is given: that of a local quantized pipeline, else runs/eval-MODEL."""
     from dmquant.diffusion.pipeline import is_quantized
 
     if model is not None and Path(model).is_dir() and is_quantized(model):
@@ -68,17 +71,17 @@ def name_evaluation(model: str | None) -> Path:
 
 
 def require_writable(folder: Path) -> Path:
-    """The folder, which need not exist yet: hours of work must not end before a closed door."""
-    home = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not home.is_dir():
-        raise InputError(f"{folder} cannot be made: {home} is a file; choose another with -o")
-    if not os.access(home, os.W_OK | os.X_OK):
-        raise InputError(f"{folder} cannot be written: no permission in {home}; choose another with -o")
+    """Returns the folder; raises InputError if it does not exist and cannot be made, or cannot be written."""
+    ancestor = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not ancestor.is_dir():
+        raise InputError(f"{folder} cannot be made: {ancestor} is a file; choose another with -o")
+    if not os.access(ancestor, os.W_OK | os.X_OK):
+        raise InputError(f"{folder} cannot be written: no permission in {ancestor}; choose another with -o")
     return folder
 
 
 def require_picture(file: Path) -> None:
-    """Refuses a file name that no picture can be written to."""
+    """Raises InputError if no picture can be written to the file."""
     if file.suffix.lower() not in PICTURES:
         raise InputError(f"{file} must end in {', '.join(PICTURES)}")
     if file.is_dir():
@@ -87,7 +90,7 @@ def require_picture(file: Path) -> None:
 
 
 def find_reports(paths: list[Path]) -> list[Path]:
-    """The paths, where a folder without a report of its own stands for those of its folders that have one."""
+    """Returns the paths; a folder without report.json is replaced by those of its subfolders that have one."""
     found = []
     for path in paths:
         inner = sorted(file.parent for file in path.glob("*/report.json")) if path.is_dir() else []
@@ -96,23 +99,27 @@ def find_reports(paths: list[Path]) -> list[Path]:
 
 
 def require_page(file: Path) -> None:
-    """Refuses a file name that no page can be written to; a page that is there is replaced."""
+    """Raises InputError if no HTML page can be written to the file; an existing file is allowed."""
     if file.suffix.lower() not in (".html", ".htm") or file.is_dir():
         raise InputError(f"{file} must be a file that ends in .html")
     require_writable(file.absolute().parent)
 
 
 def require_new(file: Path, suffix: str) -> None:
-    """Refuses a file name that does not end as it should or is taken."""
+    """Raises InputError if the file exists, does not end in `suffix`, or cannot be written."""
     if file.suffix != suffix:
         raise InputError(f"{file} must end in {suffix}")
     if file.exists():
-        raise InputError(f"{file} is there already; remove it, or choose another name with -o")
+        raise InputError(f"{file} exists; remove it, or choose another name with -o")
     require_writable(file.absolute().parent)
 
 
 def open_model(model: str | None, device: str | None, *, any_tool: bool = False) -> "DiffusionPipeline":
-    """The pipeline that a command line names, on its device or on the best one here; of any tool, to look at it."""
+    """Returns the pipeline that a command line names, on `device` or the fastest one here.
+
+    Args:
+        any_tool: Accept pipelines that other tools quantized.
+    """
     from dmquant.checkpoint import serialization
     from dmquant.diffusion.pipeline import choose_device
 
@@ -120,7 +127,11 @@ def open_model(model: str | None, device: str | None, *, any_tool: bool = False)
 
 
 def read_conditioning(prompts: Path | None, labels: str | None, guidance: float | None) -> "Conditioning":
-    """What a conditional pipeline is asked for, from a file of prompts or from class labels as 0,7,8."""
+    """Returns the conditioning from a file of prompts, class labels as in 0,7,8, and a guidance scale.
+
+    Raises:
+        InputError: a class label is no whole number, or the prompts cannot be read.
+    """
     texts = () if prompts is None else read_prompts(prompts)
     try:
         numbers = () if labels is None else tuple(int(label) for label in labels.split(","))

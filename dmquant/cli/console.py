@@ -1,8 +1,8 @@
-"""The only module that prints. Results go to stdout; talk, progress, warnings and errors go to stderr.
+"""The only module that prints. Results go to stdout; messages, progress, warnings and errors go to stderr.
 
-A table that is piped keeps its full width: squeezed into 80 columns it would lose digits. Text from users and files is
-never read as markup, and its control characters are dropped, so that a file name cannot drive the terminal. Of several
-ranks only the first speaks, except of errors. A closed stream takes what comes and keeps nothing.
+A table that is not printed on a terminal keeps its full width: in 80 columns it would lose digits. Text from users and files
+is not parsed as markup, and its control characters are removed, so that a file name cannot control the terminal. With several
+ranks only the first prints; errors are printed by all. Text for a closed stream is dropped.
 """
 
 import io
@@ -24,58 +24,62 @@ from dmquant.evaluation.reports.columns import IDENTITY
 from dmquant.evaluation.reports.comparison import Comparison
 from dmquant.training import distributed
 
-PIPED_WIDTH = 100_000  # columns; nothing is cut or wrapped
+PIPED_WIDTH = 100_000  # columns; wide enough that nothing is cut or wrapped
 QUIET_PERIOD_S = 10.0
 PLAIN_SIGNS = str.maketrans({"↓": "v", "↑": "^", "–": "-", "─": "-"})
 
 
-def show(text: str) -> None:
-    """A result on stdout."""
+def print_result(text: str) -> None:
+    """Prints a result on stdout."""
     _write(clean(text.rstrip("\n")) + "\n")
 
 
-def show_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, align: str, notes: Iterable[str] = ()) -> None:
-    """A table on stdout; `align` has one letter per column, l for text and r for numbers. Notes follow, a line each."""
-    _show(_make_table(headings, rows, align), notes)
+def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, align: str, notes: Iterable[str] = ()) -> None:
+    """Prints a table on stdout, and each note as a line below it.
+
+    Args:
+        align: One letter per column: l (left, for text) or r (right, for numbers).
+    """
+    _print_with_notes(_make_table(headings, rows, align), notes)
 
 
-def show_comparison(comparison: Comparison) -> None:
-    """The comparison's table with its notes; on a terminal too narrow for it, one column per model."""
+def print_comparison(comparison: Comparison) -> None:
+    """Prints a comparison with its notes; if the terminal is too narrow, with one column per model instead of one row."""
     headings, cells = comparison.headings(), comparison.cells(mark="*{}".format)
-    notes = ["* the best of the quantized models"] if comparison.best() else []
+    notes = ["* best of the quantized models"] if comparison.best() else []
     align = "".join("l" if column in IDENTITY else "r" for column in comparison.columns)
     table, console = _make_table(headings, cells, align), _console(sys.stdout)
     if console.measure(table, options=console.options.update(width=PIPED_WIDTH)).maximum > console.width:
         first, *others = zip(headings, *cells)
         table = _make_table(first, others, "l" + "r" * len(cells))
-    _show(table, ["", *notes, *comparison.notes])
+    _print_with_notes(table, ["", *notes, *comparison.notes])
 
 
-def say(text: str) -> None:
-    """Talk: one line on stderr."""
+def print_message(text: str) -> None:
+    """Prints a message as one line on stderr."""
     if distributed.is_first():
-        _talk(text)
+        _print_to_stderr(text)
 
 
-def fail(text: str) -> None:
-    """An error: one line on stderr, whatever the message holds. A rank that fails alone is heard too."""
-    _talk(("error: " if distributed.is_first() else f"error: rank {distributed.number()}: ") + " ".join(text.split()))
+def print_error(text: str) -> None:
+    """Prints an error as one line on stderr, on every rank; line breaks of the message become spaces."""
+    _print_to_stderr(("error: " if distributed.is_first() else f"error: rank {distributed.number()}: ") + " ".join(text.split()))
 
 
 def show_warnings() -> None:
-    """From now on Python warnings are one line of talk, without the source line that raised them."""
-    warnings.showwarning = lambda message, *_, **__: say("warning: " + " ".join(str(message).split()))
+    """Makes Python print warnings as one line on stderr, without the source line that raised them."""
+    warnings.showwarning = lambda message, *_, **__: print_message("warning: " + " ".join(str(message).split()))
 
 
 def clean(text: str) -> str:
-    """Text without control characters: line feeds and tabs stay, escape sequences lose their lead-in."""
+    """Returns the text without control characters except line feeds and tabs; of escape sequences the ESC is removed."""
     return "".join(char for char in text if char in "\n\t" or char.isprintable())
 
 
 class Tracker:
-    """The progress seam's printer: bars with an ETA on a terminal, else a line every `period_s` seconds.
+    """Shows the progress of an iterable: a bar on a terminal, else a line every `period_s` seconds, with the time left.
 
-    Where the work's items have a `loss`, it is shown.
+    If items have an attribute `loss`, it is shown.
     """
 
     def __init__(self, *, period_s: float = QUIET_PERIOD_S):
@@ -87,9 +91,10 @@ class Tracker:
         if not distributed.is_first():
             return iter(work)
         total = operator.length_hint(work) or None
-        return self._draw(work, clean(label), total) if self._console.is_terminal else self._report(work, clean(label), total)
+        show = self._show_bar if self._console.is_terminal else self._print_lines
+        return show(work, clean(label), total)
 
-    def _draw(self, work: Iterable, label: str, total: int | None) -> Iterator:
+    def _show_bar(self, work: Iterable, label: str, total: int | None) -> Iterator:
         is_outermost = self._bars is None
         if self._bars is None:
             self._bars = _make_bars(self._console)
@@ -107,29 +112,29 @@ class Tracker:
             else:
                 bars.remove_task(task)
 
-    def _report(self, work: Iterable, label: str, total: int | None) -> Iterator:
+    def _print_lines(self, work: Iterable, label: str, total: int | None) -> Iterator:
         start = last = time.monotonic()
         for done, item in zip(count(1), work):
             yield item
             now = time.monotonic()
             if now - last >= self._period_s and done != total:
-                say(_describe_progress(label, done, total, now - start, item))
+                print_message(_describe_progress(label, done, total, now - start, item))
                 last = now
         if time.monotonic() - start >= min(self._period_s, 1.0):
-            say(f"{label}: done in {_format_seconds(time.monotonic() - start)}")
+            print_message(f"{label}: done in {_format_seconds(time.monotonic() - start)}")
 
 
 def _make_table(headings: Sequence[str], rows: Iterable[Sequence[str]], align: str) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="")
     for heading, side in zip(headings, align, strict=True):
-        # fold, not ellipsis: a narrow terminal may break a number but never drop its digits
+        # fold, not ellipsis: on a narrow terminal a number is broken into lines and keeps all digits
         table.add_column(Text(clean(heading)), justify="left" if side == "l" else "right", overflow="fold")
     for row in rows:
         table.add_row(*(Text(clean(cell)) for cell in row))
     return table
 
 
-def _show(table: Table, notes: Iterable[str]) -> None:
+def _print_with_notes(table: Table, notes: Iterable[str]) -> None:
     console = _console(sys.stdout)
     with console.capture() as capture:
         console.print(table)
@@ -170,7 +175,7 @@ def _format_seconds(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def _talk(text: str) -> None:
+def _print_to_stderr(text: str) -> None:
     _console(sys.stderr).print(Text(clean(text)), soft_wrap=True)
 
 
@@ -181,7 +186,7 @@ def _console(stream: TextIO | None) -> Console:
 
 
 def _write(text: str) -> None:
-    """To stdout and out of the buffer, so that a closed pipe shows here and not at exit."""
+    """Writes to stdout and flushes, so that a closed pipe raises here and not at exit."""
     if sys.stdout is None or not distributed.is_first():
         return
     encoding = sys.stdout.encoding or "ascii"

@@ -1,4 +1,4 @@
-"""This machine as dmquant sees it: versions, devices, kernels, files, room. For `dmquant doctor` and bug reports."""
+"""Collects facts about this machine for `dmquant doctor` and bug reports: versions, devices, kernels, files, disk space."""
 
 import os
 import platform
@@ -27,7 +27,7 @@ LOW_SPACE_BYTES = 2 * 10**9
 
 @dataclass(frozen=True)
 class Finding:
-    """One fact about this machine; `is_ok` is false where something is amiss, and then `advice` says what helps."""
+    """One fact about this machine. If it is a problem, `is_ok` is False and `advice` tells how to solve it."""
 
     name: str
     value: str
@@ -35,8 +35,8 @@ class Finding:
     advice: str = ""
 
 
-def examine() -> list[Finding]:
-    """Everything that a bug report should carry."""
+def collect_findings() -> list[Finding]:
+    """Returns all facts that a bug report should contain."""
     return [*_packages(), *_devices(), *_kernels(), *_files()]
 
 
@@ -77,7 +77,7 @@ def _files() -> Iterator[Finding]:
     yield _inception()
     yield _cache()
     free_bytes = shutil.disk_usage(Path.cwd()).free
-    yield Finding("free disk space", f"{free_bytes / 1e9:.1f} GB", free_bytes >= LOW_SPACE_BYTES, "runs and downloads need room")
+    yield Finding("free disk space", f"{free_bytes / 1e9:.1f} GB", free_bytes >= LOW_SPACE_BYTES, "free at least 2 GB")
     yield Finding("hub", "offline (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "online")
 
 
@@ -85,8 +85,8 @@ def _inception() -> Finding:
     try:
         return Finding("inception weights", str(find_inception()))
     except MissingResource:
-        # not amiss: only --extractor inception needs them
-        return Finding("inception weights", "not on this machine; get them with: dmquant fetch inception")
+        # no problem: only --extractor inception needs them
+        return Finding("inception weights", "not on this machine; download them with: dmquant fetch inception")
 
 
 def _cache() -> Finding:

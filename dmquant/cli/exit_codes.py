@@ -1,4 +1,7 @@
-"""An exception -> one line on stderr and an exit code. Tracebacks are for DMQUANT_DEBUG=1 and for our own bugs."""
+"""Turns an exception into one line on stderr and an exit code.
+
+DMQUANT_DEBUG=1 also shows the traceback. The traceback of an unexpected exception is written to a temporary file.
+"""
 
 import os
 import tempfile
@@ -10,48 +13,49 @@ from dmquant.errors import DmquantError, Interrupted, OutOfMemory
 
 INTERRUPTED = 130
 INTERNAL_ERROR = 70
-# torch raises a plain RuntimeError where the CPU has no memory left
+# parts of messages: torch raises a plain RuntimeError if the CPU has no memory left
 CPU_OUT_OF_MEMORY = ("DefaultCPUAllocator", "can't allocate memory", "not enough memory")
 MEMORY_ADVICE = "out of memory; try a smaller --batch (or --set batch=N), fewer images at once, or --device cpu"
 
 
-def explain(error: BaseException) -> int:
-    """Say what went wrong and return the exit code that stands for it."""
+def report_error(error: BaseException) -> int:
+    """Prints one line about the error on stderr and returns its exit code."""
     if os.environ.get("DMQUANT_DEBUG", "0") not in ("", "0"):
-        console.say("".join(traceback.format_exception(error)))
-    # lets go of the loops that the error came out of, so that their progress bars end before anything is said
+        console.print_message("".join(traceback.format_exception(error)))
+    # closes the generators in the frames of the error, so that their progress bars end before the line is printed
     for link in (error, error.__cause__):
         traceback.clear_frames(getattr(link, "__traceback__", None))
     if isinstance(error, KeyboardInterrupt | Interrupted):
-        console.say(str(error) or "interrupted")
+        console.print_message(str(error) or "interrupted")
         return INTERRUPTED
     if isinstance(error, DmquantError):
-        console.fail(str(error))
+        console.print_error(str(error))
         return error.exit_code
     if _is_usage_error(error):
-        console.fail(_describe_usage(error))
+        console.print_error(_describe_usage(error))
         return error.exit_code
     if _is_out_of_memory(error):
-        console.fail(MEMORY_ADVICE)
+        console.print_error(MEMORY_ADVICE)
         return OutOfMemory.exit_code
     if isinstance(error, OSError) and error.errno is not None:
-        console.fail(f"{error.filename}: {error.strerror}" if error.filename is not None else str(error))
+        console.print_error(f"{error.filename}: {error.strerror}" if error.filename is not None else str(error))
         return DmquantError.exit_code
-    console.fail(f"{type(error).__name__}: {error}; this is a bug of dmquant: please report it with {_write_traceback(error)}")
+    file = _write_traceback(error)
+    console.print_error(f"{type(error).__name__}: {error}; this is a bug in dmquant: please report it with {file}")
     return INTERNAL_ERROR
 
 
 class _UsageError(Protocol):
-    """What typer's errors of usage can do."""
+    """Interface of typer's usage errors."""
 
     exit_code: int
 
     def format_message(self) -> str:
-        """The error in words."""
+        """Returns the error's message."""
 
 
 def _is_usage_error(error: BaseException) -> TypeGuard[_UsageError]:
-    # typer keeps its copy of click private: its errors are known by what they can do
+    # typer's copy of click is private, so its errors are recognized by their attributes
     return hasattr(error, "format_message") and hasattr(error, "exit_code")
 
 

@@ -1,4 +1,4 @@
-"""What becomes of each layer, why, and what it saves: the table of `quantize --dry-run` and `inspect`."""
+"""Table of the layers with their bits, and a summary of size and operations, for `quantize --dry-run` and `inspect`."""
 
 from dmquant.evaluation.cost import FLOAT_BITS, Cost, LayerCost
 
@@ -6,9 +6,9 @@ HEADINGS = ("layer", "role", "shape", "W bits", "A bits", "MACs, M", "notes")
 
 
 def tabulate(cost: Cost, *, weight_bits: int, act_bits: int) -> list[list[str]]:
-    """One row per layer, under HEADINGS; the bits are those asked for, and a layer that got others says why.
+    """Returns one row per layer with the columns HEADINGS.
 
-    Behind that stands what the method has to say of the layer.
+    The notes give the reason if a layer's bits are not `weight_bits` and `act_bits`, followed by the method's note.
     """
     return [
         [
@@ -25,7 +25,7 @@ def tabulate(cost: Cost, *, weight_bits: int, act_bits: int) -> list[list[str]]:
 
 
 def summarize(cost: Cost) -> list[str]:
-    """Layers, size and operations in words, each against the float model."""
+    """Returns lines of text on layers, size and operations, compared with the float model."""
     num_quantized = sum(min(layer.weight_bits, layer.act_bits) < FLOAT_BITS for layer in cost.layers)
     ratio = cost.float_size_bytes / cost.size_bytes
     return [
@@ -33,7 +33,7 @@ def summarize(cost: Cost) -> list[str]:
         f"size: {cost.size_bytes / 1e6:.2f} MB, 1/{ratio:.2f} of {cost.float_size_bytes / 1e6:.2f} MB in float32",
         f"bits per weight: {cost.weight_bits_effective:.2f}, scales, biases and norms included",
         f"OPs: {cost.ops / 1e9:.3f} G of {cost.macs / 1e9:.3f} G MACs in float, per denoiser call on one image",
-        f"attention products: {cost.attention_macs / 1e9:.3f} G MACs, {_name(cost.attention_bits)}, not in the OPs",
+        f"attention products: {cost.attention_macs / 1e9:.3f} G MACs, {_describe_factors(cost.attention_bits)}, not in the OPs",
     ]
 
 
@@ -44,5 +44,5 @@ def _explain(layer: LayerCost, weight_bits: int, act_bits: int) -> str:
     return f"{layer.role}: kept in float" if bits == (FLOAT_BITS, FLOAT_BITS) else f"{layer.role}: kept at {bits[0]}/{bits[1]}"
 
 
-def _name(bits: int) -> str:
+def _describe_factors(bits: int) -> str:
     return "in float" if bits == FLOAT_BITS else f"of factors with {bits} bits"

@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM while a pipeline is quantized: the first one asks, the second one insists."""
+"""Handles Ctrl-C and SIGTERM while a pipeline is quantized.
+
+The first signal stops the run after the current step and saves its state; a second one stops at once.
+"""
 
 import os
 import shlex
@@ -19,63 +22,76 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def resumable(folder: Path, line: list[str], *, resume: bool, force: bool) -> Iterator[SavedRun]:
-    """The saved run beside a result folder: continued, begun or refused; removed when the block ends well.
+    """Yields the saved run FOLDER.run beside the result folder, and removes it at the end of the block.
 
-    `line` is the command line that a user repeats to continue. Several ranks leave the block together.
+    After a signal the saved run stays. With several ranks all leave the block at the same time.
+
+    Args:
+        line: Command line without "dmquant"; the message of an interrupt repeats it.
+        resume: Continue the saved run if there is one.
+        force: Delete the saved run if there is one.
+
+    Raises:
+        InputError: there is a saved run, and neither `resume` nor `force` is given.
+        Interrupted: a signal came; the message contains the command that continues.
     """
     folder = Path(os.path.abspath(folder))
-    with Stop() as stop:
+    with StopRequest() as stop:
         run = SavedRun(folder.with_name(f"{folder.name}.run"), should_stop=stop)
         try:
-            choose(run, resume=resume, force=force)
+            prepare_run(run, resume=resume, force=force)
             yield run
         except (KeyboardInterrupt, Interrupted) as error:
             if isinstance(error, Interrupted):
                 distributed.leave_together()
-            raise Interrupted(advise(run, line)) from error
+            raise Interrupted(describe_interrupt(run, line)) from error
         distributed.leave_together()
         run.remove()
 
 
-def choose(run: SavedRun, *, resume: bool, force: bool) -> None:
-    """Continue or start over: what is there is neither taken up nor thrown away unasked."""
+def prepare_run(run: SavedRun, *, resume: bool, force: bool) -> None:
+    """Keeps the state of a saved run with `resume` and deletes it with `force`; raises InputError without either."""
     is_there = run.is_there()
     if resume:
-        console.say(f"continuing the run in {run.folder}" if is_there else "nothing to resume: starting from the beginning")
+        text = f"continuing the run in {run.folder}" if is_there else "nothing to resume: starting from the beginning"
+        console.print_message(text)
     elif force:
         run.remove()
     elif is_there:
         raise InputError(f"{run.folder} holds an interrupted run; use --resume to continue it, or --force to start over")
 
 
-def advise(run: SavedRun, line: list[str]) -> str:
-    """What a user who interrupted a run wants to know."""
+def describe_interrupt(run: SavedRun, line: list[str]) -> str:
+    """Returns the message of an interrupted run: the command that continues it, or that there is nothing to resume."""
     if not run.is_there():
         return "interrupted; nothing to resume"
     again = line if "--resume" in line else [*line, "--resume"]
     return f"interrupted; to continue: {shlex.join(['dmquant', *again])}"
 
 
-class Stop:
-    """True once a signal came. Where nobody asks yet, as before the first step of a run, the signal interrupts at once."""
+class StopRequest:
+    """Handles signals inside a `with` block; calling it returns whether a signal has come.
+
+    Before the first call, and at a second signal, the handler raises KeyboardInterrupt.
+    """
 
     def __init__(self) -> None:
-        self._is_watched, self._is_asked = False, False
+        self._is_polled, self._is_requested = False, False
 
     def __call__(self) -> bool:
-        self._is_watched = True
-        return self._is_asked
+        self._is_polled = True
+        return self._is_requested
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._is_asked or not self._is_watched:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._is_requested or not self._is_polled:
             raise KeyboardInterrupt
-        self._is_asked = True
-        console.say("stopping after this step; once more stops now")
+        self._is_requested = True
+        console.print_message("stopping after this step; a second signal stops at once")

@@ -1,8 +1,8 @@
-"""Pipeline -> Report: images of consecutive seeds stream through the metrics; nothing is kept but statistics.
+"""Evaluates a pipeline: generates images of consecutive seeds, updates the metrics batch by batch, and returns a Report.
 
-Of several processes each draws every n-th batch, and the first measures all of them in the order of their seeds: the numbers
-are those of one process, bit for bit. `seconds_per_image` is the time of sampling alone on one process, as long as it took
-when the images were drawn. Cost is that of one denoiser call at batch 1.
+Of n processes each generates every n-th batch, and the first updates the metrics in the order of the seeds: the results equal
+those of one process bit for bit. `seconds_per_image` is the sampling time on one process, without metrics; for images from the
+cache it is the time that was measured when they were generated. Costs are those of one denoiser call at batch 1.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,7 +25,7 @@ from dmquant.diffusion.pipeline import Target, find_target, is_quantized, open_p
 from dmquant.diffusion.sampling import SamplingPlan, set_sampler
 from dmquant.errors import DmquantError, InputError
 from dmquant.evaluation.cost import FLOAT_BITS, Cost, measure_cost
-from dmquant.evaluation.image_cache import Drawn, Gallery
+from dmquant.evaluation.image_cache import ImageBatch, ImageCache
 from dmquant.evaluation.metrics import layer_sqnr, output_cosine
 from dmquant.evaluation.metrics.base import Batch, Metric
 from dmquant.evaluation.metrics.feature_extractor import EMBEDDED
@@ -36,25 +36,25 @@ from dmquant.kernels.registry import choice
 from dmquant.progress import Track, plain
 from dmquant.training import distributed
 
-MAX_PAIRS = 64  # paired metrics look at the first min(num_images, 64) seeds
-MAX_WITNESSED = 16  # seeds along whose trajectories the denoisers' answers are compared
-MAX_PROFILED = 8  # seeds along whose trajectories the layers are looked at
-MIN_CHECKED = 16  # images to see before a share of flat ones means anything
+MAX_PAIRS = 64  # paired metrics use the images of the first min(num_images, 64) seeds
+MAX_COSINE_SEEDS = 16  # seeds along whose trajectories the denoisers' outputs are compared
+MAX_LAYER_SEEDS = 8  # seeds along whose trajectories the layers are measured
+MIN_CHECKED = 16  # images before the share of single-coloured ones is checked
 PACKAGES = ("torch", "diffusers", "torchmetrics")
 
 
-class Outcome(NamedTuple):
-    """What streaming the images gave."""
+class Measurements(NamedTuple):
+    """Metrics of the generated images, and the cost of generating them."""
 
     metrics: dict[str, float]
     image_size: int  # pixels
-    seconds: float  # of sampling, all processes together
-    peak_bytes: int
+    seconds: float  # of sampling, summed over the processes
+    peak_bytes: int  # of the accelerator's memory; 0 on a CPU
 
 
 @dataclass(frozen=True)
 class Course:
-    """How images are drawn."""
+    """Seeds, sampling options and image cache of an evaluation."""
 
     seeds: range
     plan: SamplingPlan
@@ -73,13 +73,22 @@ def evaluate(
     clip: str | Path | None = None, float_pipeline: DiffusionPipeline | None = None, cache: str | Path | None = None,
     track: Track = plain,
 ) -> Report:
-    """Draws `num_images` images from seeds seed, seed + 1, ... and measures them; the pipeline is left as it is.
+    """Generates `num_images` images with seeds seed, seed + 1, ... and measures them. The pipeline is not changed.
 
-    "fid", "sfid", "kid" and "prdc" compare with a reference: a built-in name, an npz, an image folder or zip; "is" needs the
-    extractor only, "clip_score" prompts and CLIP, a folder or hub id. "psnr" and "ssim" compare the images of the first 64
-    seeds with those of the float model, "cosine" the denoisers' answers along 16 of its trajectories, "layers" their layers
-    along 8: `float_pipeline`, or the one that a quantized pipeline says it came from. None measures "fid", and "psnr" where
-    the float model is at hand. In the folder `cache` images are kept and found again.
+    Args:
+        metrics: Names of metrics; default: "fid", and "psnr" if there is a float model to compare with.
+            "fid", "sfid", "kid", "prdc": distances of features to the reference. "is": needs the extractor only.
+            "clip_score": needs prompts. "psnr", "ssim": compare the images of the first 64 seeds with the float model's.
+            "cosine": compares the denoisers' outputs along 16 trajectories of the float model. "layers": measures the
+            errors of the layers along 8 of them.
+        reference: Built-in name, npz file, image folder or zip; default: the extractor's.
+        clip: Folder or hub id of the CLIP model.
+        float_pipeline: Model to compare with; default: the one that the quantized pipeline's record names.
+        cache: Folder in which images are stored and found again; default: none.
+
+    Raises:
+        InputError: an argument does not fit the pipeline or the metrics; no image has been generated yet.
+        DmquantError: more than half of the images have a single colour.
     """
     refuse_others(pipeline, float_pipeline)
     target = find_target(pipeline)
@@ -99,13 +108,13 @@ def evaluate(
         sampler = set_sampler(pipeline, sampler)
         yardstick = open_yardstick(chosen, instruments, size=size, device=denoiser.device, track=track)
         base = find_target(float_pipeline or open_base(target)) if chosen.needs_float_model else None
-        twins = draw_twins(base.pipeline, pipeline.scheduler, course) if chosen.needs_float_images else None
-        outcome = measure(pipeline, yardstick.make_meters(chosen), yardstick, twins, course)
-        curves = compare_answers(target, base, course) if chosen.needs_agreement else {}
+        float_images = sample_float_images(base.pipeline, pipeline.scheduler, course) if chosen.needs_float_images else None
+        measured = measure(pipeline, yardstick.make_meters(chosen), yardstick, float_images, course)
+        curves = measure_cosine(target, base, course) if chosen.needs_agreement else {}
         layers = profile_layers(target, base, course) if chosen.needs_layers else ()
     known = {**conditioning.describe(), **yardstick.describe()}
-    protocol = Protocol(num_images, seed, steps, sampler, batch, outcome.image_size, **known)
-    return write_report(target, cost, outcome, curves, layers, protocol)
+    protocol = Protocol(num_images, seed, steps, sampler, batch, measured.image_size, **known)
+    return make_report(target, cost, measured, curves, layers, protocol)
 
 
 @torch.no_grad()
@@ -113,7 +122,11 @@ def add_layers(
     report: Report, pipeline: DiffusionPipeline, base: DiffusionPipeline, *, conditioning: Conditioning | None = None,
     track: Track = plain,
 ) -> Report:
-    """The report of a pipeline with what "layers" measures, by the protocol that it has; of prompts it has the hash only."""
+    """Returns the report with the metric "layers", measured under the report's protocol.
+
+    Args:
+        conditioning: Prompts or labels of the evaluation, of which a report has only the hash; default: the pipeline's own.
+    """
     protocol = report.protocol
     seeds = range(protocol.seed, protocol.seed + protocol.num_images)
     asked = conditioning or recall(pipeline, protocol.conditions_sha256, protocol.guidance_scale)
@@ -125,14 +138,14 @@ def add_layers(
 
 
 def refuse_others(*pipelines: DiffusionPipeline | None) -> None:
-    """Raises InputError for what is no pipeline; None is one that was not given."""
+    """Raises InputError if an argument is neither a diffusers pipeline nor None."""
     for pipeline in pipelines:
         if not isinstance(pipeline, DiffusionPipeline | None):
             raise InputError(f"give a diffusers pipeline, as dmquant.load returns it, not {type(pipeline).__name__}")
 
 
 def find_image_size(target: Target) -> int | None:
-    """Side in pixels of the images that the pipeline draws; None where its config does not say, or they are not square."""
+    """Returns the side in pixels of the pipeline's images; None if its config does not have one number for it."""
     pipeline, size = target.pipeline, target.denoiser.config.get("sample_size")
     vae = pipeline.components.get("vae")
     factor = getattr(pipeline, "vae_scale_factor", 2 ** (len(vae.config.block_out_channels) - 1) if vae else 1)
@@ -141,7 +154,7 @@ def find_image_size(target: Target) -> int | None:
 
 @contextmanager
 def keep_scheduler(pipeline: DiffusionPipeline) -> Iterator[None]:
-    """Puts the pipeline's own scheduler back at the end."""
+    """Restores the pipeline's scheduler at the end of the block."""
     before = pipeline.scheduler
     try:
         yield
@@ -150,7 +163,7 @@ def keep_scheduler(pipeline: DiffusionPipeline) -> Iterator[None]:
 
 
 def has_base(denoiser: nn.Module) -> bool:
-    """Whether a quantized denoiser names a float pipeline that lies on this machine, still float."""
+    """Returns whether the denoiser's record names a float pipeline that exists on this machine and is not quantized."""
     base = read_record(denoiser).get("base_model")
     if base is None or base == EMBEDDED_MODEL:
         return base is not None
@@ -158,7 +171,12 @@ def has_base(denoiser: nn.Module) -> bool:
 
 
 def open_base(target: Target) -> DiffusionPipeline:
-    """The float pipeline that a quantized one was made from, on its device."""
+    """Returns the float pipeline that the record of a quantized one names, on the same device.
+
+    Raises:
+        InputError: the record names none, as for a float pipeline.
+        DmquantError: it cannot be opened.
+    """
     base = read_record(target.denoiser).get("base_model")
     if base is None:
         raise InputError("psnr, ssim, cosine and layers compare a quantized pipeline with its float model; give float_pipeline")
@@ -169,67 +187,69 @@ def open_base(target: Target) -> DiffusionPipeline:
         raise type(error)(f"the float model {recorded}cannot be opened: {error}") from error
 
 
-def draw_twins(pipeline: DiffusionPipeline, scheduler: SchedulerMixin, course: Course) -> Tensor:
-    """The float model's images of the first seeds, uint8 (P, 3, H, W), by the other model's sampler in its own range.
+def sample_float_images(pipeline: DiffusionPipeline, scheduler: SchedulerMixin, course: Course) -> Tensor:
+    """Returns the float model's images of the first seeds, uint8 (P, 3, H, W); P = 0 on other processes than the first.
 
-    On other processes than the first they are none.
+    The sampler is that of the model under test, with the clip range of the float model.
     """
     with keep_scheduler(pipeline):
         pipeline.scheduler = clip_like(scheduler, pipeline.scheduler)
-        images = [drawn.images for drawn, _ in read(pipeline, course.first(MAX_PAIRS), Yardstick(), course)]
+        images = [drawn.images for drawn, _ in iterate_batches(pipeline, course.first(MAX_PAIRS), Yardstick(), course)]
     return torch.cat(images) if images else torch.zeros(0, dtype=torch.uint8)
 
 
-def read(
+def iterate_batches(
     pipeline: DiffusionPipeline, seeds: range, yardstick: Yardstick, course: Course
-) -> Iterator[tuple[Drawn, Batch]]:
-    """The batches of the seeds in order, with what the networks see in them, on the first process; on others none.
+) -> Iterator[tuple[ImageBatch, Batch]]:
+    """Yields the batches in the order of the seeds with the features of their images; yields none on other processes.
 
-    Each round every process draws one batch.
+    In each round every process generates one batch, and the first process gathers them.
     """
     plan = course.plan
-    gallery = Gallery(pipeline, steps=plan.steps, conditioning=plan.conditioning, folder=course.cache)
+    images = ImageCache(pipeline, steps=plan.steps, conditioning=plan.conditioning, folder=course.cache)
     batches = [seeds[start:start + plan.batch] for start in range(0, len(seeds), plan.batch)]
     for start in course.track(range(0, len(batches), distributed.count()), "sampling"):
         own = batches[start + distributed.number():][:1]
-        drawn = [(gallery.draw(batch), plan.conditioning.choose(batch)) for batch in own]
-        pages = distributed.gather([(page, yardstick.look(page.images, entries)) for page, entries in drawn])
-        yield from (page for sheet in pages for page in sheet)
+        drawn = [(images.load_or_generate(batch), plan.conditioning.choose(batch)) for batch in own]
+        gathered = distributed.gather([(found, yardstick.look(found.images, entries)) for found, entries in drawn])
+        yield from (pair for pairs in gathered for pair in pairs)
 
 
 def measure(
-    pipeline: DiffusionPipeline, meters: Sequence[Metric], yardstick: Yardstick, twins: Tensor | None, course: Course
-) -> Outcome:
-    """Shows every batch to every metric."""
-    watch = Watch()
-    for drawn, batch in read(pipeline, course.seeds, yardstick, course):
-        pairs = None if twins is None else twins[watch.seen:watch.seen + len(batch.images)]
-        watch.note(drawn)
+    pipeline: DiffusionPipeline, meters: Sequence[Metric], yardstick: Yardstick, float_images: Tensor | None, course: Course
+) -> Measurements:
+    """Updates every metric with every batch and returns the results."""
+    totals = SamplingTotals()
+    for drawn, batch in iterate_batches(pipeline, course.seeds, yardstick, course):
+        pairs = None if float_images is None else float_images[totals.num_images:totals.num_images + len(batch.images)]
+        totals.add(drawn)
         for meter in meters:
             meter.update(replace(batch, float_images=pairs))
     numbers = {name: value for meter in meters for name, value in meter.compute().items()} if distributed.is_first() else {}
-    return distributed.share(Outcome(numbers, watch.size, watch.seconds, watch.peak_bytes))
+    return distributed.share(Measurements(numbers, totals.size, totals.seconds, totals.peak_bytes))
 
 
-class Watch:
-    """Adds up what drawing took, and stops a model that draws nothing but one colour."""
+class SamplingTotals:
+    """Sums images and seconds of the batches; raises DmquantError if most images have a single colour."""
 
     def __init__(self) -> None:
-        self.seen, self.size, self.seconds, self.peak_bytes, self._flat = 0, 0, 0.0, 0, 0
+        self.num_images, self.size, self.seconds, self.peak_bytes, self._flat = 0, 0, 0.0, 0, 0
 
-    def note(self, drawn: Drawn) -> None:
-        self.seen += len(drawn.images)
+    def add(self, drawn: ImageBatch) -> None:
+        """Adds a batch."""
+        self.num_images += len(drawn.images)
         self.size, self.seconds = drawn.images.shape[-1], self.seconds + drawn.seconds
         self.peak_bytes = max(self.peak_bytes, drawn.peak_bytes)
         pixels = drawn.images.flatten(1)
         self._flat += int((pixels.amin(1) == pixels.amax(1)).sum())
-        if self.seen >= MIN_CHECKED and self._flat > self.seen / 2:
-            raise DmquantError(f"{self._flat} of the first {self.seen} images have one colour only; the denoiser has diverged")
+        if self.num_images >= MIN_CHECKED and self._flat > self.num_images / 2:
+            share = f"{self._flat} of the first {self.num_images} images"
+            raise DmquantError(f"{share} have one colour only: the denoiser has diverged; quantize it with other settings")
 
 
-def compare_answers(target: Target, base: Target, course: Course) -> dict[str, dict[str, float]]:
-    """The cosine to the float denoiser's answers by timestep, by the sampler of the model under test."""
-    seeds = course.first(MAX_WITNESSED)
+def measure_cosine(target: Target, base: Target, course: Course) -> dict[str, dict[str, float]]:
+    """Returns "cosine" -> timestep -> cosine between both denoisers' outputs, with the sampler of the model under test."""
+    seeds = course.first(MAX_COSINE_SEEDS)
     with keep_scheduler(base.pipeline):
         base.pipeline.scheduler = clip_like(target.pipeline.scheduler, base.pipeline.scheduler)
         found = output_cosine.measure_agreement(target, base, seeds, course.plan, track=course.track) if distributed.is_first() else {}
@@ -237,19 +257,19 @@ def compare_answers(target: Target, base: Target, course: Course) -> dict[str, d
 
 
 def profile_layers(target: Target, base: Target, course: Course) -> tuple[LayerProfile, ...]:
-    """The layers' errors and ranges along the float model's trajectories, by the sampler of the model under test."""
-    seeds = course.first(MAX_PROFILED)
+    """Returns the layers' errors and input ranges on the float trajectories, by the sampler of the model under test."""
+    seeds = course.first(MAX_LAYER_SEEDS)
     with keep_scheduler(base.pipeline):
         base.pipeline.scheduler = clip_like(target.pipeline.scheduler, base.pipeline.scheduler)
         found = layer_sqnr.measure_layers(target, base, seeds, course.plan, track=course.track) if distributed.is_first() else ()
     return distributed.share(found)
 
 
-def write_report(
-    target: Target, cost: Cost, outcome: Outcome, curves: dict[str, dict[str, float]],
+def make_report(
+    target: Target, cost: Cost, measured: Measurements, curves: dict[str, dict[str, float]],
     layers: tuple[LayerProfile, ...], protocol: Protocol,
 ) -> Report:
-    """Everything that was measured, with what a reader needs to compare it."""
+    """Returns the report: all measurements with their protocol, costs, versions and the model's settings."""
     means = {name: sum(curve.values()) / len(curve) for name, curve in curves.items()}
     denoiser, model = target.denoiser, name_model(target.pipeline)
     record = read_record(denoiser) or other_tools.describe(denoiser)
@@ -257,24 +277,24 @@ def write_report(
     return Report(
         model=model, method=record.get("method", FLOAT_METHOD), settings=record.get("settings", {}),
         weight_bits=record.get("weight_bits", FLOAT_BITS), act_bits=record.get("act_bits", FLOAT_BITS),
-        metrics=outcome.metrics | means, curves=curves, layers=layers,
+        metrics=measured.metrics | means, curves=curves, layers=layers,
         protocol=protocol, size_bytes=size_bytes, float_size_bytes=cost.float_size_bytes,
         bits_per_weight=8 * size_bytes / cost.num_params, ops=cost.ops, bops=cost.bops,
-        attention_macs=cost.attention_macs, seconds_per_image=outcome.seconds / protocol.num_images,
-        peak_memory_bytes=outcome.peak_bytes or None,
+        attention_macs=cost.attention_macs, seconds_per_image=measured.seconds / protocol.num_images,
+        peak_memory_bytes=measured.peak_bytes or None,
         versions={"dmquant": __version__, "kernels": choice(), **{package: version(package) for package in PACKAGES}},
         base_model=record.get("base_model"),
     )
 
 
 def name_model(pipeline: DiffusionPipeline) -> str:
-    """Where a pipeline came from; its kind, where it was made in memory."""
+    """Returns the path or hub id that a pipeline was loaded from; the name of its class if it was made in memory."""
     return str(pipeline.config.get("_name_or_path") or type(pipeline).__name__)
 
 
 def measure_size(denoiser: nn.Module, folder: Path, cost: Cost) -> int:
-    """Bytes of a quantized denoiser: of its files where it was saved, as it lies in memory where another tool made it, else
-    as counted.
+    """Returns the bytes of a quantized denoiser: those of its files in `folder`; if another tool quantized it, those in memory;
+    if it is not saved, those that `cost` counted.
     """
     if other_tools.find_tool(denoiser):
         return other_tools.count_bytes(denoiser)
@@ -285,5 +305,5 @@ def measure_size(denoiser: nn.Module, folder: Path, cost: Cost) -> int:
 
 
 def read_record(denoiser: nn.Module) -> dict[str, Any]:
-    """How a quantized denoiser was made; empty for a float one."""
+    """Returns method, settings and base model of a quantized denoiser; {} for a float one."""
     return getattr(denoiser, "dmquant_record", {})

@@ -1,4 +1,4 @@
-"""Samples of each compared model for the same seeds, and their differences from the float model's samples."""
+"""Samples of each compared model for equal seeds, and their differences from the float model's samples."""
 
 import io
 from collections.abc import Sequence
@@ -14,24 +14,27 @@ from dmquant.diffusion.conditioning import recall
 from dmquant.diffusion.pipeline import choose_device
 from dmquant.diffusion.sampling import set_sampler
 from dmquant.errors import DmquantError
-from dmquant.evaluation.image_cache import Gallery
+from dmquant.evaluation.image_cache import ImageCache
 from dmquant.evaluation.reports.html_page import Strip
 from dmquant.evaluation.reports.report import Report
 from dmquant.progress import Track, plain
 
-FULL = 64  # levels of difference that are white
+FULL = 64  # difference in levels (of 255) that is drawn white
 
 
 def draw_strips(
     reports: Sequence[Report], count: int, *, device: str | None = None, cache: Path | None = None, track: Track = plain
 ) -> list[Strip]:
-    """Returns the first `count` seeds of each report, float models first; a strip says why its pipeline cannot be opened."""
+    """Returns the images of the first `count` seeds of each report, float models first.
+
+    The strip of a pipeline that cannot be opened has a note with the reason and no images.
+    """
     strips: list[Strip] = []
     base: Tensor | None = None
     for report in track(sorted(reports, key=lambda report: not report.is_float), "sample sheet"):
         try:
             pipeline = serialization.open_any(report.model, device=device or choose_device())
-            images = draw_first(pipeline, report, count, cache)
+            images = load_first_images(pipeline, report, count, cache)
         except DmquantError as error:
             strips.append(Strip(report.model, note=str(error)))
             continue
@@ -44,19 +47,19 @@ def draw_strips(
     return strips
 
 
-def draw_first(pipeline: DiffusionPipeline, report: Report, count: int, cache: Path | None) -> Tensor:
-    """Returns the images (uint8, N 3 H W) of a report's first seeds, from the image cache if it has the first batch."""
+def load_first_images(pipeline: DiffusionPipeline, report: Report, count: int, cache: Path | None) -> Tensor:
+    """Returns the images uint8 (N, 3, H, W) of a report's first seeds, from the image cache if it has the first batch."""
     protocol = report.protocol
     if set_sampler(pipeline) != protocol.sampler:
         set_sampler(pipeline, protocol.sampler)
     asked = recall(pipeline, protocol.conditions_sha256, protocol.guidance_scale)
-    gallery = Gallery(pipeline, steps=protocol.steps, conditioning=asked, folder=cache)
+    images = ImageCache(pipeline, steps=protocol.steps, conditioning=asked, folder=cache)
     batch = range(protocol.seed, protocol.seed + min(protocol.batch, protocol.num_images))
-    return gallery.draw(batch if gallery.holds(batch) else batch[:count]).images[:count]
+    return images.load_or_generate(batch if images.contains(batch) else batch[:count]).images[:count]
 
 
 def measure_difference(images: Tensor, others: Tensor) -> Tensor:
-    """Returns the absolute difference in levels, averaged over the colours (N, H, W)."""
+    """Returns the absolute difference in levels, averaged over the three colours: float (N, H, W)."""
     return (images.float() - others.float()).abs().mean(1)
 
 

@@ -1,8 +1,8 @@
-"""Lists of experiments under one protocol: what is missing is quantized and evaluated, the cheapest first.
+"""Runs a list of experiments under one protocol: quantizes and evaluates those that are not done, the cheapest first.
 
-An experiment is a folder with its packed pipeline and report.json; what is complete is left alone, so a list that was killed
-goes on where it stopped. The float model comes first, its trajectories are recorded once for all methods, and one experiment
-that fails does not stop the others.
+An experiment is a folder with its packed pipeline and report.json. Complete folders are not changed, so an interrupted list
+continues where it stopped. The float model is evaluated first, its trajectories are recorded once for all methods, and an
+experiment that fails does not stop the others.
 """
 
 import json
@@ -34,19 +34,19 @@ from dmquant.progress import Track, plain
 from dmquant.quantization import quantize
 from dmquant.training.resume import Run
 
-FLOAT = "float"  # the folder of the float model's report
+FLOAT = "float"  # name of the folder of the float model's report
 DEFAULT_METRICS = ("fid", "psnr")
-PROTOCOL = {"num_images": 1000, "seed": 0, "steps": 20, "batch": 50}  # where a plan says nothing
+PROTOCOL = {"num_images": 1000, "seed": 0, "steps": 20, "batch": 50}  # defaults of a plan
 PROTOCOL_NAMES = (*PROTOCOL, "sampler", "reference", "extractor")
-CONDITIONS = ("prompts", "class_labels", "guidance_scale")  # of a protocol in a file
-CALLS_PER_SAMPLE = 4  # of the denoiser in a training step: forward, backward, and the quantizers' third of both
-CLIP_DRAWS = 6  # of the images that set the sampler's clip range: the float model's, and about as many ranges as are tried
+CONDITIONS = ("prompts", "class_labels", "guidance_scale")  # keys of a protocol in a file
+CALLS_PER_SAMPLE = 4  # denoiser calls per training step: forward (1), backward (2), a third more for the quantizers
+CLIP_DRAWS = 6  # passes over the images that set the clip range: one of the float model, about five for the ranges tried
 RUN = re.compile(r"(?P<method>[\w.-]+):(?P<weights>\d+)/(?P<acts>\d+)(?:,(?P<settings>.+))?")
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """One way to quantize; `name` is its folder."""
+    """A method with its settings and seed; `name` is the name of its folder."""
 
     name: str
     method: Method
@@ -54,12 +54,12 @@ class Experiment:
 
     @property
     def cost(self) -> int:
-        """Denoiser calls of quantizing, on one sample each."""
+        """Cost of quantizing in denoiser calls on one sample, with the recording of the trajectories."""
         return self.method.trajectories * self.method.sampling_steps + self.cost_when_recorded
 
     @property
     def cost_when_recorded(self) -> int:
-        """Those of training and of fitting the clip range."""
+        """Cost of training and of fitting the clip range, in denoiser calls on one sample."""
         method = self.method
         training = CALLS_PER_SAMPLE * method.max_steps * method.batch
         return training + CLIP_DRAWS * method.clip_images * method.sampling_steps
@@ -67,12 +67,12 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Plan:
-    """Experiments, how they are evaluated, and by what."""
+    """Experiments, the protocol of their evaluation, and the metrics."""
 
     experiments: tuple[Experiment, ...]
-    given: dict[str, Any] = field(default_factory=dict)  # of the protocol, as keyword arguments of evaluate
+    given: dict[str, Any] = field(default_factory=dict)  # fields of the protocol: keyword arguments of evaluate
     metrics: tuple[str, ...] = DEFAULT_METRICS
-    conditioning: Conditioning = Conditioning()  # of what is recorded, and of what is measured
+    conditioning: Conditioning = Conditioning()  # of recording, training and evaluation
 
     def __post_init__(self) -> None:
         names = [experiment.name for experiment in self.experiments]
@@ -94,21 +94,21 @@ class Plan:
 
     @property
     def float_metrics(self) -> tuple[str, ...]:
-        """Those that say something of a float model; where all compare with it, it is compared with itself."""
+        """The metrics that need no float model to compare with; if there are none, all: it is compared with itself."""
         return tuple(name for name in self.metrics if not Choice((name,)).needs_float_model) or self.metrics
 
 
 @dataclass(frozen=True)
 class Results:
-    """What a list came to."""
+    """Reports and failures of a list of experiments."""
 
-    reports: dict[str, Report]  # by name, the float model first, then in the order of the list
-    failures: dict[str, str]
+    reports: dict[str, Report]  # by name: the float model, then the order of the list
+    failures: dict[str, str]  # name -> reason
 
 
 @dataclass(frozen=True)
-class Bench:
-    """What all experiments of a list share."""
+class SweepContext:
+    """Everything that the experiments of a list share."""
 
     model: str | None
     output: Path
@@ -117,14 +117,22 @@ class Bench:
     cache: Path | None
     begin: Callable[[Path], AbstractContextManager[Run]]
     track: Track
-    recall: Callable[[int, int, float, int], Samples]
+    get_samples: Callable[[int, int, float, int], Samples]
 
     def open(self) -> DiffusionPipeline:
+        """Returns the float pipeline, loaded anew."""
         return serialization.open_any(self.model, device=self.device)
 
 
 def read_plan(file: Path) -> Plan:
-    """The plan in a JSON file: {"protocol": {...}, "metrics": [...], "seeds": [...], "runs": [{"name", "method", settings}]}."""
+    """Returns the plan that a JSON file holds.
+
+    Its form is {"protocol": {...}, "metrics": [...], "seeds": [...], "runs": [{"name", "method", settings}]}. With "seeds",
+    every run is done with each of them.
+
+    Raises:
+        InputError: the file does not exist or is not valid.
+    """
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
         runs, seeds = document["runs"], document.get("seeds")
@@ -139,11 +147,11 @@ def read_plan(file: Path) -> Plan:
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{file} is no list of experiments: {type(error).__name__}: {error}") from error
+        raise InputError(f"{file} is not a valid list of experiments: {type(error).__name__}: {error}") from error
 
 
 def parse_run(text: str) -> Experiment:
-    """The experiment that METHOD:WEIGHT_BITS/ACT_BITS[,KEY=VALUE...] names."""
+    """Returns the experiment of METHOD:WEIGHT_BITS/ACT_BITS[,KEY=VALUE...]; raises InputError for other text."""
     found = RUN.fullmatch(text)
     if not found:
         raise InputError(f"a run is METHOD:W/A, such as lsq:4/8 or lsq:4/4,max_steps=100; got {text!r}")
@@ -160,12 +168,19 @@ def run_plan(
     begin: Callable[[Path], AbstractContextManager[Run]] = lambda folder: nullcontext(Run()),
     tell: Callable[[str], None] = lambda text: None, track: Track = plain,
 ) -> Results:
-    """Does what is missing of the plan in the folder `output`. `begin` gives the saved run of an experiment's folder."""
+    """Runs the experiments that are not done in the folder `output`, and returns the reports of all.
+
+    Args:
+        model: Float pipeline; default: the embedded one.
+        cache: Folder in which images are stored and found again; default: none.
+        begin: Takes an experiment's folder and returns a context with its saved run.
+        tell: Takes a line of text on the progress.
+    """
     plan = replace(plan, conditioning=complete(serialization.open_any(model, device=device), plan.conditioning))
-    recall = share_recording(model, device, plan.conditioning, track)
-    bench = Bench(model, output, plan, device, cache, begin, track, recall)
-    reports = {FLOAT: measure_float(bench)}
-    missing = [experiment for experiment in plan.experiments if not is_done(experiment, bench)]
+    get_samples = share_recording(model, device, plan.conditioning, track)
+    context = SweepContext(model, output, plan, device, cache, begin, track, get_samples)
+    reports = {FLOAT: measure_float(context)}
+    missing = [experiment for experiment in plan.experiments if not is_done(experiment, context)]
     if missing:
         minutes = max(1, round(estimate_minutes(missing, reports[FLOAT])))
         tell(f"{len(missing)} of {len(plan.experiments)} experiments to do, about {minutes} min")
@@ -173,10 +188,10 @@ def run_plan(
     for experiment in sorted(plan.experiments, key=lambda experiment: experiment.cost):
         started = time.monotonic()
         try:
-            reports[experiment.name] = run_experiment(experiment, bench)
+            reports[experiment.name] = run_experiment(experiment, context)
         except Interrupted:
             raise
-        except Exception as error:  # noqa: BLE001  whatever it was, the other experiments are not to blame
+        except Exception as error:  # noqa: BLE001  no error of one experiment stops the others
             failures[experiment.name] = str(error) if isinstance(error, DmquantError) else f"{type(error).__name__}: {error}"
             tell(f"{experiment.name} failed: {failures[experiment.name]}")
             continue
@@ -187,7 +202,7 @@ def run_plan(
 
 
 def estimate_minutes(experiments: Sequence[Experiment], float_report: Report) -> float:
-    """Time to quantize and evaluate, by how fast the float model was; each recording counts once."""
+    """Returns the time to quantize and evaluate, estimated from the float model's speed; a shared recording counts once."""
     protocol = float_report.protocol
     call_s = float_report.seconds_per_image / protocol.steps
     recordings = {(e.method.trajectories, e.method.sampling_steps, e.method.eta, e.seed) for e in experiments}
@@ -196,82 +211,84 @@ def estimate_minutes(experiments: Sequence[Experiment], float_report: Report) ->
     return (call_s * calls + evaluation) / 60
 
 
-def measure_float(bench: Bench) -> Report:
-    folder = bench.output / FLOAT
-    report = _find_report(folder, bench.plan, bench.plan.float_metrics)
+def measure_float(context: SweepContext) -> Report:
+    """Returns the float model's report; evaluates it if the folder has none under the plan's protocol."""
+    folder = context.output / FLOAT
+    report = _find_report(folder, context.plan, context.plan.float_metrics)
     if report is None:
-        report = _evaluate(bench.open(), bench, bench.plan.float_metrics)
+        report = _evaluate(context.open(), context, context.plan.float_metrics)
         report.save(folder)
     return report
 
 
-def is_done(experiment: Experiment, bench: Bench) -> bool:
-    folder = bench.output / experiment.name
-    return is_quantized(folder) and _find_report(folder, bench.plan, bench.plan.metrics) is not None
+def is_done(experiment: Experiment, context: SweepContext) -> bool:
+    """Returns whether the experiment's folder has a pipeline and a report with all metrics."""
+    folder = context.output / experiment.name
+    return is_quantized(folder) and _find_report(folder, context.plan, context.plan.metrics) is not None
 
 
-def run_experiment(experiment: Experiment, bench: Bench) -> Report:
-    """The report of an experiment, quantized and evaluated where that was not done before."""
-    folder = bench.output / experiment.name
+def run_experiment(experiment: Experiment, context: SweepContext) -> Report:
+    """Returns the report of an experiment; quantizes and evaluates what its folder does not hold yet."""
+    folder = context.output / experiment.name
     if (folder / atomic_folder.MANIFEST).is_file():
-        refuse_other(experiment, folder, bench.plan.conditioning)
+        refuse_other(experiment, folder, context.plan.conditioning)
     else:
-        pipeline, method, asked = bench.open(), experiment.method, bench.plan.conditioning
-        with bench.begin(folder) as run:
-            samples = bench.recall(method.trajectories, method.sampling_steps, method.eta, experiment.seed)
-            how = {"seed": experiment.seed, "conditioning": asked, "samples": samples, "run": run, "track": bench.track}
+        pipeline, method, asked = context.open(), experiment.method, context.plan.conditioning
+        with context.begin(folder) as run:
+            samples = context.get_samples(method.trajectories, method.sampling_steps, method.eta, experiment.seed)
+            how = {"seed": experiment.seed, "conditioning": asked, "samples": samples, "run": run, "track": context.track}
             quantized = quantize(pipeline, method, **how)
             serialization.save(quantized, folder)
             find_target(quantized).denoiser.dmquant_effort.save(folder)
-    report = _find_report(folder, bench.plan, bench.plan.metrics)
-    if report is not None and (report.layers or LAYERS not in bench.plan.metrics):
+    report = _find_report(folder, context.plan, context.plan.metrics)
+    if report is not None and (report.layers or LAYERS not in context.plan.metrics):
         return report
-    pipeline = serialization.load(folder, device=bench.device)
+    pipeline = serialization.load(folder, device=context.device)
     if report is None:
-        report = _evaluate(pipeline, bench, bench.plan.metrics)
-    else:  # all but the layers was measured before
-        report = add_layers(report, pipeline, bench.open(), conditioning=bench.plan.conditioning, track=bench.track)
+        report = _evaluate(pipeline, context, context.plan.metrics)
+    else:  # only the layers are missing
+        report = add_layers(report, pipeline, context.open(), conditioning=context.plan.conditioning, track=context.track)
     report.save(folder)
     return report
 
 
 def refuse_other(experiment: Experiment, folder: Path, asked: Conditioning) -> None:
-    """Raises InputError where the folder holds a pipeline that was made otherwise."""
+    """Raises InputError if the folder holds a pipeline with another method, seed, setting or conditioning."""
     record = serialization.read_record(folder)
     here = {"method": experiment.method.name, "seed": experiment.seed, **experiment.method.settings(), **asked.describe()}
     there = {**record, **record.get("settings", {})}
     differing = [f"{key} was {there[key]}, now {value}" for key, value in here.items() if key in there and there[key] != value]
     if differing:
-        raise InputError(f"{folder} holds another experiment: {'; '.join(differing)}. Give it another name, or remove the folder")
+        raise InputError(f"{folder} holds another experiment: {'; '.join(differing)}. Use another name, or remove the folder")
 
 
 def share_recording(
     model: str | None, device: str | None, asked: Conditioning, track: Track
 ) -> Callable[[int, int, float, int], Samples]:
-    """Records the float model's trajectories (their number, steps, eta, seed) when first asked, and once."""
+    """Returns a function of (trajectories, steps, eta, seed) that records the float model's trajectories once for each."""
     @cache
-    def recall(trajectories: int, steps: int, eta: float, seed: int) -> Samples:
+    def get_samples(trajectories: int, steps: int, eta: float, seed: int) -> Samples:
         pipeline = serialization.open_any(model, device=device)
         return record(pipeline, trajectories, steps=steps, eta=eta, seed=seed, conditioning=asked, track=track)
 
-    return recall
+    return get_samples
 
 
-def _evaluate(pipeline: DiffusionPipeline, bench: Bench, metrics: Sequence[str]) -> Report:
-    base = bench.open() if Choice(tuple(metrics)).needs_float_model else None
+def _evaluate(pipeline: DiffusionPipeline, context: SweepContext, metrics: Sequence[str]) -> Report:
+    base = context.open() if Choice(tuple(metrics)).needs_float_model else None
     return evaluate(
-        pipeline, metrics=metrics, conditioning=bench.plan.conditioning, float_pipeline=base, cache=bench.cache,
-        track=bench.track, **bench.plan.protocol,
+        pipeline, metrics=metrics, conditioning=context.plan.conditioning, float_pipeline=base, cache=context.cache,
+        track=context.track, **context.plan.protocol,
     )
 
 
 def _find_report(folder: Path, plan: Plan, metrics: Sequence[str]) -> Report | None:
-    """The report in a folder, where it was taken by the protocol of the plan and has its metrics; layers may be added later."""
+    """Returns the report in a folder; None if its protocol is not the plan's or a metric is missing, except "layers"."""
     if not (folder / FILE_NAME).is_file():
         return None
     report = Report.load(folder)
     taken, measured = asdict(report.protocol), {split_name(name)[0] for name in report.metrics}
-    # a reference is asked for by its place and recorded by its name
+    # the plan has the path of a reference, the report its name: they are not compared
     wanted = {**plan.protocol, **plan.conditioning.describe()}
     differs = any(taken[name] != value for name, value in wanted.items() if name != "reference")
     asked = {"recall" if name == "prdc" else name for name in metrics if name != LAYERS}
@@ -279,7 +296,7 @@ def _find_report(folder: Path, plan: Plan, metrics: Sequence[str]) -> Report | N
 
 
 def _read_conditioning(given: dict[str, Any]) -> Conditioning:
-    """What a file asks of a conditional pipeline: the name of a file of prompts, a list of class labels, a guidance scale."""
+    """Returns the conditioning of a plan in a file: path of a file of prompts, list of class labels, guidance scale."""
     prompts, labels, guidance = given.get("prompts"), given.get("class_labels", []), given.get("guidance_scale")
     if type(labels) is not list or any(type(label) is not int for label in labels):
         raise InputError(f"class_labels should be a list of whole numbers, not {labels!r}")
@@ -289,9 +306,9 @@ def _read_conditioning(given: dict[str, Any]) -> Conditioning:
 
 
 def _read_run(run: dict[str, Any], seed: int | None, suffix: str) -> Experiment:
-    """An experiment of a file. A file with seeds has them for all."""
+    """Returns an experiment of a file; `seed` (None: the run's own, default 0) and `suffix` come from the file's seeds."""
     own = run.pop("seed", 0)
     name = f"{run.pop('name')}{suffix}"
     if not name or Path(name).name != name or name.startswith("."):
-        raise InputError(f"{name!r} cannot be the name of a folder")
+        raise InputError(f"{name!r} cannot be the name of a folder; use letters, digits, - and _")
     return Experiment(name, methods.get(run.pop("method")).parse(run), own if seed is None else seed)

@@ -1,4 +1,4 @@
-"""The commands end to end on a tiny pipeline: results on stdout, one line on stderr for every mistake, its exit code."""
+"""Tests of the commands on a tiny pipeline: results on stdout, and for every mistake one line on stderr and its exit code."""
 
 import inspect
 import json
@@ -27,32 +27,32 @@ def in_a_fresh_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def quantized(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny pipeline at W4A8, as `dmquant quantize` writes it. Copy it before changing it."""
+    """Returns the tiny pipeline at W4A8 as `dmquant quantize` writes it. Copy it before changing it."""
     folder = tmp_path_factory.mktemp("runs") / "tiny-w4a8"
-    assert app.run(["quantize", str(tiny_folder), "--wbits", "4", "--abits", "8", "-o", str(folder), *QUICK]) == 0
+    assert app.run_command(["quantize", str(tiny_folder), "--wbits", "4", "--abits", "8", "-o", str(folder), *QUICK]) == 0
     return folder
 
 
 def fails(capsys: pytest.CaptureFixture, *arguments: object) -> tuple[int, str]:
-    """Exit code and the one line on stderr of a command line that must fail without a result."""
-    code = app.run([str(argument) for argument in arguments])
+    """Returns exit code and the one line on stderr of a command line that must fail without a result."""
+    code = app.run_command([str(argument) for argument in arguments])
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1, (out, err)
     return code, err
 
 
-# The way
+# The usual way
 
 
 def test_quantize_writes_a_pipeline_that_verifies_and_is_smaller(quantized, tiny_folder, capsys):
-    assert app.run(["verify", str(quantized)]) == 0
+    assert app.run_command(["verify", str(quantized)]) == 0
     assert "unet/diffusion_pytorch_model.safetensors" in capsys.readouterr().out
     weights = "unet/diffusion_pytorch_model.safetensors"
     assert (quantized / weights).stat().st_size < (tiny_folder / weights).stat().st_size / 2
 
 
 def test_the_run_is_named_after_model_method_and_bits(tiny_folder, tmp_path, capsys):
-    assert app.run(["quantize", str(tiny_folder), "--wbits", "2", "--abits", "32", *QUICK]) == 0
+    assert app.run_command(["quantize", str(tiny_folder), "--wbits", "2", "--abits", "32", *QUICK]) == 0
     assert (tmp_path / "runs" / "tiny-lsq-w2a32" / "model_index.json").is_file()
     out, err = capsys.readouterr()
     assert out == "" and "runs/tiny-lsq-w2a32" in err
@@ -62,7 +62,7 @@ def test_the_run_is_named_after_model_method_and_bits(tiny_folder, tmp_path, cap
 
 
 def test_dry_run_shows_every_layer_and_writes_nothing(tiny_folder, tmp_path, capsys):
-    assert app.run(["quantize", str(tiny_folder), "--wbits", "4", "--abits", "4", "--dry-run"]) == 0
+    assert app.run_command(["quantize", str(tiny_folder), "--wbits", "4", "--abits", "4", "--dry-run"]) == 0
     out = capsys.readouterr().out
     rows = {line.split()[0]: line for line in out.splitlines() if line.strip()}
     assert "first: kept at 8/8" in rows["conv_in"] and "16x8x3x3" in rows["down_blocks.1.resnets.0.conv1"]
@@ -70,23 +70,25 @@ def test_dry_run_shows_every_layer_and_writes_nothing(tiny_folder, tmp_path, cap
     assert list(tmp_path.iterdir()) == []
 
 
-def test_eval_puts_the_report_beside_a_quantized_pipeline_and_compare_reads_it(quantized, tiny_folder, tmp_path, capsys):
+def test_eval_writes_the_report_into_the_folder_of_a_quantized_pipeline_and_compare_reads_it(
+    quantized, tiny_folder, tmp_path, capsys
+):
     run = shutil.copytree(quantized, tmp_path / "run")
     how = ["--psnr", "--num-images", "4", "--steps", "2", "--batch", "2", "--sampler", "ddim"]
-    assert app.run(["eval", str(run), *how]) == 0
+    assert app.run_command(["eval", str(run), *how]) == 0
     assert "PSNR to float, dB" in capsys.readouterr().out
     report = Report.load(run)
     assert (report.method, report.weight_bits, report.act_bits, report.protocol.num_images) == ("lsq", 4, 8, 4)
     assert report.base_model == str(tiny_folder)
-    assert app.run(["verify", str(run)]) == 0
+    assert app.run_command(["verify", str(run)]) == 0
     capsys.readouterr()
-    assert app.run(["compare", str(run), "--format", "json"]) == 0
+    assert app.run_command(["compare", str(run), "--format", "json"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"][0]["bits"] == "4/8"
 
 
 def test_eval_json_is_one_document_on_stdout(quantized, capsys):
     how = ["--psnr", "--num-images", "2", "--steps", "1", "-o", "here"]
-    assert app.run(["eval", str(quantized), *how, "--json"]) == 0
+    assert app.run_command(["eval", str(quantized), *how, "--json"]) == 0
     assert Report.from_json(capsys.readouterr().out) == Report.load("here")
 
 
@@ -94,41 +96,41 @@ def test_metrics_by_list_by_shorthand_and_by_both_are_measured_alike(quantized, 
     how = [str(quantized), "--num-images", "2", "--steps", "1", "--json"]
     shown = []
     for asked in (["--psnr", "--cosine"], ["--metrics", "psnr,cosine"], ["--metrics", "psnr", "--cosine", "--psnr"]):
-        assert app.run(["eval", *how, *asked, "-o", "here"]) == 0
+        assert app.run_command(["eval", *how, *asked, "-o", "here"]) == 0
         shown.append(json.loads(capsys.readouterr().out) | {"seconds_per_image": 0.0})
     assert shown[0]["metrics"]["psnr"] > 0 < shown[0]["metrics"]["cosine"] and shown[0] == shown[1] == shown[2]
 
 
 def test_sample_is_repeatable_and_beside_adds_a_row(quantized, tiny_folder, capsys):
     how = ["-n", "4", "--steps", "2", "--seed", "7"]
-    assert app.run(["sample", str(quantized), *how, "-o", "a.png"]) == 0
-    assert app.run(["sample", str(quantized), *how, "--batch", "3", "-o", "b.png"]) == 0
-    assert app.run(["sample", str(quantized), *how, "--beside", str(tiny_folder), "-o", "c.png"]) == 0
+    assert app.run_command(["sample", str(quantized), *how, "-o", "a.png"]) == 0
+    assert app.run_command(["sample", str(quantized), *how, "--batch", "3", "-o", "b.png"]) == 0
+    assert app.run_command(["sample", str(quantized), *how, "--beside", str(tiny_folder), "-o", "c.png"]) == 0
     a, b, c = (Image.open(name) for name in ("a.png", "b.png", "c.png"))
-    # another batch size rounds otherwise, by one level at most
+    # another batch size rounds differently, by one level at most
     assert max(abs(x - y) for x, y in zip(a.tobytes(), b.tobytes(), strict=True)) <= 1
     assert a.size[0] == a.size[1] and c.size[0] > c.size[1]
     assert capsys.readouterr().out == ""
 
 
-def test_inspect_tells_a_quantized_pipeline_from_a_float_one(quantized, tiny_folder, capsys):
-    assert app.run(["inspect", str(quantized)]) == 0
+def test_inspect_shows_whether_a_pipeline_is_quantized(quantized, tiny_folder, capsys):
+    assert app.run_command(["inspect", str(quantized)]) == 0
     shown = capsys.readouterr().out
     assert "lsq" in shown and str(tiny_folder) in shown and "first: kept at 8/8" in shown
     assert Effort.load(quantized).describe() in shown
-    assert app.run(["inspect", str(tiny_folder)]) == 0
+    assert app.run_command(["inspect", str(tiny_folder)]) == 0
     shown = capsys.readouterr().out
     assert "layers: 0 of" in shown and "effort" not in shown
 
 
-def test_layers_that_are_looked_at_are_summed_up_on_the_terminal(quantized, capsys):
+def test_measured_layers_are_summarized_on_the_terminal(quantized, capsys):
     line = ["eval", str(quantized), "--layers", "--num-images", "4", "--steps", "2", "-o", "new", "--device", "cpu"]
-    assert app.run(line) == 0
+    assert app.run_command(line) == 0
     worst = min((layer for layer in Report.load("new").layers if layer.total_db is not None), key=lambda layer: layer.total_db)
     shown = capsys.readouterr().out
-    assert "worst layer, read alone: " in shown
-    assert f"worst layer, in its own model: {worst.name} ({worst.role}, " in shown and f"SQNR {worst.total_db:.1f} dB" in shown
-    assert app.run([*line, "--json"]) == 0
+    assert "worst layer on the float model's input: " in shown
+    assert f"worst layer on its own model's input: {worst.name} ({worst.role}, " in shown and f"SQNR {worst.total_db:.1f} dB" in shown
+    assert app.run_command([*line, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["layers"]
 
 
@@ -143,14 +145,14 @@ def test_the_defaults_of_eval_and_sample_are_those_of_the_library():
 
 
 def test_methods_shows_settings_with_defaults(capsys):
-    assert app.run(["methods", "lsq"]) == 0
+    assert app.run_command(["methods", "lsq"]) == 0
     assert "weight_bits" in capsys.readouterr().out
 
 
 def test_doctor_reports_versions_as_table_and_json(capsys):
-    app.run(["doctor"])
+    app.run_command(["doctor"])
     assert "torch" in capsys.readouterr().out
-    app.run(["doctor", "--json"])
+    app.run_command(["doctor", "--json"])
     found = {item["name"]: item["value"] for item in json.loads(capsys.readouterr().out)}
     assert {"dmquant", "torch", "cpu", "kernels", "inception weights"} <= set(found)
 
@@ -201,7 +203,7 @@ def test_kernels_that_do_not_exist_are_refused_before_any_work(command, tiny_fol
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_that_is_there_is_refused_before_any_work(tiny_folder, capsys):
+def test_an_existing_result_is_refused_before_any_work(tiny_folder, capsys):
     folder = Path("taken")
     folder.mkdir()
     (folder / "diary.txt").write_text("mine")
@@ -211,15 +213,15 @@ def test_a_run_that_is_there_is_refused_before_any_work(tiny_folder, capsys):
     assert code == 2 and (folder / "diary.txt").read_text() == "mine"
 
 
-def test_force_replaces_a_run_of_ours(quantized, tiny_folder, capsys):
+def test_force_replaces_a_result(quantized, tiny_folder, capsys):
     shutil.copytree(quantized, "run")
-    assert app.run(["quantize", str(tiny_folder), "--wbits", "2", "--abits", "8", "-o", "run", "--force", *QUICK]) == 0
+    assert app.run_command(["quantize", str(tiny_folder), "--wbits", "2", "--abits", "8", "-o", "run", "--force", *QUICK]) == 0
     capsys.readouterr()
-    assert app.run(["inspect", "run"]) == 0
+    assert app.run_command(["inspect", "run"]) == 0
     assert ["weight_bits", "2"] in [line.split() for line in capsys.readouterr().out.splitlines()]
 
 
-def test_a_model_that_is_not_there_names_what_was_tried(capsys):
+def test_a_missing_model_is_named(capsys):
     code, err = fails(capsys, "eval", "no/such/folder")
     assert code == 3 and "no/such/folder" in err
 
@@ -252,7 +254,7 @@ def test_a_folder_that_cannot_be_made_is_refused(tiny_folder, capsys):
         assert code == 2 and "file" in err and "-o" in err
 
 
-def test_nothing_is_made_for_a_model_that_is_not_there(tmp_path, capsys):
+def test_no_folder_is_made_for_a_missing_model(tmp_path, capsys):
     Path("empty").mkdir()
     for line in (["eval", "nosuch"], ["sample", "nosuch", "-o", "new/x.png"], ["quantize", "nosuch"]):
         assert fails(capsys, *line)[0] == 3
@@ -262,12 +264,12 @@ def test_nothing_is_made_for_a_model_that_is_not_there(tmp_path, capsys):
 
 
 def test_a_report_is_written_to_the_json_file_that_is_named(quantized, capsys):
-    assert app.run(["eval", str(quantized), "--psnr", "--num-images", "2", "--steps", "1", "-o", "new/named.json"]) == 0
+    assert app.run_command(["eval", str(quantized), "--psnr", "--num-images", "2", "--steps", "1", "-o", "new/named.json"]) == 0
     assert Path("new/named.json").is_file() and capsys.readouterr().err == f"wrote {Path('new/named.json')}\n"
 
 
 def test_a_picture_may_be_a_jpeg_in_a_new_folder(tiny_folder):
-    assert app.run(["sample", str(tiny_folder), "-n", "1", "--steps", "1", "-o", "new/a.jpeg"]) == 0
+    assert app.run_command(["sample", str(tiny_folder), "-n", "1", "--steps", "1", "-o", "new/a.jpeg"]) == 0
     assert Image.open("new/a.jpeg").format == "JPEG"
 
 
@@ -299,7 +301,7 @@ def test_a_bug_exits_with_70_and_leaves_a_traceback_file(capsys, monkeypatch):
     file.unlink()
 
 
-def test_a_full_disk_or_a_forbidden_file_is_no_bug_of_ours(capsys, monkeypatch):
+def test_a_full_disk_or_a_forbidden_file_is_not_reported_as_a_bug(capsys, monkeypatch):
     for error in (OSError(28, "No space left on device"), PermissionError(13, "Permission denied", "weights")):
         failing_with(monkeypatch, error)
         code, err = fails(capsys, "compare", ".")
@@ -308,17 +310,17 @@ def test_a_full_disk_or_a_forbidden_file_is_no_bug_of_ours(capsys, monkeypatch):
 
 def test_debug_shows_the_traceback(capsys, monkeypatch):
     monkeypatch.setenv("DMQUANT_DEBUG", "1")
-    assert app.run(["compare", "nowhere"]) == 2
+    assert app.run_command(["compare", "nowhere"]) == 2
     assert "Traceback" in capsys.readouterr().err
 
 
 def test_an_interrupt_exits_with_130(capsys, monkeypatch):
     failing_with(monkeypatch, KeyboardInterrupt())
-    assert app.run(["compare", "."]) == 130
+    assert app.run_command(["compare", "."]) == 130
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_a_reader_that_leaves_early_is_no_error():
+def test_a_closed_pipe_is_no_error():
     program = "import sys; from dmquant.cli import app; sys.argv = ['dmquant', 'methods', '--help']; app.main()"
     read, write = os.pipe()
     os.close(read)
@@ -328,6 +330,6 @@ def test_a_reader_that_leaves_early_is_no_error():
 
 
 def test_without_a_command_the_help_is_shown(capsys):
-    assert app.run([]) == 2
+    assert app.run_command([]) == 2
     out, err = capsys.readouterr()
     assert out == "" and "quantize" in err

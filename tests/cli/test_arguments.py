@@ -1,4 +1,4 @@
-"""What a command line leaves unsaid gets a name that says what it is."""
+"""Tests of parsing and checking arguments, and of the default folders."""
 
 from pathlib import Path
 
@@ -10,20 +10,20 @@ from dmquant.errors import InputError
 from dmquant.evaluation.metrics.registry import NAMES
 
 
-def test_runs_are_named_after_model_method_and_bits():
-    assert arguments.name_run(None, "lsq", 4, 8) == Path("runs/embedded-lsq-w4a8")
-    assert arguments.name_run("google/ddpm-cifar10-32", "lsq", 2, 32) == Path("runs/ddpm-cifar10-32-lsq-w2a32")
-    assert arguments.name_run("some/where/", "lsq", 4, 4) == Path("runs/where-lsq-w4a4")
+def test_results_are_named_after_model_method_and_bits():
+    assert arguments.default_result_folder(None, "lsq", 4, 8) == Path("runs/embedded-lsq-w4a8")
+    assert arguments.default_result_folder("google/ddpm-cifar10-32", "lsq", 2, 32) == Path("runs/ddpm-cifar10-32-lsq-w2a32")
+    assert arguments.default_result_folder("some/where/", "lsq", 4, 4) == Path("runs/where-lsq-w4a4")
 
 
-def test_the_working_folder_has_a_name_too(tmp_path, monkeypatch):
+def test_the_working_folder_is_named_by_its_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert arguments.name_run(".", "lsq", 4, 8).name == f"{tmp_path.name}-lsq-w4a8"
+    assert arguments.default_result_folder(".", "lsq", 4, 8).name == f"{tmp_path.name}-lsq-w4a8"
 
 
 def test_a_float_pipeline_is_evaluated_into_a_folder_of_its_own(tiny_folder):
-    assert arguments.name_evaluation(str(tiny_folder)) == Path("runs/eval-tiny")
-    assert arguments.name_evaluation(None) == Path("runs/eval-embedded")
+    assert arguments.default_report_folder(str(tiny_folder)) == Path("runs/eval-tiny")
+    assert arguments.default_report_folder(None) == Path("runs/eval-embedded")
 
 
 def test_settings_keep_everything_after_the_first_equals_sign():
@@ -37,7 +37,7 @@ def test_an_empty_argument_is_refused_by_name(line):
     arguments.refuse_empty(["eval", "a=", "--set=a=", "--", "-o"])
 
 
-def test_a_folder_is_asked_for_and_not_made(tmp_path):
+def test_checking_a_folder_does_not_make_it(tmp_path):
     assert arguments.require_writable(tmp_path / "a" / "b") == tmp_path / "a" / "b"
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("")
@@ -46,12 +46,12 @@ def test_a_folder_is_asked_for_and_not_made(tmp_path):
 
 
 @pytest.mark.parametrize("pairs", [["a"], ["=a"], ["a=1", "a=2"], ["act_bits=4"]])
-def test_settings_that_are_no_pair_or_come_twice_are_refused(pairs):
+def test_settings_that_are_no_pair_or_given_twice_are_refused(pairs):
     with pytest.raises(InputError):
         arguments.merge_settings({"act_bits": 8}, pairs)
 
 
-def test_a_folder_of_folders_stands_for_the_reports_in_them(tmp_path):
+def test_a_folder_of_folders_is_replaced_by_those_with_reports(tmp_path):
     for name in ("all/b", "all/a", "all/empty", "one"):
         (tmp_path / name).mkdir(parents=True)
     for name in ("all/b", "all/a", "one"):
@@ -78,7 +78,7 @@ def test_the_help_of_commands_lists_all_metrics():
     assert ", ".join(NAMES) == METRIC_NAMES
 
 
-MISTAKES = [("a.txt", "must end in .npz"), ("taken.npz", "is there already"), ("f/x.npz", "is a file")]
+MISTAKES = [("a.txt", "must end in .npz"), ("taken.npz", "exists; remove it"), ("f/x.npz", "is a file")]
 
 
 @pytest.mark.parametrize("name, message", MISTAKES)

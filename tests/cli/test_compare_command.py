@@ -1,4 +1,4 @@
-"""compare as a user gives it: over reports, with page and cards, and with experiments that it runs first."""
+"""Tests of the command `compare`: over reports, with page and cards, and with experiments that it runs first."""
 
 import html
 import json
@@ -26,7 +26,7 @@ def in_a_fresh_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(*arguments: object) -> int:
-    return app.run(["compare", *(str(argument) for argument in arguments)])
+    return app.run_command(["compare", *(str(argument) for argument in arguments)])
 
 
 def fails(capsys: pytest.CaptureFixture, *arguments: object) -> tuple[int, str]:
@@ -36,7 +36,7 @@ def fails(capsys: pytest.CaptureFixture, *arguments: object) -> tuple[int, str]:
     return code, err
 
 
-def test_runs_are_done_and_shown_and_done_once(tiny_folder, capsys):
+def test_experiments_are_run_once_and_shown(tiny_folder, capsys):
     line = ["--model", tiny_folder, "--run", f"lsq:4/8,{SMALL}", "--run", f"lsq:2/8,{SMALL}", "-o", "all", *QUICK]
     assert run(*line, "--format", "json", "--html", "page.html", "--samples", 2, "--cards") == 0
     out, err = capsys.readouterr()
@@ -47,7 +47,7 @@ def test_runs_are_done_and_shown_and_done_once(tiny_folder, capsys):
     page = Path("page.html").read_text(encoding="utf-8")
     assert page.count("<img ") == 10 and "Layer by layer" in page  # two seeds of three models, two differences of two
     assert Report.load(f"all/{folders[1]}").layers
-    assert app.run(["verify", f"all/{folders[1]}"]) == 0
+    assert app.run_command(["verify", f"all/{folders[1]}"]) == 0
     capsys.readouterr()
     assert run("all", "--format", "json") == 0
     assert [row["bits"] for row in json.loads(capsys.readouterr().out)["rows"]] == ["32/32", "2/8", "4/8"]  # by name
@@ -59,7 +59,7 @@ def test_runs_are_done_and_shown_and_done_once(tiny_folder, capsys):
     assert again.out == out and "experiments to do" not in again.err
 
 
-def test_a_list_in_a_file_brings_its_protocol(tiny_folder, capsys):
+def test_a_file_of_experiments_contains_its_protocol(tiny_folder, capsys):
     pairs = (pair.split("=") for pair in SMALL.split(","))
     settings = {key: int(value) if value.isdigit() else value for key, value in pairs}
     protocol = {"num_images": 4, "steps": 2, "batch": 2}
@@ -68,7 +68,7 @@ def test_a_list_in_a_file_brings_its_protocol(tiny_folder, capsys):
     assert run("--model", tiny_folder, "--experiments", "list.json", "-o", "all", "--device", "cpu") == 0
     assert Report.load("all/a").protocol.num_images == 4 and "PSNR" in capsys.readouterr().out
     code, err = fails(capsys, "--experiments", "list.json", "-o", "all", "--steps", 3)
-    assert code == 2 and "holds its protocol" in err
+    assert code == 2 and "contains its protocol" in err
 
 
 def test_a_page_without_matplotlib_is_written_without_plots_and_a_line_says_how_to_get_them(tmp_path, capsys, monkeypatch):
@@ -93,7 +93,7 @@ def test_experiments_on_a_text_pipeline_are_recorded_and_measured_by_its_prompts
     make_text_pipeline().save_pretrained(painter)
     Path("one.txt").write_text("a red cat\nx\n")
     Path("two.txt").write_text("two dogs\n")
-    capsys.readouterr()  # what the libraries say while they save
+    capsys.readouterr()  # messages of the libraries while they save
     line = ["--model", painter, "--run", f"lsq:8/8,{SMALL}", "-o", "all", *QUICK]
     code, err = fails(capsys, *line)
     assert code == 2 and "draws from text; give it prompts" in err
@@ -110,7 +110,7 @@ def test_experiments_on_a_text_pipeline_are_recorded_and_measured_by_its_prompts
     assert "holds another experiment: num_conditions was 2, now 1" in capsys.readouterr().err
 
 
-def test_a_list_in_a_file_says_which_classes(tmp_path, capsys):
+def test_a_file_of_experiments_contains_its_classes(tmp_path, capsys):
     unet = UNet2DModel(**TINY_UNET, num_class_embeds=10)
     DDIMPipeline(unet, DDIMScheduler()).save_pretrained("classes")
     settings = {key: int(value) if value.isdigit() else value for key, value in (pair.split("=") for pair in SMALL.split(","))}
@@ -128,20 +128,20 @@ def test_a_list_in_a_file_says_which_classes(tmp_path, capsys):
         assert fails(capsys, "--model", "classes", "--experiments", "list.json", "-o", "new")[0] == 2
 
 
-def test_a_failure_is_told_after_the_table_of_the_rest(tiny_folder, capsys, monkeypatch):
+def test_a_failure_is_printed_after_the_table_of_the_rest(tiny_folder, capsys, monkeypatch):
     monkeypatch.setattr(sweep, "quantize", lambda *_, **__: 1 / 0)
     assert run("--model", tiny_folder, "--run", f"lsq:4/8,{SMALL}", "-o", "all", *QUICK, "--format", "json") == 1
     out, err = capsys.readouterr()
     assert len(json.loads(out)["rows"]) == 1 and err.splitlines()[-1].startswith("error: lsq-w4a8")
 
 
-def test_an_interrupt_says_that_the_same_command_goes_on(tiny_folder, capsys, monkeypatch):
+def test_an_interrupt_says_that_the_same_command_continues(tiny_folder, capsys, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sweep, "quantize", stop)
     assert run("--model", tiny_folder, "--run", f"lsq:4/8,{SMALL}", "-o", "all", *QUICK) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command continues" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -152,9 +152,9 @@ def test_an_interrupt_says_that_the_same_command_goes_on(tiny_folder, capsys, mo
         (["--run", "lsq", "-o", "x"], "a run is METHOD:W/A"),
         (["--run", "lsq:4/8", "-o", "x", "--metrics", "fid,fdi"], "did you mean 'fid'"),
         (["--experiments", "nowhere.json", "-o", "x"], "nowhere.json does not exist"),
-        ([".", "-o", "x"], "are for --run and --experiments"),
-        ([".", "--steps", "3"], "are for --run and --experiments"),
-        ([".", "--guidance-scale", "3"], "are for --run and --experiments"),
+        ([".", "-o", "x"], "need --run or --experiments"),
+        ([".", "--steps", "3"], "need --run or --experiments"),
+        ([".", "--guidance-scale", "3"], "need --run or --experiments"),
         ([".", "--html", "page.txt"], "ends in .html"),
     ],
 )

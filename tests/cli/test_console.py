@@ -1,4 +1,4 @@
-"""Results on stdout, talk on stderr, and no text of a user drives the terminal."""
+"""Tests of the console: results on stdout, messages on stderr, no control characters from a user's text."""
 
 import os
 import pty
@@ -20,7 +20,7 @@ def run(code: str, **options) -> subprocess.CompletedProcess:
 
 
 def test_a_piped_table_keeps_every_digit(capsys):
-    console.show_table(["name", "a", "b"], [WIDE], align="lrr", notes=["note"])
+    console.print_table(["name", "a", "b"], [WIDE], align="lrr", notes=["note"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].split() == WIDE
     assert lines[-1] == "note"
@@ -28,8 +28,8 @@ def test_a_piped_table_keeps_every_digit(capsys):
 
 
 def test_text_in_brackets_and_emoji_names_are_not_markup(capsys):
-    console.show_table(["[red]name"], [["[weights/unet] :smile:"]], align="l")
-    console.say("[bold]talk")
+    console.print_table(["[red]name"], [["[weights/unet] :smile:"]], align="l")
+    console.print_message("[bold]talk")
     out, err = capsys.readouterr()
     assert "[red]name" in out and "[weights/unet] :smile:" in out
     assert err == "[bold]talk\n"
@@ -41,52 +41,52 @@ def test_clean_text_has_no_control_characters(text):
 
 
 def test_escape_sequences_reach_neither_stream(capsys):
-    console.show_table(["name"], [["\x1b[31mred\x07"]], align="l")
-    console.fail("bad \x1b]0;title\x07 name")
+    console.print_table(["name"], [["\x1b[31mred\x07"]], align="l")
+    console.print_error("bad \x1b]0;title\x07 name")
     out, err = capsys.readouterr()
     assert "\x1b" not in out + err and "\x07" not in out + err
 
 
 def test_an_error_is_one_line(capsys):
-    console.fail("first\nsecond   third")
+    console.print_error("first\nsecond   third")
     assert capsys.readouterr().err == "error: first second third\n"
 
 
-def test_talk_is_not_wrapped_when_piped(capsys):
-    console.say("word " * 100)
+def test_messages_are_not_wrapped_when_piped(capsys):
+    console.print_message("word " * 100)
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_locale_without_arrows_still_gets_its_table():
+def test_a_table_is_printed_in_a_locale_without_arrows():
     ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = run("console.show_table(['FID ↓', 'n ↑'], [['–', 'é']], align='lr')", env=ascii_only)
+    done = run("console.print_table(['FID ↓', 'n ↑'], [['–', 'é']], align='lr')", env=ascii_only)
     assert done.returncode == 0, done.stderr
     assert b"FID v" in done.stdout and b"n ^" in done.stdout and b"-" in done.stdout and done.stdout.isascii()
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
-def test_the_rule_of_a_table_survives_every_encoding(encoding):
-    done = run("console.show_table(['ab'], [['cd']], align='l')", env={**os.environ, "PYTHONIOENCODING": encoding})
+def test_the_rule_of_a_table_is_printed_in_every_encoding(encoding):
+    done = run("console.print_table(['ab'], [['cd']], align='l')", env={**os.environ, "PYTHONIOENCODING": encoding})
     assert b"?" not in done.stdout and b"--" in done.stdout, done
 
 
-def test_results_lose_their_control_characters(capsys):
-    console.show("a\x1b[31mb\tc\nd\x07\n")
+def test_control_characters_are_removed_from_results(capsys):
+    console.print_result("a\x1b[31mb\tc\nd\x07\n")
     assert capsys.readouterr().out == "a[31mb\tc\nd\n"
 
 
 def test_closed_streams_are_no_error():
-    code = "import sys\nsys.stdout = sys.stderr = None\nconsole.show('x')\nconsole.say('x')\n"
-    code += "console.show_table(['a'], [['b']], align='l')\nassert list(console.Tracker(period_s=0.0)(range(2), 'w')) == [0, 1]"
+    code = "import sys\nsys.stdout = sys.stderr = None\nconsole.print_result('x')\nconsole.print_message('x')\n"
+    code += "console.print_table(['a'], [['b']], align='l')\nassert list(console.Tracker(period_s=0.0)(range(2), 'w')) == [0, 1]"
     assert run(code).returncode == 0
 
 
 def test_a_closed_pipe_raises_at_the_write_and_not_at_exit():
-    code = "import os, sys\nos.close(os.dup2(os.pipe()[1], 1))\ntry:\n console.show('x')\nexcept OSError:\n os._exit(7)"
+    code = "import os, sys\nos.close(os.dup2(os.pipe()[1], 1))\ntry:\n console.print_result('x')\nexcept OSError:\n os._exit(7)"
     assert run(code).returncode == 7
 
 
-def test_tracking_gives_the_items_and_tells_progress_loss_and_rest(capsys):
+def test_tracking_yields_the_items_and_prints_progress_loss_and_time_left(capsys):
     items = [SimpleNamespace(loss=0.5) for _ in range(4)]
     assert list(console.Tracker(period_s=0.0)(items, "train")) == items
     lines = capsys.readouterr().err.splitlines()
@@ -99,12 +99,12 @@ def test_work_of_unknown_length_is_counted(capsys):
     assert capsys.readouterr().err.splitlines()[:2] == ["read: 1", "read: 2"]
 
 
-def test_short_work_says_nothing(capsys):
+def test_short_work_prints_nothing(capsys):
     assert list(console.Tracker()(range(3), "quick")) == [0, 1, 2]
     assert capsys.readouterr().err == ""
 
 
-def test_a_terminal_gets_bars_also_for_work_inside_work():
+def test_a_terminal_shows_bars_also_for_nested_work():
     code = "track = console.Tracker()\nfor _ in track(range(3), 'outer'):\n for _ in track(range(2), 'inner'): pass"
     talk = in_terminal(code)
     assert "outer" in talk and "3/3" in talk
@@ -112,23 +112,23 @@ def test_a_terminal_gets_bars_also_for_work_inside_work():
 
 def test_a_narrow_terminal_breaks_numbers_but_drops_no_digit():
     digits = "1234567890" * 4
-    shown = in_terminal(f"console.show_table(['n'], [['{digits}']], align='r')", COLUMNS="20")
+    shown = in_terminal(f"console.print_table(['n'], [['{digits}']], align='r')", COLUMNS="20")
     assert "".join(filter(str.isdigit, shown)) == digits
 
 
-def test_a_comparison_turns_on_its_side_where_it_does_not_fit():
+def test_a_comparison_that_is_too_wide_has_a_column_per_model():
     code = """
 from dmquant.evaluation.reports.comparison import Column, Comparison
 columns = [Column('model', 'model'), *(Column(f'm{i}', f'metric number {i}') for i in range(9))]
 row = {column.key: f'{column.key}-value' for column in columns}
-console.show_comparison(Comparison(tuple(columns), (row,), ('the note',)))
+console.print_comparison(Comparison(tuple(columns), (row,), ('the note',)))
 """
     wide, narrow = in_terminal(code, COLUMNS="250"), in_terminal(code, COLUMNS="60")
     assert len(wide.splitlines()) == 5 and len(narrow.splitlines()) == 13
     assert all(f"metric number {i}" in narrow and f"m{i}-value" in narrow for i in range(9))
 
 
-def test_an_error_ends_the_bars_and_stands_alone_on_the_last_line():
+def test_an_error_ends_the_bars_and_is_alone_on_the_last_line():
     code = """
 from dmquant.cli import exit_codes
 from dmquant.errors import DmquantError
@@ -138,18 +138,19 @@ def work():
 try:
     work()
 except DmquantError as error:
-    exit_codes.explain(error)
+    exit_codes.report_error(error)
 """
     assert in_terminal(code).splitlines()[-1].endswith("error: diverged")
 
 
 def test_no_color_and_dumb_terminals_get_no_colour():
     for environment in ({"NO_COLOR": "1"}, {"TERM": "dumb"}):
-        assert "\x1b[3" not in in_terminal("console.fail('x'); console.show_table(['a'], [['b']], align='l')", **environment)
+        code = "console.print_error('x'); console.print_table(['a'], [['b']], align='l')"
+        assert "\x1b[3" not in in_terminal(code, **environment)
 
 
 def in_terminal(code: str, **environment: str) -> str:
-    """What a program shows on a terminal."""
+    """Returns the output of a program on a terminal."""
     leader, follower = pty.openpty()
     command = [sys.executable, "-c", f"from dmquant.cli import console\n{code}"]
     process = subprocess.Popen(command, stdout=follower, stderr=follower, env={**os.environ, "COLUMNS": "80", **environment})
@@ -165,12 +166,12 @@ def in_terminal(code: str, **environment: str) -> str:
     return text.decode()
 
 
-def test_an_interrupted_loop_leaves_the_terminal_alone():
+def test_an_interrupted_loop_restores_the_terminal():
     with pytest.raises(KeyboardInterrupt):
         for _ in console.Tracker()(range(3), "work"):
             raise KeyboardInterrupt
 
 
-def test_warnings_are_one_line_of_talk():
+def test_warnings_are_one_line_on_stderr():
     done = run("import warnings\nconsole.show_warnings()\nwarnings.warn('a setting\\nis ignored')", text=True)
     assert done.stderr == "warning: a setting is ignored\n"

@@ -1,4 +1,4 @@
-"""eval, reference and compare as a user gives them: one process or several, with and without what was drawn before."""
+"""Tests of the commands `eval`, `reference` and `compare`: one process or several, with and without stored images."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def in_a_fresh_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A saved pipeline of the embedded extractor's image size."""
+    """Returns a saved pipeline with the embedded extractor's image size."""
     import torch
     from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
@@ -52,15 +52,15 @@ def pictures(tmp_path_factory) -> Path:
 
 
 def run(*arguments: object) -> int:
-    return app.run([str(argument) for argument in arguments])
+    return app.run_command([str(argument) for argument in arguments])
 
 
-def test_two_processes_measure_what_one_does(folder, tmp_path):
+def test_two_processes_measure_the_same_as_one(folder, tmp_path):
     import torch
 
     line = ["eval", folder, "--fid", "--sfid", "--kid", "--is", "--prdc", *QUICK, "--device", "cpu", "--no-cache"]
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # sums in another order are other sums
+    torch.set_num_threads(1)  # another order of summation rounds differently
     try:
         assert run(*line, "-o", "one") == 0
     finally:
@@ -89,7 +89,7 @@ def test_several_processes_get_the_command_line_and_their_exit_code_comes_back(m
     assert calls[0][-7:] == ["--nproc_per_node=2", "-m", "dmquant", "eval", "model", "--num-processes", "2", "--fid"][-7:]
 
 
-def test_what_was_drawn_is_used_again_unless_told_otherwise(folder, monkeypatch, tmp_path):
+def test_stored_images_are_reused_without_no_cache(folder, monkeypatch, tmp_path):
     monkeypatch.setenv("DMQUANT_CACHE", str(tmp_path / "images"))
     assert run("eval", folder, *ALONE, *QUICK, "-o", "first") == 0
     assert len(list((tmp_path / "images").rglob("*.safetensors"))) == 3
@@ -105,7 +105,7 @@ def test_what_was_drawn_is_used_again_unless_told_otherwise(folder, monkeypatch,
     assert len(drawn) == 3 and Report.load("fourth").metrics == Report.load("first").metrics
 
 
-def test_an_interrupt_keeps_what_was_drawn(folder, monkeypatch, capsys, tmp_path):
+def test_an_interrupt_keeps_the_stored_images(folder, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("DMQUANT_CACHE", str(tmp_path / "images"))
     real = image_cache.generate
 
@@ -117,7 +117,7 @@ def test_an_interrupt_keeps_what_was_drawn(folder, monkeypatch, capsys, tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(image_cache, "generate", stop)
         assert run("eval", folder, *ALONE, *QUICK, "-o", "run") == 130
-    assert "the same command goes on" in capsys.readouterr().err and not Path("run").exists()
+    assert "the same command continues" in capsys.readouterr().err and not Path("run").exists()
     assert run("eval", folder, *ALONE, *QUICK, "-o", "run") == 0
     assert run("eval", folder, *ALONE, *QUICK, "-o", "again", "--no-cache") == 0
     assert Report.load("run").metrics == Report.load("again").metrics
@@ -137,7 +137,7 @@ def test_a_reference_is_made_and_compared_with(folder, pictures, capsys):
     [
         (["reference", "nowhere", "-o", "x.npz"], 2, "nowhere does not exist"),
         (["reference", ".", "-o", "x.txt"], 2, "must end in .npz"),
-        (["reference", ".", "-o", "taken.npz"], 2, "is there already"),
+        (["reference", ".", "-o", "taken.npz"], 2, "exists; remove it"),
         (["reference", "."], 2, "--output"),
         (["eval", "--num-processes", "0"], 2, "--num-processes"),
     ],
@@ -162,12 +162,13 @@ def test_compare_writes_a_page_beside_its_table(folder, capsys, monkeypatch):
 # Prompts and classes
 
 
-def test_the_worst_layer_is_named_read_alone_and_in_its_own_model():
-    errors = [(20.0, 9.0), (12.0, 15.0)]  # dB, read alone and in its own model
+def test_the_worst_layer_is_named_on_the_float_input_and_on_its_own_models():
+    errors = [(20.0, 9.0), (12.0, 15.0)]  # dB, on the float input and on its own model's
     layers = [LayerProfile(f"l{n}", "body", 4, 8, alone, total, {}) for n, (alone, total) in enumerate(errors)]
     silent = replace(layers[0], local_db=None, total_db=None)  # one without an error
     assert describe_worst([*layers, silent]) == [
-        "worst layer, read alone: l1 (body, 4/8), SQNR 12.0 dB", "worst layer, in its own model: l0 (body, 4/8), SQNR 9.0 dB",
+        "worst layer on the float model's input: l1 (body, 4/8), SQNR 12.0 dB",
+        "worst layer on its own model's input: l0 (body, 4/8), SQNR 9.0 dB",
     ]  # fmt: skip
     assert describe_worst([silent]) == describe_worst([]) == []
 
@@ -228,7 +229,7 @@ def test_a_text_pipeline_is_quantized_along_its_prompts_and_stands_beside_the_fl
         (["--prompts", "prompts.txt", "--guidance-scale", "nan"], 2, "no finite number"),
     ],
 )
-def test_what_a_text_pipeline_lacks_is_one_line(painter, arguments, code, message, capsys):
+def test_a_missing_input_of_a_text_pipeline_is_one_line(painter, arguments, code, message, capsys):
     Path("prompts.txt").write_text("a red cat\n")
     assert run("eval", painter / "painter", *QUICK, "--device", "cpu", *arguments) == code
     out, err = capsys.readouterr()

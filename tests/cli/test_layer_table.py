@@ -1,4 +1,4 @@
-"""Each layer is listed with its bits, and one that got others than asked for says why."""
+"""Tests of the table of layers: bits of each, and a reason if they differ from those asked for."""
 
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ def layer(name: str, role: Role, weight_bits: int, act_bits: int) -> LayerCost:
 COST = Cost((layer("in", Role.FIRST, 8, 8), layer("mid", Role.BODY, 4, 8), layer("out", Role.LAST, 32, 32)), 1000, 1000, 0, 5)
 
 
-def test_layers_that_differ_from_what_was_asked_say_why():
+def test_layers_with_other_bits_have_a_reason():
     rows = tabulate(COST, weight_bits=4, act_bits=8)
     assert all(len(row) == len(HEADINGS) for row in rows)
     assert [row[-1] for row in rows] == ["first: kept at 8/8", "", "last: kept in float"]
@@ -26,7 +26,7 @@ def test_the_summary_counts_layers_and_compares_with_float():
     assert "2 of 3 quantized" in text and "1/4.00 of 0.00 MB" in text
 
 
-def test_what_a_method_says_of_a_layer_stands_behind_why_its_bits_differ():
+def test_the_methods_note_follows_the_reason():
     noted = replace(COST, layers=tuple(replace(layer, note="3 of 4 channels dilated") for layer in COST.layers))
     rows = tabulate(noted, weight_bits=4, act_bits=8)
     assert [row[-1] for row in rows[:2]] == ["first: kept at 8/8; 3 of 4 channels dilated", "3 of 4 channels dilated"]

@@ -1,4 +1,4 @@
-"""A run of the command line, interrupted and continued."""
+"""Tests of runs of the command line that are interrupted and continued."""
 
 import os
 import shlex
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dmquant.cli import app, console
-from dmquant.cli.signals import Stop
+from dmquant.cli.signals import StopRequest
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 SMALL = ("trajectories=1", "sampling_steps=2", "calibration_samples=2", "batch=2", "init=minmax")
@@ -21,7 +21,7 @@ def in_a_fresh_folder(tmp_path, monkeypatch):
 
 
 class Pressing:
-    """A tracker that sends signals while the item of this number is worked on."""
+    """Returns a tracker that sends signals during the work on one item."""
 
     def __init__(self, label, number, *signals):
         self._where, self._signals = (label, number), signals
@@ -39,12 +39,12 @@ def press(monkeypatch, label, number, *signals):
 
 
 def quantize(folder, *options, output="out"):
-    return app.run(["quantize", str(folder), "-o", str(output), *QUICK, *options])
+    return app.run_command(["quantize", str(folder), "-o", str(output), *QUICK, *options])
 
 
 @pytest.fixture(scope="module")
 def whole(tiny_folder, tmp_path_factory):
-    """The bytes of a run that nobody interrupted."""
+    """Returns the bytes of a run without interrupt."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
     assert quantize(tiny_folder, output=folder) == 0
     return (folder / WEIGHTS).read_bytes()
@@ -66,7 +66,7 @@ def test_the_command_printed_after_a_signal_ends_with_the_same_bytes(sent, tiny_
     assert "stopping after this step" in said[-2] and not Path("my out").exists()
     monkeypatch.setattr(console, "Tracker", lambda: lambda work, label: work)
     command = shlex.split(said[-1].removeprefix("interrupted; to continue: "))
-    assert command[0] == "dmquant" and app.run(command[1:]) == 0
+    assert command[0] == "dmquant" and app.run_command(command[1:]) == 0
     assert "continuing the run" in capsys.readouterr().err
     assert Path("my out", WEIGHTS).read_bytes() == whole
     assert [path.name for path in tmp_path.iterdir()] == ["my out"]
@@ -94,7 +94,7 @@ def test_a_second_interruption_keeps_the_state_of_the_first(tiny_folder, monkeyp
     assert capsys.readouterr().err.count("interrupted; to continue: dmquant quantize") == 2
 
 
-def test_an_interrupted_run_is_neither_continued_nor_thrown_away_unasked(tiny_folder, monkeypatch, tmp_path, capsys):
+def test_an_interrupted_run_is_neither_continued_nor_deleted_without_an_option(tiny_folder, monkeypatch, tmp_path, capsys):
     interrupt(monkeypatch, tiny_folder)
     capsys.readouterr()
     assert quantize(tiny_folder) == 2
@@ -106,13 +106,13 @@ def test_an_interrupted_run_is_neither_continued_nor_thrown_away_unasked(tiny_fo
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_resume_with_nothing_to_resume_begins(tiny_folder, capsys):
+def test_resume_without_a_saved_run_starts_from_the_beginning(tiny_folder, capsys):
     assert quantize(tiny_folder, "--resume") == 0
     assert "nothing to resume: starting from the beginning" in capsys.readouterr().err
 
 
-def test_a_signal_that_nobody_waits_for_interrupts_at_once():
-    with Stop() as stop:
+def test_a_signal_before_the_first_poll_interrupts_at_once():
+    with StopRequest() as stop:
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
         assert not stop()

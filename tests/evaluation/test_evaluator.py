@@ -12,8 +12,8 @@ from dmquant.diffusion.sampling import SamplingPlan, generate
 from dmquant.errors import DmquantError, InputError
 from dmquant.evaluation import evaluator, image_cache
 from dmquant.evaluation.cost import measure_cost
-from dmquant.evaluation.evaluator import Watch, add_layers, evaluate, find_image_size
-from dmquant.evaluation.image_cache import Drawn
+from dmquant.evaluation.evaluator import SamplingTotals, add_layers, evaluate, find_image_size
+from dmquant.evaluation.image_cache import ImageBatch
 from dmquant.evaluation.metrics.base import Batch
 from dmquant.evaluation.metrics.feature_extractor import load_extractor
 from dmquant.evaluation.metrics.fid import Frechet
@@ -61,7 +61,7 @@ def test_the_distance_is_that_of_all_images_of_the_seeds_to_the_reference(pipeli
     assert report.metrics == pytest.approx(metric.compute())
 
 
-def test_the_report_says_under_which_protocol_and_survives_the_disk(pipeline, images, tmp_path):
+def test_the_report_has_its_protocol_and_is_read_back_unchanged(pipeline, images, tmp_path):
     report = evaluate(pipeline, reference=images, seed=7, sampler="dpm++", **QUICK)
     protocol = report.protocol
     assert (protocol.num_images, protocol.seed, protocol.steps, protocol.batch, protocol.image_size) == (6, 7, 2, 4, 32)
@@ -73,7 +73,7 @@ def test_the_report_says_under_which_protocol_and_survives_the_disk(pipeline, im
     assert Report.load(report.save(tmp_path)) == report
 
 
-def test_repeating_an_evaluation_gives_the_same_numbers_and_leaves_the_pipeline_alone(pipeline, images):
+def test_a_repeated_evaluation_gives_the_same_numbers_and_does_not_change_the_pipeline(pipeline, images):
     scheduler, weights = pipeline.scheduler, {k: v.clone() for k, v in pipeline.unet.state_dict().items()}
     first, second = (evaluate(pipeline, reference=images, sampler="ddpm", **QUICK) for _ in range(2))
     assert first.metrics == second.metrics and first.protocol == second.protocol
@@ -154,7 +154,7 @@ def test_a_saved_pipeline_is_as_large_as_its_file(tmp_path, images):
         ({"sampler": "magic"}, "no sampler 'magic'"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_before_an_image_is_drawn(pipeline, monkeypatch, arguments, message):
+def test_metrics_that_cannot_be_measured_are_refused_before_sampling(pipeline, monkeypatch, arguments, message):
     monkeypatch.setattr(image_cache, "generate", lambda *_, **__: pytest.fail("an image was drawn"))
     with pytest.raises(InputError, match=message):
         evaluate(pipeline, **arguments)
@@ -165,7 +165,7 @@ def test_only_a_pipeline_is_measured(pipeline):
         evaluate(pipeline.unet)
 
 
-def test_a_float_model_that_is_gone_is_not_compared_with_unless_asked(tmp_path, images):
+def test_a_missing_float_model_is_used_only_if_a_metric_needs_it(tmp_path, images):
     make_pipeline().save_pretrained(tmp_path / "float")
     base = open_pipeline(tmp_path / "float")
     quantized = quantize(base, "lsq", weight_bits=4, act_bits=8, **SMALL)
@@ -175,28 +175,28 @@ def test_a_float_model_that_is_gone_is_not_compared_with_unless_asked(tmp_path, 
         evaluate(quantized, metrics="psnr", **QUICK)
 
 
-def test_images_of_another_size_than_the_extractors_are_refused_before_one_is_drawn(monkeypatch):
+def test_images_of_another_size_than_the_extractors_are_refused_before_sampling(monkeypatch):
     monkeypatch.setattr(image_cache, "generate", lambda *_, **__: pytest.fail("an image was drawn"))
     with pytest.raises(InputError, match="takes 32x32 images, got 16x16"):
         evaluate(make_pipeline(size=16), reference="cifar10-train", **QUICK)
 
 
-def test_images_too_small_for_a_metric_are_refused_before_one_is_drawn(monkeypatch):
+def test_images_too_small_for_a_metric_are_refused_before_sampling(monkeypatch):
     monkeypatch.setattr(image_cache, "generate", lambda *_, **__: pytest.fail("an image was drawn"))
     small = make_pipeline(size=8)
     with pytest.raises(InputError, match="ssim needs images of at least 11x11 pixels, got 8x8"):
         evaluate(small, metrics=["psnr", "ssim"], float_pipeline=small, **QUICK)
 
 
-def test_a_model_that_draws_one_colour_fails_with_the_count():
+def test_images_of_one_colour_are_an_error_with_their_count():
     flat, good = torch.zeros(10, 3, 4, 4, dtype=torch.uint8), torch.arange(48, dtype=torch.uint8).view(1, 3, 4, 4)
-    watch = Watch()
-    watch.note(Drawn(flat, 0.5, 0))
+    totals = SamplingTotals()
+    totals.add(ImageBatch(flat, 0.5, 0))
     with pytest.raises(DmquantError, match="20 of the first 20 images have one colour"):
-        watch.note(Drawn(flat, 0.5, 0))
-    mixed = Watch()
+        totals.add(ImageBatch(flat, 0.5, 0))
+    mixed = SamplingTotals()
     for images in (flat, good.expand(10, -1, -1, -1)):
-        mixed.note(Drawn(images, 0.5, 7))
+        mixed.add(ImageBatch(images, 0.5, 7))
     assert (mixed.size, mixed.seconds, mixed.peak_bytes) == (4, 1.0, 7)
 
 
@@ -230,7 +230,7 @@ def test_every_call_may_be_tracked(pipeline, images):
     assert find_target(pipeline).denoiser is pipeline.unet
 
 
-def test_all_metrics_come_from_one_pass_and_each_is_what_it_is_alone(pipeline, images):
+def test_all_metrics_come_from_one_pass_and_equal_those_measured_alone(pipeline, images):
     other, how = make_pipeline(seed=1), {"reference": images, "float_pipeline": make_pipeline(seed=1), **QUICK}
     everything = ("fid", "sfid", "kid", "is", "prdc", "psnr", "ssim", "cosine")
     together = evaluate(pipeline, metrics=everything, **how)
@@ -248,7 +248,7 @@ def test_all_metrics_come_from_one_pass_and_each_is_what_it_is_alone(pipeline, i
     assert together.metrics["ssim"] == pytest.approx(ssim(draw(pipeline, seeds), draw(other, seeds)).mean().item())
 
 
-def test_the_curve_of_agreement_runs_over_the_timesteps_and_its_mean_is_the_metric(pipeline):
+def test_the_mean_of_the_cosines_over_the_timesteps_is_the_metric(pipeline):
     report = evaluate(pipeline, metrics=["cosine"], float_pipeline=make_pipeline(seed=1), **QUICK)
     curve = report.curves["cosine"]
     assert len(curve) == QUICK["steps"] and report.metrics == {"cosine": pytest.approx(sum(curve.values()) / len(curve))}
@@ -256,7 +256,7 @@ def test_the_curve_of_agreement_runs_over_the_timesteps_and_its_mean_is_the_metr
     assert evaluate(pipeline, metrics=["cosine"], float_pipeline=make_pipeline(), **QUICK).metrics["cosine"] == pytest.approx(1)
 
 
-def test_the_built_in_reference_serves_every_metric(pipeline):
+def test_the_built_in_reference_works_for_every_metric(pipeline):
     report = evaluate(pipeline, metrics=["fid", "sfid", "kid", "prdc"], **QUICK)
     assert report.metrics["sfd-resnet-cifar10"] > 0 and report.protocol.reference == "cifar10-train"
 
@@ -268,7 +268,7 @@ def test_statistics_without_features_are_refused_for_what_needs_them(pipeline, t
         evaluate(pipeline, metrics=["fid", "prdc"], reference=tmp_path / "stats.npz", **QUICK)
 
 
-def test_operations_stand_in_the_report_with_attention_apart(pipeline):
+def test_the_report_has_operations_and_those_of_attention_separately(pipeline):
     report = evaluate(pipeline, metrics=["is"], **QUICK)
     cost = measure_cost(pipeline.unet)
     assert (report.bops, report.attention_macs, report.ops) == (cost.bops, cost.attention_macs, cost.ops)
@@ -276,18 +276,18 @@ def test_operations_stand_in_the_report_with_attention_apart(pipeline):
     assert report.protocol.extractor == "resnet-cifar10" and report.protocol.reference is None
 
 
-# Images are drawn once
+# The image cache
 
 
 def count_draws(monkeypatch) -> list[list[int]]:
-    """The seeds of every call of the sampler."""
+    """Returns the seeds of every call of the sampler."""
     calls, real = [], image_cache.generate
     noted = lambda model, seeds, *plan: calls.append(list(seeds)) or real(model, seeds, *plan)  # noqa: E731
     monkeypatch.setattr(image_cache, "generate", noted)
     return calls
 
 
-def test_another_metric_draws_no_image_twice(pipeline, images, tmp_path, monkeypatch):
+def test_another_metric_generates_no_image_twice(pipeline, images, tmp_path, monkeypatch):
     calls = count_draws(monkeypatch)
     first = evaluate(pipeline, reference=images, cache=tmp_path, **QUICK)
     assert calls == [[0, 1, 2, 3], [4, 5]]
@@ -297,7 +297,7 @@ def test_another_metric_draws_no_image_twice(pipeline, images, tmp_path, monkeyp
     assert second.metrics == evaluate(pipeline, metrics=["fid", "kid"], reference=images, **QUICK).metrics and len(calls) == 4
 
 
-def test_more_images_draw_only_what_is_new(pipeline, images, tmp_path, monkeypatch):
+def test_more_images_generate_only_the_new_ones(pipeline, images, tmp_path, monkeypatch):
     evaluate(pipeline, reference=images, cache=tmp_path, **{**QUICK, "num_images": 8})
     calls = count_draws(monkeypatch)
     evaluate(pipeline, reference=images, cache=tmp_path, **{**QUICK, "num_images": 14})
@@ -311,7 +311,7 @@ def test_the_float_models_images_are_shared_by_all_that_are_compared_with_it(pip
     assert len(calls) == 6  # two batches each of three models
 
 
-def test_an_interrupted_evaluation_goes_on_to_equal_results(pipeline, images, tmp_path, monkeypatch):
+def test_an_interrupted_evaluation_continues_to_equal_results(pipeline, images, tmp_path, monkeypatch):
     expected = evaluate(pipeline, metrics=["fid", "kid", "prdc"], reference=images, **QUICK)
     real = image_cache.generate
 

@@ -1,4 +1,4 @@
-"""What was drawn is found again, and nothing else in its place."""
+"""Tests of the image cache: stored images are found for equal pipelines, options and seeds, and for no others."""
 
 import warnings
 
@@ -9,7 +9,7 @@ from dmquant.diffusion.conditioning import Conditioning
 from dmquant.diffusion.pipeline import find_target, open_pipeline
 from dmquant.diffusion.sampling import set_sampler
 from dmquant.evaluation import image_cache
-from dmquant.evaluation.image_cache import Drawn, Gallery, default_folder, hash_pipeline, name_folder
+from dmquant.evaluation.image_cache import ImageBatch, ImageCache, default_folder, hash_pipeline, name_folder
 from tests.text import make_text_pipeline
 
 
@@ -20,7 +20,7 @@ def pipeline(tiny_folder):
 
 @pytest.fixture
 def drawing(monkeypatch):
-    """The seeds of every call of the sampler, which draws noise."""
+    """Returns the seeds of every call of the sampler, which is replaced by noise."""
     calls = []
 
     def generate(pipeline, seeds, plan):
@@ -31,23 +31,23 @@ def drawing(monkeypatch):
     return calls
 
 
-def test_images_are_drawn_once_and_found_with_their_time(pipeline, drawing, tmp_path):
-    first = Gallery(pipeline, steps=2, folder=tmp_path).draw(range(4))
-    again = Gallery(pipeline, steps=2, folder=tmp_path).draw(range(4))
+def test_images_are_generated_once_and_found_with_their_time(pipeline, drawing, tmp_path):
+    first = ImageCache(pipeline, steps=2, folder=tmp_path).load_or_generate(range(4))
+    again = ImageCache(pipeline, steps=2, folder=tmp_path).load_or_generate(range(4))
     assert torch.equal(first.images, again.images) and first[1:] == again[1:] and drawing == [[0, 1, 2, 3]]
 
 
-def test_only_the_seeds_drawn_together_are_found(pipeline, drawing, tmp_path):
-    kept = Gallery(pipeline, steps=2, folder=tmp_path)
+def test_only_seeds_of_one_batch_are_found(pipeline, drawing, tmp_path):
+    kept = ImageCache(pipeline, steps=2, folder=tmp_path)
     for seeds in (range(4), range(2), range(1, 4), range(4)):
-        kept.draw(seeds)
+        kept.load_or_generate(seeds)
     assert drawing == [[0, 1, 2, 3], [0, 1], [1, 2, 3]]
 
 
-def test_without_a_folder_nothing_is_kept(pipeline, drawing, tmp_path, monkeypatch):
+def test_without_a_folder_nothing_is_stored(pipeline, drawing, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
-        Gallery(pipeline, steps=2).draw(range(2))
+        ImageCache(pipeline, steps=2).load_or_generate(range(2))
     assert len(drawing) == 2 and list(tmp_path.iterdir()) == []
 
 
@@ -71,10 +71,10 @@ def test_other_prompts_labels_or_guidance_are_other_images(drawing, tmp_path):
     pipeline = make_text_pipeline()
     asked = [Conditioning(("cat", "dog")), Conditioning(("dog", "cat")), Conditioning(("cat", "dog"), guidance=2.0)]
     for conditioning in asked:
-        Gallery(pipeline, steps=2, conditioning=conditioning, folder=tmp_path).draw(range(2))
+        ImageCache(pipeline, steps=2, conditioning=conditioning, folder=tmp_path).load_or_generate(range(2))
     assert len(drawing) == 3
-    own_scale = Conditioning(("cat", "dog"), guidance=7.5)  # said or not, it is the same
-    Gallery(pipeline, steps=2, conditioning=own_scale, folder=tmp_path).draw(range(2))
+    own_scale = Conditioning(("cat", "dog"), guidance=7.5)  # equals the default
+    ImageCache(pipeline, steps=2, conditioning=own_scale, folder=tmp_path).load_or_generate(range(2))
     assert len(drawing) == 3
 
 
@@ -85,12 +85,12 @@ def test_another_tokenizer_is_another_pipeline():
     assert hash_pipeline(one) != hash_pipeline(other)
 
 
-def test_where_a_pipeline_lies_does_not_matter(pipeline, tmp_path):
+def test_the_path_of_a_pipeline_does_not_matter(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path / "copy")
     assert hash_pipeline(open_pipeline(tmp_path / "copy")) == hash_pipeline(pipeline)
 
 
-def test_layers_that_compute_otherwise_have_images_of_their_own(pipeline):
+def test_layers_of_another_class_have_other_images(pipeline):
     class Careful(torch.nn.Conv2d):
         pass
 
@@ -100,39 +100,39 @@ def test_layers_that_compute_otherwise_have_images_of_their_own(pipeline):
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-1] + bytes([data[-1] ^ 1]), lambda data: data[:20], lambda data: b""])
-def test_a_damaged_file_is_drawn_again_with_a_warning(pipeline, drawing, tmp_path, damage):
-    expected = Gallery(pipeline, steps=2, folder=tmp_path).draw(range(3)).images
+def test_images_of_a_damaged_file_are_generated_again_with_a_warning(pipeline, drawing, tmp_path, damage):
+    expected = ImageCache(pipeline, steps=2, folder=tmp_path).load_or_generate(range(3)).images
     file = next(tmp_path.rglob("*.safetensors"))
     file.write_bytes(damage(file.read_bytes()))
     with pytest.warns(UserWarning, match="is damaged"):
-        assert torch.equal(Gallery(pipeline, steps=2, folder=tmp_path).draw(range(3)).images, expected)
+        assert torch.equal(ImageCache(pipeline, steps=2, folder=tmp_path).load_or_generate(range(3)).images, expected)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Gallery(pipeline, steps=2, folder=tmp_path).draw(range(3))
+        ImageCache(pipeline, steps=2, folder=tmp_path).load_or_generate(range(3))
     assert len(drawing) == 2
 
 
-def test_a_full_disk_ends_the_keeping_and_not_the_drawing(pipeline, drawing, tmp_path, monkeypatch):
+def test_a_full_disk_ends_storing_and_not_generating(pipeline, drawing, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(image_cache.os, "replace", fail)
-    kept = Gallery(pipeline, steps=2, folder=tmp_path)
-    with pytest.warns(UserWarning, match="not kept from here on: .*No space"):
-        kept.draw(range(2))
+    kept = ImageCache(pipeline, steps=2, folder=tmp_path)
+    with pytest.warns(UserWarning, match="not stored from here on: .*No space"):
+        kept.load_or_generate(range(2))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        kept.draw(range(2, 4))
+        kept.load_or_generate(range(2, 4))
     assert drawing == [[0, 1], [2, 3]] and not any(path.is_file() for path in tmp_path.rglob("*"))
 
 
-def test_a_folder_of_a_user_is_where_the_variable_says(monkeypatch, tmp_path):
+def test_the_variable_sets_the_folder(monkeypatch, tmp_path):
     monkeypatch.setenv(image_cache.VARIABLE, str(tmp_path))
     assert default_folder() == tmp_path
     monkeypatch.delenv(image_cache.VARIABLE)
     assert default_folder().parts[-3:] == ("dmquant", "default", "images")
 
 
-def test_drawing_takes_the_images_of_the_pipeline_itself(pipeline):
-    drawn = Gallery(pipeline, steps=2).draw(range(2))
-    assert isinstance(drawn, Drawn) and drawn.images.shape == (2, 3, 8, 8) and drawn.seconds > 0 and drawn.peak_bytes == 0
+def test_images_are_those_of_the_pipeline(pipeline):
+    batch = ImageCache(pipeline, steps=2).load_or_generate(range(2))
+    assert isinstance(batch, ImageBatch) and batch.images.shape == (2, 3, 8, 8) and batch.seconds > 0 and batch.peak_bytes == 0

@@ -1,4 +1,4 @@
-"""Strips hold an image of each seed of the reports, and its difference from the float model's image."""
+"""Tests of strips: an image of each seed of the reports, and its difference from the float model's image."""
 
 import io
 from collections.abc import Sequence
@@ -20,14 +20,14 @@ HOW = {"num_images": 6, "steps": 2, "batch": 4, "seed": 3}
 
 
 def pictures(data: Sequence[bytes]) -> Tensor:
-    """Images uint8 (N, 3, H, W) of PNG files."""
+    """Returns the images uint8 (N, 3, H, W) of PNG files."""
     arrays = [np.asarray(Image.open(io.BytesIO(content))) for content in data]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
 
 
 @pytest.fixture
 def reports(tiny_folder, tmp_path):
-    """A float pipeline and one that was disturbed."""
+    """Returns the reports of a pipeline with changed weights and of the float one."""
     base, other = open_pipeline(tiny_folder), open_pipeline(tiny_folder)
     with torch.no_grad():
         other.unet.conv_out.weight.add_(0.2)
@@ -48,7 +48,7 @@ def test_the_float_model_comes_first_and_others_show_their_differences(reports, 
     assert (first.size, first.first_seed) == (second.size, second.first_seed) == ((8, 8), 3)
 
 
-def test_what_was_evaluated_is_not_drawn_again(reports, tmp_path, monkeypatch):
+def test_images_of_an_evaluation_are_not_generated_again(reports, tmp_path, monkeypatch):
     cache = tmp_path / "images"
     for report in reports:
         evaluate(open_pipeline(report.model), metrics="psnr", float_pipeline=open_pipeline(reports[1].model), cache=cache, **HOW)
@@ -56,7 +56,7 @@ def test_what_was_evaluated_is_not_drawn_again(reports, tmp_path, monkeypatch):
     assert all(strip.images for strip in draw_strips(reports, 3, device="cpu", cache=cache))
 
 
-def test_a_pipeline_that_is_gone_says_so(reports, tmp_path):
+def test_the_strip_of_a_missing_pipeline_has_a_note(reports, tmp_path):
     (tmp_path / "other" / "model_index.json").unlink()
     kept, gone = draw_strips(reports, 2, device="cpu")
     assert kept.images and gone.images == () and "model_index.json" in gone.note

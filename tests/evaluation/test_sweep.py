@@ -1,4 +1,4 @@
-"""A list is done once, cheapest first, goes on where it stopped, and survives one that fails."""
+"""Tests of lists of experiments: each is done once, the cheapest first; it continues after an interrupt or a failure."""
 
 import json
 import shutil
@@ -26,40 +26,40 @@ PLAN = Plan((make("long", max_steps=3), make("short", weight_bits=2)), PROTOCOL,
 
 
 @pytest.fixture
-def said():
+def lines():
     return []
 
 
 @pytest.fixture(scope="module")
 def whole(tiny_folder, tmp_path_factory):
-    """The plan, done. Copy it before changing it."""
+    """Returns the folder and the results of the plan. Copy the folder before changing it."""
     folder = tmp_path_factory.mktemp("plan")
     return folder, run(PLAN, folder, tiny_folder)
 
 
 @pytest.fixture
 def done(whole, tmp_path):
-    """A copy of the plan's folder, and what it came to."""
+    """Returns a copy of the plan's folder, and the results."""
     return shutil.copytree(whole[0], tmp_path / "done"), whole[1]
 
 
-def run(plan, folder, model, said=None, **how):
-    return run_plan(plan, folder, model=str(model), device="cpu", tell=(said if said is not None else []).append, **how)
+def run(plan, folder, model, lines=None, **how):
+    return run_plan(plan, folder, model=str(model), device="cpu", tell=(lines if lines is not None else []).append, **how)
 
 
 def count(monkeypatch, name: str) -> list:
-    """The calls of a function of the module; each notes its first argument."""
+    """Returns a list that receives the first argument of each call of a function of the module."""
     calls, real = [], getattr(sweep, name)
     monkeypatch.setattr(sweep, name, lambda first, *a, **how: calls.append(first) or real(first, *a, **how))
     return calls
 
 
-def test_the_cheapest_comes_first_and_reports_keep_the_order_of_the_list(tiny_folder, tmp_path, said, monkeypatch):
+def test_the_cheapest_comes_first_and_reports_keep_the_order_of_the_list(tiny_folder, tmp_path, lines, monkeypatch):
     recordings = count(monkeypatch, "record")
-    results = run(PLAN, tmp_path, tiny_folder, said)
+    results = run(PLAN, tmp_path, tiny_folder, lines)
     assert list(results.reports) == [FLOAT, "long", "short"] and results.failures == {}
-    assert said[0].startswith("2 of 2 experiments to do, about ")
-    assert [line.split(":")[0] for line in said[1:]] == ["short", "long"]
+    assert lines[0].startswith("2 of 2 experiments to do, about ")
+    assert [line.split(":")[0] for line in lines[1:]] == ["short", "long"]
     assert len(recordings) == 1  # shared
     for name in ("long", "short"):
         assert serialization.verify(tmp_path / name) and Report.load(tmp_path / name) == results.reports[name]
@@ -75,10 +75,10 @@ def test_recordings_of_another_eta_are_not_shared(tiny_folder, tmp_path, monkeyp
     assert serialization.read_record(tmp_path / "noisy")["settings"]["eta"] == 1.0
 
 
-def test_what_is_there_is_not_done_again(tiny_folder, done, said, monkeypatch):
+def test_complete_experiments_are_not_done_again(tiny_folder, done, lines, monkeypatch):
     folder, first = done
     quantized, evaluated = count(monkeypatch, "quantize"), count(monkeypatch, "evaluate")
-    assert run(PLAN, folder, tiny_folder, said) == first and quantized == evaluated == [] and said == []
+    assert run(PLAN, folder, tiny_folder, lines) == first and quantized == evaluated == [] and lines == []
     (folder / "long" / "report.json").unlink()
     assert run(PLAN, folder, tiny_folder).reports["long"].metrics == first.reports["long"].metrics
     assert quantized == [] and len(evaluated) == 1
@@ -93,7 +93,7 @@ def test_another_protocol_or_metric_measures_again_without_quantizing(tiny_folde
     assert quantized == [] and len(evaluated) == 5
 
 
-def test_layers_are_added_to_what_was_measured_before(tiny_folder, done, monkeypatch):
+def test_layers_are_added_to_existing_reports(tiny_folder, done, monkeypatch):
     folder, first = done
     quantized, evaluated, added = (count(monkeypatch, name) for name in ("quantize", "evaluate", "add_layers"))
     reports = run(PLAN.with_layers(), folder, tiny_folder).reports
@@ -105,7 +105,7 @@ def test_layers_are_added_to_what_was_measured_before(tiny_folder, done, monkeyp
     assert run(PLAN.with_layers(), folder, tiny_folder).reports["long"].layers == reports["long"].layers and len(added) == 2
 
 
-def test_one_that_fails_does_not_stop_the_rest(tiny_folder, done, said, monkeypatch):
+def test_a_failure_does_not_stop_the_others(tiny_folder, done, lines, monkeypatch):
     folder, real = done[0], sweep.quantize
     for name in ("long", "short"):
         shutil.rmtree(folder / name)
@@ -117,13 +117,13 @@ def test_one_that_fails_does_not_stop_the_rest(tiny_folder, done, said, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(sweep, "quantize", fail)
-        results = run(PLAN, folder, tiny_folder, said)
+        results = run(PLAN, folder, tiny_folder, lines)
     assert list(results.reports) == [FLOAT, "long"] and results.failures == {"short": "ZeroDivisionError: no good"}
-    assert "short failed: ZeroDivisionError: no good" in said
+    assert "short failed: ZeroDivisionError: no good" in lines
     assert run(PLAN, folder, tiny_folder).failures == {}
 
 
-def test_an_interrupt_stops_the_list_and_it_goes_on_to_the_same_results(tiny_folder, tmp_path, whole, monkeypatch):
+def test_an_interrupted_list_continues_to_the_same_results(tiny_folder, tmp_path, whole, monkeypatch):
     expected, real = whole[1], sweep.quantize
 
     def stop(pipeline, method, **how):
@@ -138,7 +138,7 @@ def test_an_interrupt_stops_the_list_and_it_goes_on_to_the_same_results(tiny_fol
     assert {n: r.metrics for n, r in results.reports.items()} == {n: r.metrics for n, r in expected.reports.items()}
 
 
-def test_a_folder_of_another_experiment_is_left_alone(tiny_folder, done):
+def test_a_folder_of_another_experiment_is_refused(tiny_folder, done):
     other = replace(PLAN, experiments=(make("long", max_steps=2),))
     assert "max_steps was 3, now 2" in run(other, done[0], tiny_folder).failures["long"]
 
@@ -158,7 +158,7 @@ def test_a_run_is_named_by_method_and_bits():
 
 
 @pytest.mark.parametrize("text", ["lsq", "lsq:4", "lsq:4/x", ":4/4", "lsq:4/4,", "lqs:4/4", "lsq:9/4", "lsq:4/4,nonsense=1"])
-def test_a_run_that_is_none_is_refused(text):
+def test_text_that_is_no_run_is_refused(text):
     with pytest.raises(InputError):
         parse_run(text)
 
@@ -179,8 +179,8 @@ def test_a_file_holds_protocol_seeds_and_runs(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("", "is no list of experiments"),
-        ("[]", "is no list of experiments"),
+        ("", "is not a valid list of experiments"),
+        ("[]", "is not a valid list of experiments"),
         ('{"runs": [{"method": "lsq"}]}', "KeyError: 'name'"),
         ('{"runs": [{"name": "a", "method": "lqs"}]}', "did you mean 'lsq'"),
         ('{"runs": [{"name": "../a", "method": "lsq"}]}', "cannot be the name of a folder"),
@@ -190,7 +190,7 @@ def test_a_file_holds_protocol_seeds_and_runs(tmp_path):
         ('{"runs": [], "metrics": ["fdi"]}', "did you mean 'fid'"),
     ],
 )
-def test_a_file_that_is_none_is_refused_by_name(tmp_path, text, message):
+def test_an_invalid_file_is_refused_by_name(tmp_path, text, message):
     file = tmp_path / "list.json"
     file.write_text(text)
     with pytest.raises(InputError, match=message):

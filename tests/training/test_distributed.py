@@ -18,16 +18,16 @@ def test_two_ranks_write_one_pipeline_and_leave_together(tiny_folder, tmp_path, 
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("wrote ") == 1 and "destroy_process_group" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert app.run(["verify", str(tmp_path / "out")]) == 0
+    assert app.run_command(["verify", str(tmp_path / "out")]) == 0
 
 
 def test_the_other_ranks_are_silent_except_when_they_fail(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
-    console.show("result")
-    console.show_table(["a"], [["b"]], align="l")
-    console.say("talk")
+    console.print_result("result")
+    console.print_table(["a"], [["b"]], align="l")
+    console.print_message("talk")
     assert list(console.Tracker(period_s=0.0)(range(2), "work")) == [0, 1]
-    console.fail("no memory")
+    console.print_error("no memory")
     assert capsys.readouterr() == ("", "error: rank 1: no memory\n")
 
 

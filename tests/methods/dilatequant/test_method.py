@@ -79,7 +79,7 @@ def test_a_plan_says_how_many_channels_of_each_layer_are_dilated(pipeline, sampl
 
 
 def test_a_dry_run_shows_the_dilated_channels(tiny_folder, capsys):
-    assert app.run(["quantize", str(tiny_folder), "--method", "dilatequant", "--dry-run"]) == 0
+    assert app.run_command(["quantize", str(tiny_folder), "--method", "dilatequant", "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert shown.count("channels dilated") > 20 and "channels dilated, folded" in shown and "first: kept at 8/8; 0 of 3" in shown
 

@@ -290,7 +290,7 @@ def test_a_text_pipeline_is_trained_at_the_guidance_scale_of_the_command_line(tm
     (tmp_path / "prompts.txt").write_text("a cat\ndogs\n")
     asked = ["--prompts", str(tmp_path / "prompts.txt"), "--guidance-scale", "3", "-o", str(tmp_path / "out")]
     settings = [f"--set={name}={value}" for name, value in {**QUICK, "max_steps": 1}.items()]
-    assert app.run(["quantize", str(tmp_path / "text"), "--method", "efficientdm", *settings, *asked]) == 0
+    assert app.run_command(["quantize", str(tmp_path / "text"), "--method", "efficientdm", *settings, *asked]) == 0
     record = serialization.read_record(tmp_path / "out")
     assert (record["condition"], record["num_conditions"], record["guidance_scale"]) == ("prompts", 2, 3.0)
 
