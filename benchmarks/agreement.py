@@ -1,10 +1,11 @@
-"""How far a packed denoiser by kernels is from the same denoiser by torch for equal inputs, at each timestep of a sampler.
+"""Measures the relative difference between the outputs of a packed denoiser with kernels and without, for equal inputs.
 
     python benchmarks/agreement.py runs/all/*-w?a? -o benchmarks/results/agreement.json
 
-Where torch adds whole numbers (DMQUANT_KERNELS=exact) they should not differ at all. Where it adds floats it rounds, which puts
-a value on the other side of the middle between two codes now and then. From there on two calls part by steps of a grid, whoever
-made them: with channels last torch adds the same products in another order. Relative differences (L2) of answers to noise.
+Differences are L2 norms, relative to the output, at each timestep of a sampler with noise as input. With integer sums in torch
+(DMQUANT_KERNELS=exact) the outputs should be equal. With float sums torch rounds, and some values near the middle of two codes
+get the other code; from there on outputs differ by steps of a grid. The same happens between two memory layouts in torch, which
+adds the products in another order for channels last: that difference is measured too.
 """
 
 import argparse
@@ -39,7 +40,7 @@ def main() -> None:
 
 @torch.no_grad()
 def measure(folder: Path, steps: int) -> dict[str, dict[str, float]]:
-    """Of each variant: median, largest difference, and how many of the steps are within the bound."""
+    """Returns for each pair of variants the median and the largest difference, and the number of steps within BOUND."""
     pipe, generator = load(str(folder)), torch.Generator().manual_seed(0)
     plain = find_target(pipe).denoiser
     unet.unfuse(plain)
@@ -52,9 +53,9 @@ def measure(folder: Path, steps: int) -> dict[str, dict[str, float]]:
     pipe.scheduler.set_timesteps(steps)
     for timestep in pipe.scheduler.timesteps:
         x = torch.randn(shape, generator=generator)
-        y = {key: answer(model, x, timestep, key[0]) for key, model in models.items()}
-        in_floats = answer(plain, x, timestep, "torch")
-        last = answer(plain, x.contiguous(memory_format=torch.channels_last), timestep, "torch")
+        y = {key: call_denoiser(model, x, timestep, key[0]) for key, model in models.items()}
+        in_floats = call_denoiser(plain, x, timestep, "torch")
+        last = call_denoiser(plain, x.contiguous(memory_format=torch.channels_last), timestep, "torch")
         pairs = {
             "whole sums": (y["c", False], y["exact", False]), "whole sums, fused": (y["c", True], y["exact", True]),
             "float sums, fused": (y["c", True], in_floats), "float sums, torch in another layout": (last, in_floats),
@@ -64,8 +65,8 @@ def measure(folder: Path, steps: int) -> dict[str, dict[str, float]]:
     return {name: summary(values) for name, values in apart.items()}
 
 
-def answer(model: nn.Module, x: Tensor, timestep: Tensor, kernels: str) -> Tensor:
-    os.environ["DMQUANT_KERNELS"] = kernels  # read where a layer chooses its kernel, at its first call
+def call_denoiser(model: nn.Module, x: Tensor, timestep: Tensor, kernels: str) -> Tensor:
+    os.environ["DMQUANT_KERNELS"] = kernels  # a layer reads it at its first call, when it chooses a kernel
     return model(x, timestep).sample
 
 

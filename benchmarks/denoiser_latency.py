@@ -1,13 +1,13 @@
-"""One call of whole denoisers, packed against float: real configurations, random weights, all variants in one process, in turns.
+"""Measures the latency of one call of whole denoisers, packed and float, all variants in one process in turns.
 
     python benchmarks/denoiser_latency.py --models embedded cifar ldm4 -o benchmarks/results/denoiser_latency.json
 
-Times depend on shapes, not on values, so the weights are drawn and the grids are made up: W1 signs, other bits uniform codes.
-Ends and time embedding are at 8 bits, each method's default. Packed variants are fused as a loaded pipeline is, with
-the factors of attention products in float, and at 8 bits ("A8 attention"); each is also run as diffusers wrote it ("unfused",
-products in float). Asked for by flags: bfloat16 eager, float by torch.compile with frozen weights, W8A8 by oneDNN. Read the
-ratios: rates fall when the machine is busy. On a machine that is busy with other things, OMP_NUM_THREADS=1 and --processor-time
-leave out the time in which others ran.
+Latency depends on shapes, not on values: configurations are real, weights and grids random (W1: signs, other bits: uniform
+codes). The first and the last layer and the time embedding have 8 bits, the methods' default. Packed variants have fused blocks
+as in a loaded pipeline, with float factors of attention products, and with 8 bits ("A8 attention"); "unfused" variants have the
+blocks of diffusers and float products. Options add bfloat16 eager, float by torch.compile with frozen weights, and W8A8 by
+oneDNN. Compare ratios, because all variants are slower on a busy machine. There, OMP_NUM_THREADS=1 and --processor-time exclude
+the time of other processes.
 """
 
 import argparse
@@ -48,7 +48,7 @@ UNETS = {
 }  # fmt: skip
 BATCHES = {"embedded": 50, "cifar": 4, "ldm4": 1, "sd15": 2, "dit": 2}
 BITS = ((1, 4), (4, 4), (8, 8))
-FLOAT_PRODUCTS, INTEGER_PRODUCTS, UNFUSED = "", " A8 attention", " unfused"  # behind the name of a packed variant
+FLOAT_PRODUCTS, INTEGER_PRODUCTS, UNFUSED = "", " A8 attention", " unfused"  # suffixes of the names of packed variants
 LAST = torch.channels_last
 
 
@@ -65,16 +65,16 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=BATCHES, default=["embedded", "cifar"])
-    parser.add_argument("--batch", type=int, help="images; default: one that suits the model")
+    parser.add_argument("--batch", type=int, help="images per call; default: depends on the model")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--bits", nargs="+", type=format_of, default=BITS, help="weights/activations; default: 1/4 4/4 8/8")
-    parser.add_argument("--fused-only", action="store_true", help="no packed blocks as diffusers wrote them")
+    parser.add_argument("--fused-only", action="store_true", help="leave out the unfused variants")
     parser.add_argument("--bf16", action="store_true", help="also: bfloat16 eager")
     parser.add_argument("--compile", action="store_true", help="also: float by torch.compile, weights frozen; takes minutes")
-    parser.add_argument("--onednn", action="store_true", help="also: W8A8 by oneDNN, as diffusers wrote the blocks")
-    parser.add_argument("--threads", type=int, help="default: torch's")
-    parser.add_argument("--processor-time", action="store_true", help="of the one thread that runs, instead of passing time")
-    parser.add_argument("--profile", action="store_true", help="also: where the time of W1A4 and of float goes")
+    parser.add_argument("--onednn", action="store_true", help="also: W8A8 by oneDNN, unfused")
+    parser.add_argument("--threads", type=int, help="number of threads; default: torch's")
+    parser.add_argument("--processor-time", action="store_true", help="measure processor time; needs one thread")
+    parser.add_argument("--profile", action="store_true", help="also: time by operator of W1A4 and of float")
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
     if args.processor_time and (args.threads or torch.get_num_threads()) > 1:
@@ -96,7 +96,7 @@ def conditions() -> dict[str, object]:
 
 @torch.no_grad()
 def measure(name: str, args: argparse.Namespace) -> dict[str, object]:
-    """Milliseconds of each variant, and how many times faster the packed ones are."""
+    """Returns the milliseconds of each variant, and the speed of the packed ones relative to the others."""
     torch.manual_seed(0)
     denoiser, inputs = make_denoiser(name, args.batch or BATCHES[name])
     packed = make_packed(denoiser, args)
@@ -123,7 +123,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, object]:
 
 
 def float_calls(denoiser: nn.Module, inputs: dict[str, Tensor], args: argparse.Namespace) -> dict[str, Callable[[], object]]:
-    """The denoiser as it is, its pixels channels last, and what the flags ask for."""
+    """Returns calls of the float denoiser: NCHW, channels last, and those that options add."""
     last_inputs = {name: x.contiguous(memory_format=LAST) if x.dim() == 4 else x for name, x in inputs.items()}
     last = copy.deepcopy(denoiser).to(memory_format=LAST)
     calls = {"fp32 NCHW": partial(denoiser, **inputs), "fp32 channels_last": partial(last, **last_inputs)}
@@ -139,7 +139,7 @@ def float_calls(denoiser: nn.Module, inputs: dict[str, Tensor], args: argparse.N
 
 
 def make_packed(denoiser: nn.Module, args: argparse.Namespace) -> dict[str, nn.Module]:
-    """Packed denoisers by the name of their variant."""
+    """Returns variant -> packed denoiser."""
     models = {}
     for weight, act in args.bits:
         plain = pack_randomly(denoiser, weight, act)
@@ -154,9 +154,9 @@ def make_packed(denoiser: nn.Module, args: argparse.Namespace) -> dict[str, nn.M
 
 
 def under_onednn(run: Callable[[], object]) -> Callable[[], object]:
-    """The same with oneDNN as the only choice."""
+    """Returns a function that calls `run` with DMQUANT_KERNELS=onednn."""
 
-    def run_so() -> object:
+    def run_with_onednn() -> object:
         before = os.environ.get("DMQUANT_KERNELS", "auto")
         os.environ["DMQUANT_KERNELS"] = "onednn"
         try:
@@ -164,11 +164,11 @@ def under_onednn(run: Callable[[], object]) -> Callable[[], object]:
         finally:
             os.environ["DMQUANT_KERNELS"] = before
 
-    return run_so
+    return run_with_onednn
 
 
 def make_denoiser(name: str, batch: int) -> tuple[nn.Module, dict[str, Tensor]]:
-    """A denoiser of random weights and what one call of it takes."""
+    """Returns a denoiser with random weights and the arguments of one call."""
     timestep = torch.full((batch,), 500)
     if name in UNETS:
         unet = UNet2DModel(**{key: value for key, value in UNETS[name].items() if not key.startswith("_")}).eval()
@@ -184,7 +184,7 @@ def make_denoiser(name: str, batch: int) -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 def pack_randomly(denoiser: nn.Module, weight_bits: int, act_bits: int) -> nn.Module:
-    """A copy with packed layers of made-up codes."""
+    """Returns a copy with packed layers of random codes."""
     bits = methods.get("lsq")(weight_bits=weight_bits, act_bits=act_bits).plan(denoiser)
     memo = {id(layer): make_layer(layer, LayerScheme(*bits[name])) for name, layer in layers_of(denoiser).items()}
     return copy.deepcopy(denoiser, memo).eval()
@@ -203,7 +203,7 @@ def make_layer(layer: nn.Module, format: LayerScheme) -> nn.Module:
 
 
 def middle_grid(bits: int) -> FixedGrid:
-    """From -3 to 3."""
+    """Returns a grid from -3 to 3."""
     grid = FixedGrid(bits)
     grid.scale.fill_(6.0 / (1 << bits))
     grid.zero.fill_(1 << (bits - 1))
@@ -213,7 +213,7 @@ def middle_grid(bits: int) -> FixedGrid:
 def time_in_turns(
     calls: dict[str, Callable[[], object]], repeats: int, clock: Callable[[], float]
 ) -> dict[str, list[float]]:
-    """Seconds of each call. The first turn warms up, compiles what is compiled and, for the packed variants, chooses kernels."""
+    """Returns the seconds of each call. The first turn is not measured: it warms up, compiles and chooses kernels."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
         for name, run in calls.items():
@@ -225,13 +225,13 @@ def time_in_turns(
 
 
 def count_kernels(model: nn.Module) -> dict[str, int]:
-    """How many layers run by which kernel."""
+    """Returns kernel -> number of layers that use it."""
     names = [layer.weight.blocked.kernel if layer.weight.blocked else "reference" for layer in packed_layers(model).values()]
     return {name: names.count(name) for name in sorted(set(names))}
 
 
 def profile(run: Callable[[], object]) -> dict[str, float]:
-    """Milliseconds of one call by operator, without what an operator calls in turn; packed layers show by their own time."""
+    """Returns the milliseconds of one call by operator, without the operators that it calls: the 14 largest."""
     activities, whole = [torch.profiler.ProfilerActivity.CPU], torch.profiler.record_function("python and kernels")
     with torch.profiler.profile(activities=activities) as record, whole:
         run()

@@ -1,14 +1,14 @@
-"""How long each method takes to a quality, and how much memory: full training against what claims to be cheaper.
+"""Measures the time and memory that each method needs to reach a given quality.
 
     python benchmarks/finetune_cost.py --run lsq:4/4 --run efficientdm:4/4 --run dilatequant:4/4 -o runs/finetune-cost
 
-A point is a whole run of `dmquant quantize` in a process of its own, so that its peak memory is its own, then `dmquant eval`.
-Rates decay over the length of a run, so that a quarter of the steps is no early look at a long run but a run with max_steps a
-quarter: what somebody with that much time would do. The goal is the distance that the first run reaches in all its steps; the
-time to it is interpolated between the first two neighbouring points that enclose it. Times are sums of all stages, on the
-wall and of the processor: on a busy machine read the latter. With several seeds a point is their mean.
+A point is one run of `dmquant quantize` in its own process, whose peak memory is measured, followed by `dmquant eval`. Learning
+rates decay over the length of a run. Therefore a point with a quarter of the steps is a run with a quarter of max_steps, and
+not the state of a longer run. The goal is the distance of the first method after all its steps. The time to reach it is
+interpolated between the first two neighbouring points that enclose it. Times are sums over all stages, both wall-clock and
+processor time; on a busy machine use the latter. With several seeds a point is their mean.
 
-Points that are there are kept, one that was interrupted is begun anew, since its time would be wrong: the same command goes on.
+The same command continues after an interrupt: it keeps complete points, and runs an interrupted one again from the beginning.
 """
 
 import argparse
@@ -38,7 +38,7 @@ HEADINGS = (
 
 @dataclass(frozen=True)
 class Point:
-    """A run of one length, and what it came to."""
+    """A run of one length: its cost and its distances."""
 
     steps: int
     seconds: dict[str, float]  # by stage
@@ -51,14 +51,16 @@ class Point:
 
     @property
     def distance(self) -> float:
+        """Mean distance over the seeds."""
         return mean(self.distances)
 
     def total(self, clock: str) -> float:
-        """Seconds of all stages on a clock, "seconds" or "cpu_seconds"."""
+        """Returns the seconds of all stages: wall-clock ("seconds") or processor time ("cpu_seconds")."""
         return sum(getattr(self, clock).values())
 
     @property
     def peak(self) -> int | None:
+        """Largest peak of a stage in bytes; None if it is not known."""
         return max((peak for peak in self.peak_bytes.values() if peak is not None), default=None)
 
 
@@ -77,12 +79,12 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", action="append", help="METHOD:W/A[,KEY=VALUE...]; the first is the one to reach")
+    parser.add_argument("--run", action="append", help="METHOD:W/A[,KEY=VALUE...]; may be repeated; the first one sets the goal")
     parser.add_argument("--model", default="embedded", help="float pipeline; default: the embedded one")
-    parser.add_argument("--shares", type=parse_shares, default="0,1/8,1/4,1/2,1", help="of each run's max_steps: 0,1/8,1/2,1")
-    parser.add_argument("-n", "--num-images", type=int, default=2000, help="images of each distance")
-    parser.add_argument("--steps", type=int, default=20, help="denoising steps of each image")
-    parser.add_argument("--seeds", type=parse_seeds, default="0", help="of training: 0,1,2")
+    parser.add_argument("--shares", type=parse_shares, default="0,1/8,1/4,1/2,1", help="lengths as shares of max_steps")
+    parser.add_argument("-n", "--num-images", type=int, default=2000, help="images per distance")
+    parser.add_argument("--steps", type=int, default=20, help="denoising steps per image")
+    parser.add_argument("--seeds", type=parse_seeds, default="0", help="seeds of training, as in 0,1,2")
     parser.add_argument("--device")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the points")
     parser.add_argument("--result", type=Path, default=RESULT, help="file to write")
@@ -96,12 +98,12 @@ def parse_seeds(text: str) -> list[int]:
 def parse_shares(text: str) -> list[Fraction]:
     shares = [Fraction(part) for part in text.split(",")]
     if not all(0 <= share <= 1 for share in shares) or 1 not in shares:
-        raise argparse.ArgumentTypeError(f"shares are from 0 to 1, and 1 is among them; got {text}")
+        raise argparse.ArgumentTypeError(f"shares must be from 0 to 1 and include 1, got {text}")
     return shares
 
 
 def measure(experiment: Experiment, steps: int, args: argparse.Namespace) -> Point:
-    """The point of runs of this length, made where they are not there yet."""
+    """Returns the point of runs of this length; runs those that do not exist yet."""
     return average([measure_once(experiment, steps, seed, args) for seed in args.seeds])
 
 
@@ -126,7 +128,7 @@ def write(value: object) -> str:
 
 
 def run_command(line: list[str]) -> None:
-    """Runs `dmquant` in a process of its own, its tables among the talk. SystemExit with its exit code if it fails."""
+    """Runs `dmquant` in a new process with its output on stderr; raises SystemExit with its exit code if it fails."""
     code = subprocess.run([sys.executable, "-m", "dmquant", *line], stdout=sys.stderr).returncode
     if code:
         raise SystemExit(code)
@@ -141,7 +143,7 @@ def read_point(steps: int, folder: Path, file: Path) -> Point:
 
 
 def average(points: Sequence[Point]) -> Point:
-    """The mean of runs that differ in their seed."""
+    """Returns the mean of runs with different seeds."""
     def by_stage(key: str) -> dict[str, float | None]:
         stages = [getattr(point, key) for point in points]
         return {name: None if None in (values := [stage[name] for stage in stages]) else mean(values) for name in stages[0]}
@@ -151,9 +153,9 @@ def average(points: Sequence[Point]) -> Point:
 
 
 def find_time(points: Sequence[Point], goal: float, clock: Callable[[Point], float]) -> float | None:
-    """When a run first has the distance `goal`, interpolated between points; None: never.
+    """Returns the time at which the curve first reaches the distance `goal`, interpolated between points; None: never.
 
-    A curve that begins below the goal has it at its first point: no run was shorter.
+    It is the time of the first point if that one is below the goal already.
     """
     for number, point in enumerate(points):
         if point.distance > goal:
@@ -167,7 +169,7 @@ def find_time(points: Sequence[Point], goal: float, clock: Callable[[Point], flo
 
 
 def compare(points: Sequence[Point], goal: Point) -> dict[str, float | None]:
-    """How a method stands to the run that set the goal: times and memory of that one over its own, larger is better."""
+    """Returns time and memory of the run that set the goal divided by those of this method; larger is better."""
     found: dict[str, float | None] = {}
     for clock in ("seconds", "cpu_seconds"):
         whole = find_time(points, goal.distance, lambda point: point.total(clock))
@@ -175,10 +177,10 @@ def compare(points: Sequence[Point], goal: Point) -> dict[str, float | None]:
         found[f"{clock}_to_goal"] = whole
         found[f"{clock}_ratio"] = goal.total(clock) / whole if whole else None
         found[f"fine_tuning_{clock}_ratio"] = getattr(goal, clock)["fine-tuning"] / training if training else None
-    ours, theirs = points[-1].added_bytes["fine-tuning"], goal.added_bytes["fine-tuning"]
+    own, other = points[-1].added_bytes["fine-tuning"], goal.added_bytes["fine-tuning"]
     return found | {
         "memory_ratio": goal.peak / points[-1].peak if points[-1].peak else None,
-        "fine_tuning_memory_ratio": theirs / ours if ours and theirs else None,
+        "fine_tuning_memory_ratio": other / own if own and other else None,
     }
 
 

@@ -1,8 +1,8 @@
-"""How much a quantized training step costs over the same step in float: both in one process, in turns.
+"""Measures the time of a quantized training step relative to the same step in float, both in one process in turns.
 
     python benchmarks/finetune_throughput.py -o benchmarks/results/finetune_throughput.json
 
-A step is forward, backward, clipping and update of the embedded denoiser on recorded samples (teacher answers cached).
+A step is forward, backward, clipping and update of the embedded denoiser on recorded samples with stored teacher outputs.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def make_step(model: nn.Module, objective: Distillation, training: Training) -> Callable[[int], None]:
-    """A training step of the model, like one turn of `dmquant.training.trainer.fit`."""
+    """Returns a function that does one training step of the model as `dmquant.training.trainer.fit` does."""
     _, optimizer = start_optimizer(parameter_groups(model, training))
 
     def step(number: int) -> None:

@@ -80,7 +80,7 @@ def make(folder: Path) -> None:
 
 
 def run_case(home: Path, case: str, kernels: str) -> dict[str, Any]:
-    """Runs the commands of one case in a new folder; what they printed and wrote, by file name."""
+    """Runs the commands of one case in a new folder; returns the output of `inspect` and the content of each file by name."""
     home.mkdir(parents=True)
     run(home, f"quantize {CASES[case]} {RECORDING} {TRAINING} -o model", kernels)
     (home / "model" / "effort.json").unlink()
@@ -102,7 +102,7 @@ def run(home: Path, line: str, kernels: str = "auto") -> list[str]:
 
 
 def describe(file: Path) -> Any:
-    """The content of a JSON file without the fields left out; else the SHA-256 of a picture's pixels or of a file's bytes."""
+    """Returns the content of a JSON file without LEFT_OUT_FIELDS; else the SHA-256 of a picture's pixels or a file's bytes."""
     if file.suffix == ".json":
         return json.loads(file.read_text(), object_hook=leave_out)
     if file.suffix == ".png":
@@ -116,7 +116,7 @@ def leave_out(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def compare(old: Any, new: Any, place: str = "") -> Iterator[str]:
-    """One line for each leaf of two JSON values that differs, is missing or was added."""
+    """Yields one line for each leaf of two JSON values that differs, is missing or was added."""
     if type(old) is type(new) and isinstance(old, dict | list):
         old, new = (dict(enumerate(value)) if isinstance(value, list) else value for value in (old, new))
         for key in dict.fromkeys([*old, *new]):

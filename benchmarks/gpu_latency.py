@@ -1,10 +1,11 @@
-"""One call of whole denoisers on a CUDA device: packed against bfloat16 channels_last, eager, compiled and as CUDA graphs.
+"""Measures the latency of one denoiser call on a CUDA device: packed, and bfloat16 eager, compiled and as CUDA graphs.
 
     python -m benchmarks.gpu_latency -o benchmarks/results/gpu_latency.json
 
-Real configurations, random weights and made-up grids (denoiser_latency.py), bfloat16 in and out, blocks fused as in a loaded
-pipeline. Times are between CUDA events, after warming up. Every row is written as soon as it is measured, and none is measured
-twice: where a machine is lent for minutes, give --seconds and the same command again. Never run yet: there was no GPU.
+Configurations are real, weights and grids random (denoiser_latency.py); inputs and outputs are bfloat16 in channels last, blocks
+fused as in a loaded pipeline. Times are between CUDA events, after warming up. Each row is written as soon as it is measured and
+measured once: --seconds limits the time, and the same command continues with the rows that are left. This script has not been
+run on a GPU yet.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from dmquant.nn.fused import unet
 
 MODELS = ("cifar", "ldm4", "sd15")
 BATCHES = (1, 8, 32)
-PLAIN = ("bf16", "bf16 graph", "bf16 compiled", "bf16 compiled graph")  # the last by torch's own graphs
+PLAIN = ("bf16", "bf16 graph", "bf16 compiled", "bf16 compiled graph")  # the last one uses the CUDA graphs of torch.compile
 PACKED = {f"W{weight}A{act}{graphed}": (weight, act) for weight, act in BITS for graphed in ("", " graph")}
 BASELINES = ("bf16", "bf16 compiled graph")
 WARM_UPS = 5
@@ -45,7 +46,7 @@ def main() -> None:
         known[name_of(row)] = found
         write(args.output, known)
     left = sum(name_of(row) not in known for row in rows)
-    print("\n".join(table(known, args)) + (f"\n\n{left} rows are left: give the same command again" if left else ""))
+    print("\n".join(table(known, args)) + (f"\n\n{left} rows are left; the same command continues" if left else ""))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -54,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
     parser.add_argument("--variants", nargs="+", choices=(*PLAIN, *PACKED), default=(*PLAIN, *PACKED))
     parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row after this time")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no row after this time")
     parser.add_argument("-o", "--output", type=Path, required=True)
     return parser.parse_args()
 
@@ -64,7 +65,7 @@ def name_of(row: Row) -> str:
 
 
 def read(file: Path) -> Measured:
-    """What was measured before, if it was on the same device."""
+    """Returns the rows in the file; exits if they were measured on another device."""
     if not file.exists():
         return {}
     document, here = json.loads(file.read_text(encoding="utf-8")), torch.cuda.get_device_name()
@@ -87,7 +88,7 @@ def write(file: Path, rows: Measured) -> None:
 
 @torch.no_grad()
 def measure(rows: list[Row], repeats: int, end: float) -> Iterator[tuple[Row, dict[str, object]]]:
-    """Rows and what was found, until the time is up. A variant of a model is made once for all its batches."""
+    """Yields each row with its measurements until the time is up. A variant of a model is made once for all its batches."""
     for (model, variant), same in groupby(rows, key=lambda row: row[:2]):
         if time.perf_counter() > end:
             return
@@ -105,7 +106,7 @@ def measure(rows: list[Row], repeats: int, end: float) -> Iterator[tuple[Row, di
 
 
 def make_variant(denoiser: nn.Module, variant: str) -> nn.Module:
-    """A denoiser on the GPU, as the variant has it."""
+    """Returns the variant of the denoiser on the GPU."""
     if variant in PACKED:
         denoiser = pack_randomly(denoiser, *PACKED[variant])
         unet.fuse(denoiser)
@@ -125,7 +126,7 @@ def to_gpu(tensor: Tensor) -> Tensor:
 
 
 def time_calls(run: Callable[[], object], repeats: int) -> list[float]:
-    """Milliseconds of each call, one after the other without waiting between them."""
+    """Returns the milliseconds of each call; calls follow each other without synchronization."""
     for _ in range(WARM_UPS):
         run()
     torch.cuda.reset_peak_memory_stats()
@@ -139,7 +140,7 @@ def time_calls(run: Callable[[], object], repeats: int) -> list[float]:
 
 
 def describe(taken_ms: list[float], denoiser: nn.Module) -> dict[str, object]:
-    """Peak memory is that of the allocator: weights, activations and the pools of graphs."""
+    """Returns median and least time, kernels, and peak memory of the allocator: weights, activations, pools of graphs."""
     return {
         "median_ms": round(statistics.median(taken_ms), 3), "min_ms": round(min(taken_ms), 3),
         "peak_mb": round(torch.cuda.max_memory_allocated() / 1e6, 1), "kernels": count_kernels(denoiser),
@@ -147,7 +148,7 @@ def describe(taken_ms: list[float], denoiser: nn.Module) -> dict[str, object]:
 
 
 def table(known: Measured, args: argparse.Namespace) -> Iterator[str]:
-    """Lines of Markdown: milliseconds, and how many times faster than the baselines."""
+    """Yields the lines of a Markdown table: milliseconds, and times faster than the baselines."""
     yield "| model, variant, batch | ms | " + " | ".join(f"times faster than {name}" for name in BASELINES) + " |"
     yield "|---|--:|" + "--:|" * len(BASELINES)
     for model, batch, variant in product(args.models, args.batches, args.variants):

@@ -1,17 +1,17 @@
-"""Packed layers against torch, per shape: float NCHW, float channels_last, oneDNN's bytes, and every kernel that fits.
+"""Measures the latency of packed layers and of torch per shape: float NCHW, float channels_last, oneDNN W8A8, every kernel.
 
     python benchmarks/kernels.py -o benchmarks/results/kernels.json
 
-All in one process, in turns of shuffled order, each timed call behind one that is not: none begins with what another left in the
-caches, or in the clock of the processor. One thread is measured by its own time, more by the time that passes. Rates (GMAC/s)
-fall when the machine is busy; then long calls are interrupted more often than short ones, which flatters the ratios of medians,
-and those of the least times (the table) are the ones to read. Float in, float out: quantizing the input is in every packed time.
-Float weights are not prepacked, which is what torch's eager convolution does; on processors for which MKL is slow the float
-linear layers flatter everybody else.
+All variants run in one process, in turns of shuffled order. An untimed call precedes each timed one, so that no variant depends
+on the caches and the clock frequency that another left. With one thread, processor time is measured; with more, wall-clock time.
+On a busy machine long calls are interrupted more often than short ones, which biases the ratios of medians: the table has the
+ratios of the least times. Inputs and outputs are float, so that packed times include quantizing the input. Float weights are not
+prepacked, as in torch's eager convolution. On processors for which MKL is slow, float linear layers are slow too, and the ratios
+of all others are larger.
 
-`--isa` measures as on another processor: our kernels that need more are left out, and oneDNN, which multiplies the floats as
-well, is told to do without. avx512 has AVX-512 VNNI and no AMX, avx2vnni AVX-VNNI and no AVX-512 (set ATEN_CPU_CAPABILITY=avx2
-for what else is torch's), avx2 neither. It must be a process of its own, for oneDNN asks once.
+`--isa` measures as on another processor: kernels that need more instructions are left out, and oneDNN, which also computes the
+float products, is limited in the same way. avx512 has AVX-512 VNNI and no AMX, avx2vnni AVX-VNNI and no AVX-512 (also set
+ATEN_CPU_CAPABILITY=avx2 for torch's other operators), avx2 neither. It needs a new process, because oneDNN reads the limit once.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from dmquant.nn.convert import empty_layer
 from dmquant.nn.packed_layers import PackedConv2d
 from dmquant.nn.scheme import LayerScheme
 
-ISAS = {  # what oneDNN calls them, and instruction sets that they have not
+ISAS = {  # name -> oneDNN's name, and instruction sets that are missing
     "avx512": ("AVX512_CORE_VNNI", registry.AMX), "avx2vnni": ("AVX2_VNNI", registry.AVX512),
     "avx2": ("AVX2", registry.AVX512 | registry.AVX_VNNI),
 }  # fmt: skip
@@ -87,15 +87,15 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each shape")
-    parser.add_argument("--isa", choices=ISAS, help="as on a processor of this kind; default: all that this one has")
+    parser.add_argument("--seconds", type=float, default=3.0, help="seconds per shape")
+    parser.add_argument("--isa", choices=ISAS, help="measure as on such a processor; default: all instruction sets of this one")
     parser.add_argument("-o", "--output", type=Path)
     return parser.parse_args()
 
 
 @torch.no_grad()
 def measure(shape: Shape, seconds: float, *, without: int = 0) -> dict[str, object]:
-    """Every variant on one shape; `without`: instruction sets that no kernel may use."""
+    """Returns the measurements of every variant on one shape; kernels that need an instruction set of `without` are left out."""
     torch.manual_seed(0)
     layer = nn.Conv2d(shape.channels, shape.outputs, shape.kernel, shape.stride, shape.kernel // 2)
     x = torch.randn(shape.images, shape.channels, shape.side, shape.side)
@@ -119,7 +119,7 @@ def fitting(weight_bits: int, act_bits: int, geometry: ConvGeometry, without: in
 
 
 def make_packed(layer: nn.Conv2d, weight_bits: int, act_bits: int, kernel: str) -> PackedConv2d:
-    """Made-up codes: times depend on shapes only."""
+    """Returns a packed layer of random codes: times depend on shapes only."""
     packed = empty_layer(layer, LayerScheme(weight_bits, act_bits), dtype=torch.float32, device="cpu")
     packed.weight.codes.random_(0, 256)
     packed.weight.zero.fill_(0.5 if weight_bits == 1 else 1 << (weight_bits - 1))
@@ -131,7 +131,7 @@ def make_packed(layer: nn.Conv2d, weight_bits: int, act_bits: int, kernel: str) 
 
 
 def make_onednn(layer: nn.Conv2d, x: Tensor) -> Callable[[], Tensor]:
-    """torch's own best for bytes: prepacked weights, and a quantizer in one pass."""
+    """Returns a call of oneDNN's W8A8 convolution as torch has it: prepacked weights, and an input quantizer in one pass."""
     scale, zero, place = 0.04, 128, (list(layer.stride), list(layer.padding), [1, 1], 1)
     weight_scale = layer.weight.abs().amax((1, 2, 3)) / 127
     levels = (layer.weight / weight_scale.view(-1, 1, 1, 1)).round().to(torch.int8)
@@ -148,7 +148,7 @@ def make_onednn(layer: nn.Conv2d, x: Tensor) -> Callable[[], Tensor]:
 
 
 def compare(calls: dict[str, Callable[[], Tensor]], products: int, seconds: float) -> dict[str, dict[str, float]]:
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter  # the former leaves out other programs
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter  # thread_time excludes other programs
     taken: dict[str, list[float]] = {name: [] for name in calls}
     order = random.Random(0)
     started = time.perf_counter()
@@ -171,7 +171,7 @@ def compare(calls: dict[str, Callable[[], Tensor]], products: int, seconds: floa
 
 
 def table(rows: list[dict]) -> str:
-    """Times faster than fp32 channels_last by the least time, of each variant and shape."""
+    """Returns a Markdown table: how many times faster than fp32 channels_last each variant is, by the least times."""
     names = list(dict.fromkeys(name for row in rows for name in row["variants"]))
     lines = ["| shape | " + " | ".join(names) + " |", "|---|" + "--:|" * len(names)]
     for row in rows:

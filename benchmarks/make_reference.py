@@ -1,9 +1,9 @@
-"""Computes the reference statistics of an image set under an extractor and writes them as built-in ones.
+"""Computes the reference statistics of an image set in the features of an extractor, and writes them as built-in ones.
 
     python benchmarks/make_reference.py A.zip B.zip --name cifar10-train -o dmquant/assets/reference
 
-Mean and covariance go to NAME.EXTRACTOR.npz, spatial statistics and some features to more/NAME.EXTRACTOR.npz, so that what FID
-is measured against stays the same file, byte for byte, whatever else is added.
+Mean and covariance go to NAME.EXTRACTOR.npz, spatial statistics and some features to more/NAME.EXTRACTOR.npz, so that the
+file for FID does not change when other statistics are added.
 """
 
 import argparse
@@ -32,8 +32,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--extractor", default=EMBEDDED, choices=NAMES)
     parser.add_argument("--inception-weights", type=Path)
-    parser.add_argument("--size", type=int, help="bring images to this side first (bicubic, centre crop)")
-    parser.add_argument("--kept", type=int, default=5000, help="images whose features are kept")
+    parser.add_argument("--size", type=int, help="resize images to this side in pixels first (bicubic, centre crop)")
+    parser.add_argument("--kept", type=int, default=5000, help="number of images whose features are stored")
     return parser.parse_args()
 
 

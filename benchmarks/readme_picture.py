@@ -1,6 +1,6 @@
-"""Draws the picture of the README: the same seeds by the embedded float pipeline and by quantized ones, a row each.
+"""Draws the picture of the README: one row for the embedded float pipeline and each quantized one, with equal seeds.
 
-Takes folders that were quantized by the default settings:
+The folders are those of pipelines that were quantized with default settings:
 
     dmquant quantize --method lsq --wbits 4 --abits 4 -o runs/readme/w4a4
     dmquant quantize --method binarydm --wbits 1 --abits 4 -o runs/readme/w1a4

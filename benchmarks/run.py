@@ -2,8 +2,8 @@
 
     python benchmarks/run.py benchmarks/experiments/lsq.json -o runs/lsq
 
-Each experiment is a folder with its packed pipeline and report.json. One that is there is not run again, so an interrupted
-list continues where it stopped, and `--share 1/3` takes every third one: several processes, one folder. The last process
+Each experiment is a folder with its packed pipeline and report.json. Complete ones are not run again, so an interrupted list
+continues where it stopped. `--share 1/3` runs every third one: several processes can share a folder. The last process to end
 writes the means over training seeds, the table and the reports to benchmarks/results/<name>.{md,json}.
 """
 
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("experiments", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for pipelines and reports")
     parser.add_argument("--model", help="float pipeline; default: the embedded one")
-    parser.add_argument("--share", default="1/1", help="which part of the list this process runs, as 1/3")
+    parser.add_argument("--share", default="1/1", help="part of the list to run: 2/3 is every third, from the second on")
     args = parser.parse_args()
     plan = read_plan(args.experiments)
     number, count = map(int, args.share.split("/"))
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def write(name: str, reports: dict[str, Report]) -> None:
-    """The table of all reports, that of the means over training seeds, and the reports without their many layers."""
+    """Writes the table of all reports, that of the means over training seeds, and the reports without their layers."""
     RESULTS.mkdir(exist_ok=True)
     table = dmquant.compare(list(reports.values())).to_markdown()
     (RESULTS / f"{name}.md").write_text(f"{summarize(reports)}\n{table}", encoding="utf-8")
@@ -47,7 +47,7 @@ def write(name: str, reports: dict[str, Report]) -> None:
 
 
 def summarize(reports: dict[str, Report]) -> str:
-    """One row per experiment: each metric's mean over training seeds, and its least and largest value."""
+    """Returns a table with one row per experiment: mean, least and largest value of each metric over training seeds."""
     groups: dict[str, list[Report]] = {}
     for job, report in reports.items():
         groups.setdefault(job.partition("-seed")[0], []).append(report)

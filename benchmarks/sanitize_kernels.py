@@ -1,4 +1,4 @@
-"""Runs the C kernels under AddressSanitizer and UndefinedBehaviorSanitizer, on random shapes and formats, and compares them.
+"""Runs the C kernels under AddressSanitizer and UndefinedBehaviorSanitizer on random cases and compares their results.
 
     python benchmarks/sanitize_kernels.py
 

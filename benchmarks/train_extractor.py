@@ -1,4 +1,4 @@
-"""Trains the embedded feature extractor on a class-per-folder image set and writes it beside its record.
+"""Trains the embedded feature extractor on a class-per-folder image set and writes it with a record of the training.
 
     python benchmarks/train_extractor.py --train A.zip B.zip --test T.zip -o dmquant/assets/extractor
 """
@@ -41,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--train", nargs="+", required=True, help="folders or zips with one folder per class")
     parser.add_argument("--test", nargs="+", required=True)
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--name", default="resnet-cifar10", help="what distances in its features are called after")
+    parser.add_argument("--name", default="resnet-cifar10", help="name of the extractor, which is part of the names of metrics")
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=0.4, help="peak of the one-cycle schedule")
@@ -80,7 +80,7 @@ def train(model: ResNetExtractor, images: Tensor, labels: Tensor, args: argparse
 
 
 def augment(x: Tensor, generator: torch.Generator) -> Tensor:
-    """A random flip per image and a random shift of up to 4 pixels, drawn for chunks of 32 images."""
+    """Returns images with a random flip each, and a random shift of up to 4 pixels per chunk of 32 images."""
     flipped = torch.rand(len(x), generator=generator) < 0.5
     x = torch.where(flipped[:, None, None, None], x.flip(-1), x)
     padded, size = F.pad(x, (4, 4, 4, 4), mode="reflect"), x.shape[-1]

@@ -2,8 +2,8 @@
 
     python benchmarks/train_reference.py --data A.zip B.zip --minutes 100 -o dmquant/assets/pipeline
 
-The length is wall-clock time, so that a slow and a fast machine both end on a finished learning-rate schedule.
-`--warm-start` continues from another pipeline of the same shape; the record says so.
+The length is wall-clock time, so that the learning-rate schedule is completed on slow and fast machines.
+`--warm-start` continues from another pipeline of the same shape; `--warm-start-note` describes it in the record.
 """
 
 import argparse
@@ -48,12 +48,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--minutes", type=float, default=100)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=6e-4, help="peak of a cosine over the time given")
+    parser.add_argument("--learning-rate", type=float, default=6e-4, help="peak of a cosine schedule over the given time")
     parser.add_argument("--ema-decay", type=float, default=0.9995)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--warm-start", help="a pipeline folder of the same shape to continue from")
-    parser.add_argument("--warm-start-note", help="what the record says of it", default=None)
+    parser.add_argument("--warm-start-note", help="text about that pipeline for the record", default=None)
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     return parser.parse_args()
 
@@ -92,7 +92,7 @@ def train(model: UNet2DModel, average: UNet2DModel, images: Tensor, args: argpar
 def loss_on_batch(
     model: UNet2DModel, images: Tensor, alphas: Tensor, batch: int, generator: torch.Generator
 ) -> tuple[Tensor, float]:
-    """Min-SNR weighted noise-prediction error of a random batch, and the plain mean squared error."""
+    """Returns the min-SNR weighted noise-prediction error of a random batch, and its mean squared error."""
     draw = dict(generator=generator, device=images.device)
     x = images[torch.randint(0, len(images), (batch,), **draw)].float() / 127.5 - 1
     flipped = torch.rand(batch, **draw) < 0.5
@@ -121,7 +121,7 @@ def update_average(average: UNet2DModel, model: UNet2DModel, decay: float) -> No
 def write(average: UNet2DModel, record: dict, folder: Path) -> None:
     scheduler = DDIMScheduler(num_train_timesteps=1000, beta_schedule="linear")
     unet = copy.deepcopy(average).half().to("cpu", memory_format=torch.contiguous_format)
-    unet.register_to_config(_name_or_path="")  # a warm start's path is no fact about the result
+    unet.register_to_config(_name_or_path="")  # the path of a warm start does not belong into the result
     DDIMPipeline(unet, scheduler).save_pretrained(folder)
     (folder / "record.json").write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
 

@@ -1,4 +1,4 @@
-"""Time to quality: points are kept, times are interpolated, and every run is a command line that quantize takes."""
+"""Tests of the time to a quality: points are kept, times are interpolated, and `quantize` accepts every command line."""
 
 import json
 from argparse import Namespace
@@ -31,7 +31,7 @@ def test_a_time_lies_between_the_points_that_enclose_the_goal_in_the_share_of_th
     assert find_time(points, 1.9, clock) is None
 
 
-def test_of_a_curve_that_turns_back_the_first_crossing_counts():
+def test_the_first_crossing_of_the_goal_counts():
     assert find_time([point(0, 10.0), point(100, 4.0), point(200, 8.0), point(300, 1.0)], 7.0, clock) == pytest.approx(15 + 50)
 
 
@@ -41,7 +41,7 @@ def test_a_run_compared_with_itself_is_as_fast_and_as_large():
     assert {value for name, value in found.items() if name.endswith("ratio")} == {1.0} and found["seconds_to_goal"] == 115
 
 
-def test_a_method_that_trains_in_half_the_steps_and_memory_says_so():
+def test_half_the_steps_and_memory_give_ratios_of_two():
     goal = point(300, 4.0, peak=3000, added=1800)
     found = compare([point(0, 10.0), point(100, 4.0, peak=1500, added=600)], goal)
     assert found["seconds_ratio"] == pytest.approx(315 / 115) and found["fine_tuning_seconds_ratio"] == 3
@@ -51,7 +51,7 @@ def test_a_method_that_trains_in_half_the_steps_and_memory_says_so():
 
 @pytest.fixture
 def commands(monkeypatch):
-    """The command lines that were run; each leaves what dmquant would."""
+    """Returns the command lines that were run; each writes the files that dmquant would write."""
     lines = []
 
     def run(line):

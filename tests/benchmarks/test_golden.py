@@ -1,4 +1,4 @@
-"""Golden artefacts: what is equal compares equal, each difference is a line, and every method has a case."""
+"""Tests of golden artefacts: equal sets have no difference, each difference is one line, every method has a case."""
 
 import json
 import sys
@@ -58,6 +58,6 @@ def test_every_method_has_a_case_whose_settings_it_knows():
     assert {line[1] for line in lines} == set(methods.names())
 
 
-def test_a_command_that_fails_ends_the_run_with_what_it_said(tmp_path):
+def test_a_command_that_fails_ends_the_run_with_its_message(tmp_path):
     with pytest.raises(SystemExit, match="(?s)methods nothing ended with 2.*error: .*nothing"):
         golden.run(tmp_path, "methods nothing")

@@ -1,4 +1,4 @@
-"""Where there is no GPU nothing is measured, and where there was one what was measured is kept."""
+"""Tests of the GPU benchmark: without a GPU nothing is measured, and measured rows are kept."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from benchmarks import gpu_latency
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
-    """Runs the benchmark on a GPU that is made up, with rows that take no time; gives the rows that were measured."""
+    """Runs the benchmark on a simulated GPU with rows that take no time; returns the rows that were measured."""
     measured = []
 
     def measure(rows, repeats, end):
@@ -43,9 +43,9 @@ def test_without_a_gpu_it_says_so_in_one_line_and_writes_nothing(monkeypatch, tm
     assert not any(tmp_path.iterdir())
 
 
-def test_a_row_is_measured_once_and_the_same_command_goes_on(run, capsys, tmp_path):
+def test_a_row_is_measured_once_and_the_same_command_continues(run, capsys, tmp_path):
     assert run("--seconds", "100") == ["cifar, bf16, 1"]
-    assert "3 rows are left: give the same command again" in capsys.readouterr().out
+    assert "3 rows are left; the same command continues" in capsys.readouterr().out
     assert run() == ["cifar, bf16, 8", "cifar, W1A4, 1", "cifar, W1A4, 8"] and run() == []
     assert "| cifar, W1A4, 8 | 1.0 | 2.00 |  |" in capsys.readouterr().out
     assert json.loads((tmp_path / "out.json").read_text())["conditions"]["triton"] == "in use"

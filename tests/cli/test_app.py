@@ -129,7 +129,8 @@ def test_measured_layers_are_summarized_on_the_terminal(quantized, capsys):
     worst = min((layer for layer in Report.load("new").layers if layer.total_db is not None), key=lambda layer: layer.total_db)
     shown = capsys.readouterr().out
     assert "worst layer on the float model's input: " in shown
-    assert f"worst layer on its own model's input: {worst.name} ({worst.role}, " in shown and f"SQNR {worst.total_db:.1f} dB" in shown
+    assert f"worst layer on its own model's input: {worst.name} ({worst.role}, " in shown
+    assert f"SQNR {worst.total_db:.1f} dB" in shown
     assert app.run_command([*line, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["layers"]
 

@@ -28,7 +28,8 @@ model, folder, tests = sys.argv[1:]
 settings = ["--set", "trajectories=1", "--set", "sampling_steps=2", "--set", "calibration_samples=2", "--set", "batch=2"]
 assert app.run_command(["methods"]) == 0
 assert app.run_command(["methods", "example"]) == 0
-assert app.run_command(["quantize", model, "--method", "example", "--wbits", "4", "--max-steps", "1", "-o", folder, *settings]) == 0
+line = ["quantize", model, "--method", "example", "--wbits", "4", "--max-steps", "1", "-o", folder, *settings]
+assert app.run_command(line) == 0
 dmquant.load(folder)
 sys.exit(pytest.main([tests, "-v"]))
 """
