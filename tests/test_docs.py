@@ -1,4 +1,4 @@
-"""Commands, snippets, links and lists of the documentation are those of this version."""
+"""Tests that commands, snippets, links and lists of the documentation fit this version."""
 
 import functools
 import re
@@ -24,7 +24,7 @@ DOCUMENTED = [README, ROOT / "docs" / "getting-started.md", ROOT / "docs" / "fil
 
 @pytest.fixture(scope="module")
 def small_folder(tmp_path_factory):
-    """A float pipeline of some 20 thousand random parameters that draws 32x32 RGB, the size that the extractor takes."""
+    """Returns a float pipeline of about 20 thousand random parameters for 32x32 RGB images, the extractor's size."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         pipeline = DDIMPipeline(UNet2DModel(**TINY_UNET | {"sample_size": 32}), DDIMScheduler())
@@ -35,14 +35,14 @@ def small_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def saved(small_folder, tmp_path_factory):
-    """The same, quantized and saved."""
+    """Returns the folder of the same pipeline, quantized."""
     quantized = dmquant.quantize(dmquant.load(small_folder), "lsq", **CHEAP)
     return dmquant.save(quantized, tmp_path_factory.mktemp("pipelines") / "out")
 
 
 @pytest.fixture
 def small_dmquant(small_folder, monkeypatch):
-    """dmquant whose embedded pipeline is the small one, and which quantizes and evaluates as little as it can."""
+    """Makes the small pipeline the embedded one, and sets the smallest defaults for quantizing and evaluating."""
     load, quantize, evaluate = dmquant.load, dmquant.quantize, dmquant.evaluate
     monkeypatch.setattr(dmquant, "load", lambda model=small_folder, **options: load(model, **options))
     monkeypatch.setattr(dmquant, "quantize", functools.partial(quantize, **CHEAP))
@@ -50,7 +50,7 @@ def small_dmquant(small_folder, monkeypatch):
     monkeypatch.setattr(dmquant, "evaluate", lambda pipeline, **options: evaluate(pipeline, **{**options, **less}))
 
 
-def test_pages_show_commands():
+def test_pages_contain_commands():
     shown = {page for page, _ in COMMANDS}
     assert {name(page) for page in (README, *CARDS)} <= shown and len(COMMANDS) > 30
 
@@ -99,13 +99,13 @@ def test_settings_of_a_card_are_settings_of_its_method(card):
 
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.parent.name)
-def test_a_card_answers_the_same_questions(card):
+def test_all_cards_have_the_same_headings(card):
     asked = re.findall(r"^## (.+)$", read(card), re.MULTILINE)
     assert asked == ["What", "Why", "How to run it", "Settings", "Results", "Where we differ", "Limits"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_links_lead_somewhere(page):
+def test_link_targets_exist(page):
     for target in links(page):
         path, _, anchor = target.partition("#")
         there = (page.parent / path).resolve() if path else page
@@ -124,7 +124,7 @@ def test_every_method_has_a_card_and_a_row():
     assert all(f"[`{card.parent.name}`](../dmquant/methods/{card.parent.name}/README.md)" in rows for card in CARDS)
 
 
-def test_every_room_is_in_the_architecture():
+def test_every_package_is_in_the_architecture():
     first = read(ROOT / "docs" / "architecture.md").partition("## Floors")[0]
     listed = {entry for cell in re.findall(r"^\| (`.+?) \|", first, re.MULTILINE) for entry in re.findall(r"`([\w./]+)`", cell)}
     there = {

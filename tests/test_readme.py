@@ -1,4 +1,4 @@
-"""The README is short, shows its picture, and claims what was measured."""
+"""Tests that the README is short, shows its picture, and that its numbers are in the records of measurements."""
 
 import json
 import re
@@ -32,12 +32,12 @@ NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
 
 
 def find_rows(page) -> list[dict[str, str]]:
-    """The rows of the page's table of results."""
+    """Returns the rows of the page's table of results."""
     return next(rows for rows in tables(page) if "FD resnet-cifar10" in rows[0])
 
 
 def find_reports(row: dict[str, str]) -> list[Report]:
-    """The reports that a row of results stands for, one per training seed."""
+    """Returns the reports of a row of results, one per training seed."""
     file, experiment = EXPERIMENTS[row["W/A"], row["method"]]
     documents = json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8"))
     reports = [Report.from_json(json.dumps(document)) for document in documents]
@@ -45,7 +45,7 @@ def find_reports(row: dict[str, str]) -> list[Report]:
 
 
 def read_latency(file: str, model: str, variant: str) -> float:
-    """How many times faster than float32 in channels_last a denoiser call is, from a record of denoiser_latency.py."""
+    """Returns how many times faster than float32 channels_last a denoiser call is in a record of denoiser_latency.py."""
     record = json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8"))
     assert record["conditions"]["threads"] == 1 and record["conditions"]["kernels"]["amx"] == ""
     assert record["conditions"]["torch"].startswith("2.13.0")
@@ -54,13 +54,13 @@ def read_latency(file: str, model: str, variant: str) -> float:
 
 
 def assert_says(cell: str, value: float) -> None:
-    """The number in a cell is the value, rounded to the digits that are shown."""
+    """Asserts that the number in a cell is the value, rounded to the digits of the cell."""
     shown = NUMBER.search(cell).group()
     digits = len(shown.partition(".")[2])
     assert abs(float(shown) - value) <= 0.5 * 10**-digits + 1e-4 * abs(value), f"{cell!r} should say {value:.4f}"
 
 
-def test_the_readme_takes_one_look():
+def test_the_readme_is_short():
     assert 80 <= len(read(README).splitlines()) <= 120
 
 
