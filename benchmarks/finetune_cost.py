@@ -25,7 +25,7 @@ import torch
 
 from dmquant.cli.console import print_message, print_table
 from dmquant.evaluation.reports import report
-from dmquant.evaluation.sweep import Experiment, parse_run
+from dmquant.evaluation.sweep_plan import Experiment, parse_run
 from dmquant.training import run_cost
 
 RESULT = Path(__file__).parent / "results" / "finetune_cost.json"

@@ -16,7 +16,8 @@ from statistics import mean
 import dmquant
 from dmquant.cli.console import Tracker, print_message
 from dmquant.evaluation.reports.report import Report
-from dmquant.evaluation.sweep import FLOAT, read_plan, run_plan
+from dmquant.evaluation.sweep import run_plan
+from dmquant.evaluation.sweep_plan import FLOAT, read_plan
 
 RESULTS = Path(__file__).parent / "results"
 

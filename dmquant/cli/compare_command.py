@@ -15,7 +15,7 @@ from dmquant.errors import DmquantError, InputError, Interrupted, MissingResourc
 if TYPE_CHECKING:
     from dmquant.evaluation.reports.comparison import Comparison
     from dmquant.evaluation.reports.report import Report
-    from dmquant.evaluation.sweep import Plan
+    from dmquant.evaluation.sweep_plan import Plan
     from dmquant.training.resume import SavedRun
 
 RUN = "METHOD:W/A[,KEY=VALUE...]: quantize and evaluate first, as in lsq:4/8; may be repeated."
@@ -122,7 +122,7 @@ def _run_experiments(
 
 def _make_plan(options: SweepOptions) -> "Plan":
     """Returns the experiments of the file and those of the command line, with their protocol."""
-    from dmquant.evaluation.sweep import DEFAULT_METRICS, Plan, parse_run, read_plan
+    from dmquant.evaluation.sweep_plan import DEFAULT_METRICS, Plan, parse_run, read_plan
 
     own = tuple(parse_run(run) for run in options.runs)
     if options.plan is not None:

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import finetune_cost
 from benchmarks.finetune_cost import Point, average, compare, find_time, measure, parse_shares
-from dmquant.evaluation.sweep import parse_run
+from dmquant.evaluation.sweep_plan import parse_run
 from dmquant.methods import get
 from dmquant.training.run_cost import Effort, Stage
 from tests.evaluation.reports.test_report import document
@@ -102,8 +102,8 @@ def test_a_point_of_several_seeds_is_the_mean_of_a_run_with_each(commands, tmp_p
     assert average([point(8, 2.0), point(8, 2.0, peak=None)]).peak is None
 
 
-def test_shares_are_fractions_and_the_whole_is_among_them():
+def test_shares_are_fractions_and_include_one():
     assert [float(share) for share in parse_shares("0,1/8,1")] == [0, 0.125, 1]
     for text in ("0,1/2", "1,2"):
-        with pytest.raises(finetune_cost.argparse.ArgumentTypeError, match="1 is among them"):
+        with pytest.raises(finetune_cost.argparse.ArgumentTypeError, match="include 1"):
             parse_shares(text)
