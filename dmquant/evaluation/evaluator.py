@@ -53,7 +53,7 @@ class Measurements(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Course:
+class SamplingJob:
     """Seeds, sampling options and image cache of an evaluation."""
 
     seeds: range
@@ -62,6 +62,7 @@ class Course:
     track: Track
 
     def first(self, count: int) -> range:
+        """Returns the first seeds, at most `count`."""
         return self.seeds[:count]
 
 
@@ -102,16 +103,16 @@ def evaluate(
     conditioning = complete(pipeline, conditioning)
     chosen.refuse_without_prompts(conditioning.prompts)
     cost, cache = measure_cost(denoiser), None if cache is None else Path(cache)
-    course = Course(range(seed, seed + num_images), SamplingPlan(steps, batch, conditioning), cache, track)
+    job = SamplingJob(range(seed, seed + num_images), SamplingPlan(steps, batch, conditioning), cache, track)
     distributed.join(on_cpu=denoiser.device.type == "cpu")
     with keep_scheduler(pipeline):
         sampler = set_sampler(pipeline, sampler)
         yardstick = open_yardstick(chosen, instruments, size=size, device=denoiser.device, track=track)
         base = find_target(float_pipeline or open_base(target)) if chosen.needs_float_model else None
-        float_images = sample_float_images(base.pipeline, pipeline.scheduler, course) if chosen.needs_float_images else None
-        measured = measure(pipeline, yardstick.make_meters(chosen), yardstick, float_images, course)
-        curves = measure_cosine(target, base, course) if chosen.needs_agreement else {}
-        layers = profile_layers(target, base, course) if chosen.needs_layers else ()
+        float_images = sample_float_images(base.pipeline, pipeline.scheduler, job) if chosen.needs_float_images else None
+        measured = measure(pipeline, yardstick.make_meters(chosen), yardstick, float_images, job)
+        curves = measure_cosine(target, base, job) if chosen.needs_agreement else {}
+        layers = profile_layers(target, base, job) if chosen.needs_layers else ()
     known = {**conditioning.describe(), **yardstick.describe()}
     protocol = Protocol(num_images, seed, steps, sampler, batch, measured.image_size, **known)
     return make_report(target, cost, measured, curves, layers, protocol)
@@ -130,11 +131,11 @@ def add_layers(
     protocol = report.protocol
     seeds = range(protocol.seed, protocol.seed + protocol.num_images)
     asked = conditioning or recall(pipeline, protocol.conditions_sha256, protocol.guidance_scale)
-    course = Course(seeds, SamplingPlan(protocol.steps, protocol.batch, asked), None, track)
+    job = SamplingJob(seeds, SamplingPlan(protocol.steps, protocol.batch, asked), None, track)
     with keep_scheduler(pipeline):
         if set_sampler(pipeline) != protocol.sampler:
             set_sampler(pipeline, protocol.sampler)
-        return replace(report, layers=profile_layers(find_target(pipeline), find_target(base), course))
+        return replace(report, layers=profile_layers(find_target(pipeline), find_target(base), job))
 
 
 def refuse_others(*pipelines: DiffusionPipeline | None) -> None:
@@ -187,28 +188,28 @@ def open_base(target: Target) -> DiffusionPipeline:
         raise type(error)(f"the float model {recorded}cannot be opened: {error}") from error
 
 
-def sample_float_images(pipeline: DiffusionPipeline, scheduler: SchedulerMixin, course: Course) -> Tensor:
+def sample_float_images(pipeline: DiffusionPipeline, scheduler: SchedulerMixin, job: SamplingJob) -> Tensor:
     """Returns the float model's images of the first seeds, uint8 (P, 3, H, W); P = 0 on other processes than the first.
 
     The sampler is that of the model under test, with the clip range of the float model.
     """
     with keep_scheduler(pipeline):
         pipeline.scheduler = clip_like(scheduler, pipeline.scheduler)
-        images = [drawn.images for drawn, _ in iterate_batches(pipeline, course.first(MAX_PAIRS), Yardstick(), course)]
+        images = [drawn.images for drawn, _ in iterate_batches(pipeline, job.first(MAX_PAIRS), Yardstick(), job)]
     return torch.cat(images) if images else torch.zeros(0, dtype=torch.uint8)
 
 
 def iterate_batches(
-    pipeline: DiffusionPipeline, seeds: range, yardstick: Yardstick, course: Course
+    pipeline: DiffusionPipeline, seeds: range, yardstick: Yardstick, job: SamplingJob
 ) -> Iterator[tuple[ImageBatch, Batch]]:
     """Yields the batches in the order of the seeds with the features of their images; yields none on other processes.
 
     In each round every process generates one batch, and the first process gathers them.
     """
-    plan = course.plan
-    images = ImageCache(pipeline, steps=plan.steps, conditioning=plan.conditioning, folder=course.cache)
+    plan = job.plan
+    images = ImageCache(pipeline, steps=plan.steps, conditioning=plan.conditioning, folder=job.cache)
     batches = [seeds[start:start + plan.batch] for start in range(0, len(seeds), plan.batch)]
-    for start in course.track(range(0, len(batches), distributed.count()), "sampling"):
+    for start in job.track(range(0, len(batches), distributed.count()), "sampling"):
         own = batches[start + distributed.number():][:1]
         drawn = [(images.load_or_generate(batch), plan.conditioning.choose(batch)) for batch in own]
         gathered = distributed.gather([(found, yardstick.look(found.images, entries)) for found, entries in drawn])
@@ -216,11 +217,11 @@ def iterate_batches(
 
 
 def measure(
-    pipeline: DiffusionPipeline, meters: Sequence[Metric], yardstick: Yardstick, float_images: Tensor | None, course: Course
+    pipeline: DiffusionPipeline, meters: Sequence[Metric], yardstick: Yardstick, float_images: Tensor | None, job: SamplingJob
 ) -> Measurements:
     """Updates every metric with every batch and returns the results."""
     totals = SamplingTotals()
-    for drawn, batch in iterate_batches(pipeline, course.seeds, yardstick, course):
+    for drawn, batch in iterate_batches(pipeline, job.seeds, yardstick, job):
         pairs = None if float_images is None else float_images[totals.num_images:totals.num_images + len(batch.images)]
         totals.add(drawn)
         for meter in meters:
@@ -247,21 +248,21 @@ class SamplingTotals:
             raise DmquantError(f"{share} have one colour only: the denoiser has diverged; quantize it with other settings")
 
 
-def measure_cosine(target: Target, base: Target, course: Course) -> dict[str, dict[str, float]]:
+def measure_cosine(target: Target, base: Target, job: SamplingJob) -> dict[str, dict[str, float]]:
     """Returns "cosine" -> timestep -> cosine between both denoisers' outputs, with the sampler of the model under test."""
-    seeds = course.first(MAX_COSINE_SEEDS)
+    seeds = job.first(MAX_COSINE_SEEDS)
     with keep_scheduler(base.pipeline):
         base.pipeline.scheduler = clip_like(target.pipeline.scheduler, base.pipeline.scheduler)
-        found = output_cosine.measure_agreement(target, base, seeds, course.plan, track=course.track) if distributed.is_first() else {}
+        found = output_cosine.measure_agreement(target, base, seeds, job.plan, track=job.track) if distributed.is_first() else {}
     return distributed.share({output_cosine.NAME: {f"{timestep:g}": value for timestep, value in found.items()}})
 
 
-def profile_layers(target: Target, base: Target, course: Course) -> tuple[LayerProfile, ...]:
+def profile_layers(target: Target, base: Target, job: SamplingJob) -> tuple[LayerProfile, ...]:
     """Returns the layers' errors and input ranges on the float trajectories, by the sampler of the model under test."""
-    seeds = course.first(MAX_LAYER_SEEDS)
+    seeds = job.first(MAX_LAYER_SEEDS)
     with keep_scheduler(base.pipeline):
         base.pipeline.scheduler = clip_like(target.pipeline.scheduler, base.pipeline.scheduler)
-        found = layer_sqnr.measure_layers(target, base, seeds, course.plan, track=course.track) if distributed.is_first() else ()
+        found = layer_sqnr.measure_layers(target, base, seeds, job.plan, track=job.track) if distributed.is_first() else ()
     return distributed.share(found)
 
 
