@@ -253,7 +253,9 @@ def measure_cosine(target: Target, base: Target, job: SamplingJob) -> dict[str, 
     seeds = job.first(MAX_COSINE_SEEDS)
     with keep_scheduler(base.pipeline):
         base.pipeline.scheduler = clip_like(target.pipeline.scheduler, base.pipeline.scheduler)
-        found = output_cosine.measure_agreement(target, base, seeds, job.plan, track=job.track) if distributed.is_first() else {}
+        found = {}
+        if distributed.is_first():
+            found = output_cosine.measure_agreement(target, base, seeds, job.plan, track=job.track)
     return distributed.share({output_cosine.NAME: {f"{timestep:g}": value for timestep, value in found.items()}})
 
 
