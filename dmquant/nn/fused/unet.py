@@ -57,7 +57,7 @@ class FusedResnetBlock2D(Fused, ResnetBlock2D):
 
     def _embed(self, temb: Tensor | None) -> Tensor:
         """Returns the projected time embedding: plus the first bias (B, O), or scale and shift of the second norm (B, 2 O)."""
-        assert temb is not None
+        assert temb is not None  # diffusers gives an embedding to every block with a projection
         layer, bias = self.time_emb_proj, self.conv1.bias
         if self.skip_time_act:
             time = layer(temb)
