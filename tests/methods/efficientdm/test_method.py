@@ -200,7 +200,7 @@ def train_two(**settings):
         before[name] = layer.weight_quantizer.encode(layer.weight).codes
     method = EfficientDM(act_bits=32, max_steps=20, batch=64, **settings)
     objective = Distillation(Samples(x, torch.zeros(256), wanted, {}, {}), torch.ones(256))
-    fit(student, objective, method.training(), method.groups(student), seed=0)
+    fit(student, objective, method.training(), method.parameter_groups(student), seed=0)
     moved, crossed = {}, {}
     for name, layer in layers.items():
         adapter = layer.weight_quantizer
