@@ -50,9 +50,9 @@ def read_metrics(text: str | None, shorthands: Sequence[str] = ()) -> tuple[str,
     names = [] if text is None else [name.strip() for name in text.split(",")]
     if not names and not shorthands:
         return None
-    from dmquant.evaluation.metrics.registry import refuse_unknown
+    from dmquant.evaluation.metrics.registry import check_names
 
-    refuse_unknown(names)
+    check_names(names)
     return tuple(dict.fromkeys((*names, *shorthands)))
 
 

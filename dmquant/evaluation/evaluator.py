@@ -29,8 +29,8 @@ from dmquant.evaluation.image_cache import ImageBatch, ImageCache
 from dmquant.evaluation.metrics import layer_sqnr, output_cosine
 from dmquant.evaluation.metrics.base import Batch, Metric
 from dmquant.evaluation.metrics.feature_extractor import EMBEDDED
-from dmquant.evaluation.metrics.instruments import Instruments, Yardstick, open_yardstick
-from dmquant.evaluation.metrics.registry import DEFAULT, DEFAULT_PAIRED, choose_metrics, refuse_small, refuse_unused
+from dmquant.evaluation.metrics.instruments import InstrumentOptions, Instruments, open_instruments
+from dmquant.evaluation.metrics.registry import DEFAULT, DEFAULT_PAIRED, check_all_used, check_image_size, select_metrics
 from dmquant.evaluation.reports.report import FLOAT_METHOD, LayerProfile, Protocol, Report
 from dmquant.kernels.registry import choice
 from dmquant.progress import Track, plain
@@ -96,24 +96,24 @@ def evaluate(
     denoiser = target.denoiser
     if metrics is None:
         metrics = (*DEFAULT, *(DEFAULT_PAIRED if float_pipeline is not None or has_base(denoiser) else ()))
-    chosen = choose_metrics([metrics] if isinstance(metrics, str) else metrics, num_images)
-    instruments, size = Instruments(extractor, inception_weights, reference, clip), find_image_size(target)
-    refuse_unused(chosen, [*instruments.given(), *(["float_pipeline"] if float_pipeline is not None else [])])
-    refuse_small(chosen, size)
+    chosen = select_metrics([metrics] if isinstance(metrics, str) else metrics, num_images)
+    options, size = InstrumentOptions(extractor, inception_weights, reference, clip), find_image_size(target)
+    check_all_used(chosen, [*options.given(), *(["float_pipeline"] if float_pipeline is not None else [])])
+    check_image_size(chosen, size)
     conditioning = complete(pipeline, conditioning)
-    chosen.refuse_without_prompts(conditioning.prompts)
+    chosen.check_prompts(conditioning.prompts)
     cost, cache = measure_cost(denoiser), None if cache is None else Path(cache)
     job = SamplingJob(range(seed, seed + num_images), SamplingPlan(steps, batch, conditioning), cache, track)
     distributed.join(on_cpu=denoiser.device.type == "cpu")
     with keep_scheduler(pipeline):
         sampler = set_sampler(pipeline, sampler)
-        yardstick = open_yardstick(chosen, instruments, size=size, device=denoiser.device, track=track)
+        instruments = open_instruments(chosen, options, size=size, device=denoiser.device, track=track)
         base = find_target(float_pipeline or open_base(target)) if chosen.needs_float_model else None
         float_images = sample_float_images(base.pipeline, pipeline.scheduler, job) if chosen.needs_float_images else None
-        measured = measure(pipeline, yardstick.make_meters(chosen), yardstick, float_images, job)
-        curves = measure_cosine(target, base, job) if chosen.needs_agreement else {}
+        measured = measure(pipeline, instruments.make_metrics(chosen), instruments, float_images, job)
+        curves = measure_cosine(target, base, job) if chosen.needs_output_cosine else {}
         layers = profile_layers(target, base, job) if chosen.needs_layers else ()
-    known = {**conditioning.describe(), **yardstick.describe()}
+    known = {**conditioning.describe(), **instruments.describe()}
     protocol = Protocol(num_images, seed, steps, sampler, batch, measured.image_size, **known)
     return make_report(target, cost, measured, curves, layers, protocol)
 
@@ -195,12 +195,12 @@ def sample_float_images(pipeline: DiffusionPipeline, scheduler: SchedulerMixin, 
     """
     with keep_scheduler(pipeline):
         pipeline.scheduler = clip_like(scheduler, pipeline.scheduler)
-        images = [drawn.images for drawn, _ in iterate_batches(pipeline, job.first(MAX_PAIRS), Yardstick(), job)]
+        images = [drawn.images for drawn, _ in iterate_batches(pipeline, job.first(MAX_PAIRS), Instruments(), job)]
     return torch.cat(images) if images else torch.zeros(0, dtype=torch.uint8)
 
 
 def iterate_batches(
-    pipeline: DiffusionPipeline, seeds: range, yardstick: Yardstick, job: SamplingJob
+    pipeline: DiffusionPipeline, seeds: range, instruments: Instruments, job: SamplingJob
 ) -> Iterator[tuple[ImageBatch, Batch]]:
     """Yields the batches in the order of the seeds with the features of their images; yields none on other processes.
 
@@ -212,16 +212,16 @@ def iterate_batches(
     for start in job.track(range(0, len(batches), distributed.count()), "sampling"):
         own = batches[start + distributed.number():][:1]
         drawn = [(images.load_or_generate(batch), plan.conditioning.choose(batch)) for batch in own]
-        gathered = distributed.gather([(found, yardstick.look(found.images, entries)) for found, entries in drawn])
+        gathered = distributed.gather([(found, instruments.measure(found.images, entries)) for found, entries in drawn])
         yield from (pair for pairs in gathered for pair in pairs)
 
 
 def measure(
-    pipeline: DiffusionPipeline, meters: Sequence[Metric], yardstick: Yardstick, float_images: Tensor | None, job: SamplingJob
+    pipeline: DiffusionPipeline, meters: Sequence[Metric], instruments: Instruments, float_images: Tensor | None, job: SamplingJob
 ) -> Measurements:
     """Updates every metric with every batch and returns the results."""
     totals = SamplingTotals()
-    for drawn, batch in iterate_batches(pipeline, job.seeds, yardstick, job):
+    for drawn, batch in iterate_batches(pipeline, job.seeds, instruments, job):
         pairs = None if float_images is None else float_images[totals.num_images:totals.num_images + len(batch.images)]
         totals.add(drawn)
         for meter in meters:
@@ -255,7 +255,7 @@ def measure_cosine(target: Target, base: Target, job: SamplingJob) -> dict[str, 
         base.pipeline.scheduler = clip_like(target.pipeline.scheduler, base.pipeline.scheduler)
         found = {}
         if distributed.is_first():
-            found = output_cosine.measure_agreement(target, base, seeds, job.plan, track=job.track)
+            found = output_cosine.measure_output_cosine(target, base, seeds, job.plan, track=job.track)
     return distributed.share({output_cosine.NAME: {f"{timestep:g}": value for timestep, value in found.items()}})
 
 

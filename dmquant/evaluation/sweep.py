@@ -21,7 +21,7 @@ from dmquant.diffusion.trajectories import Samples, record
 from dmquant.errors import DmquantError, InputError, Interrupted
 from dmquant.evaluation.evaluator import add_layers, evaluate
 from dmquant.evaluation.metrics.layer_sqnr import NAME as LAYERS
-from dmquant.evaluation.metrics.registry import Choice
+from dmquant.evaluation.metrics.registry import MetricSelection
 from dmquant.evaluation.reports.columns import split_name
 from dmquant.evaluation.reports.report import FILE_NAME, Report
 from dmquant.evaluation.sweep_plan import FLOAT, Experiment, Plan
@@ -168,7 +168,7 @@ def share_recording(
 
 
 def _evaluate(pipeline: DiffusionPipeline, context: SweepContext, metrics: Sequence[str]) -> Report:
-    base = context.open() if Choice(tuple(metrics)).needs_float_model else None
+    base = context.open() if MetricSelection(tuple(metrics)).needs_float_model else None
     return evaluate(
         pipeline, metrics=metrics, conditioning=context.plan.conditioning, float_pipeline=base, cache=context.cache,
         track=context.track, **context.plan.protocol,

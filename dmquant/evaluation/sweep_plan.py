@@ -11,7 +11,7 @@ from dmquant.diffusion.conditioning import Conditioning
 from dmquant.diffusion.prompts import read_prompts
 from dmquant.errors import InputError
 from dmquant.evaluation.metrics.layer_sqnr import NAME as LAYERS
-from dmquant.evaluation.metrics.registry import Choice, choose_metrics
+from dmquant.evaluation.metrics.registry import MetricSelection, select_metrics
 from dmquant.methods.base import Method
 
 FLOAT = "float"  # name of the folder of the float model's report
@@ -62,7 +62,7 @@ class Plan:
         unknown = sorted(self.given.keys() - set(PROTOCOL_NAMES))
         if unknown:
             raise InputError(f"the protocol has no {unknown[0]!r}; it has {', '.join((*PROTOCOL_NAMES, *CONDITIONS))}")
-        choose_metrics(self.metrics, self.protocol["num_images"])
+        select_metrics(self.metrics, self.protocol["num_images"])
 
     @property
     def protocol(self) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class Plan:
     @property
     def float_metrics(self) -> tuple[str, ...]:
         """The metrics that need no float model to compare with; if there are none, all: it is compared with itself."""
-        return tuple(name for name in self.metrics if not Choice((name,)).needs_float_model) or self.metrics
+        return tuple(name for name in self.metrics if not MetricSelection((name,)).needs_float_model) or self.metrics
 
 
 def read_plan(file: Path) -> Plan:

@@ -136,7 +136,7 @@ def test_a_saved_pipeline_is_as_large_as_its_file(tmp_path, images):
     [
         ({"metrics": ["fdi"]}, "did you mean 'fid'"),
         ({"metrics": ["beauty"]}, "known: fid, sfid, kid, is, prdc, psnr, ssim, clip_score, cosine, layers"),
-        ({"metrics": []}, "no metric asked for"),
+        ({"metrics": []}, "no metric selected"),
         ({"metrics": ["fid"], "num_images": 1}, "at least 2 for fid, got 1"),
         ({"metrics": ["psnr"], "num_images": 0}, "at least 1"),
         ({"metrics": ["psnr"]}, "give float_pipeline"),

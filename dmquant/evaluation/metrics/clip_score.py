@@ -1,8 +1,8 @@
-"""CLIP score: how well images show their prompts, by the cosine of CLIP's embeddings of both. Hessel et al., 2021.
+"""CLIP score: cosine between the CLIP embeddings of images and of their prompts. Hessel et al., 2021.
 
-Defined as in torchmetrics: 100 times the cosine, mean over the images, at least 0. Hessel et al. clamp each image's cosine and
-multiply by 2.5. Prompts longer than the network's context are cut before its end token, which stays; torchmetrics drops it.
-The network is an optional one, read from a folder or from the hub's cache and never fetched unless `fetch_clip` is called.
+Defined as in torchmetrics: 100 times the cosine, mean over the images, at least 0. Hessel et al. clamp the cosine of each image
+and multiply by 2.5. Prompts longer than the context are truncated, but keep the end token; torchmetrics drops it. The network
+is read from a folder or from the cache of the hub, and downloaded by `fetch_clip` only.
 """
 
 import hashlib
@@ -20,17 +20,17 @@ from torch import Tensor, nn
 
 from dmquant.diffusion.quiet_loading import loading_quietly
 from dmquant.errors import DamagedFile, InputError, MissingResource
-from dmquant.evaluation.metrics.base import Batch, Metric, given
+from dmquant.evaluation.metrics.base import Batch, Metric, require
 from dmquant.evaluation.metrics.inception_weights import hash_file
 
 NAME = "clip_score"
-DEFAULT = "openai/clip-vit-large-patch14"  # torchmetrics' own
-FILES = ["*.json", "*.txt", "*.safetensors"]  # pickles are not read, so not fetched
+DEFAULT = "openai/clip-vit-large-patch14"  # the default of torchmetrics
+FILES = ["*.json", "*.txt", "*.safetensors"]  # pickles are never read
 WEIGHTS = "model*.safetensors"
 
 
 class ClipScore(Metric):
-    """100 times the cosine of images and prompts, mean over the images, at least 0."""
+    """Mean over images of 100 times the cosine with their prompts, at least 0."""
 
     needs_prompts = True
 
@@ -39,7 +39,7 @@ class ClipScore(Metric):
         self._count = 0
 
     def update(self, batch: Batch) -> None:
-        match = given(batch.match)
+        match = require(batch.match)
         self._sum += match.sum().item()
         self._count += len(match)
 
@@ -48,9 +48,9 @@ class ClipScore(Metric):
 
 
 class Clip(NamedTuple):
-    """A CLIP network with its tokenizer and image processor, the name it was asked for by, and the SHA-256 of its weights."""
+    """A CLIP network with its tokenizer and image processor, its requested name, and the SHA-256 of its weights."""
 
-    network: Any  # transformers' CLIPModel, which is imported when a CLIP is loaded
+    network: Any  # CLIPModel of transformers, which is imported only when a CLIP is loaded
     processor: Any
     name: str
     sha256: str
@@ -60,20 +60,20 @@ class Clip(NamedTuple):
 
     @torch.no_grad()
     def match(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """100 times the cosine of each uint8 image (B, 3, H, W) and its prompt, float64 (B,) on the CPU."""
+        """Returns 100 times the cosine between each uint8 image (B, 3, H, W) and its prompt, float64 (B,) on the CPU."""
         pictures = [Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy()) for image in images]
         longest = self.network.config.text_config.max_position_embeddings
         inputs = self.processor(
             text=list(prompts), images=pictures, padding=True, truncation=True, max_length=longest, return_tensors="pt"
         ).to(self.network.device)
         with torch.autocast(self.network.device.type, enabled=False):
-            seen = self.network(**inputs)
-        ours, theirs = (part.cpu().double() for part in (seen.image_embeds, seen.text_embeds))
-        return 100 * nn.functional.cosine_similarity(ours, theirs, dim=1)
+            outputs = self.network(**inputs)
+        image, text = (part.cpu().double() for part in (outputs.image_embeds, outputs.text_embeds))
+        return 100 * nn.functional.cosine_similarity(image, text, dim=1)
 
 
 def load_clip(model: str | Path | None = None) -> Clip:
-    """The CLIP in a folder or, by its hub id, in the hub's cache; on the CPU, in eval mode and float32. None is the default."""
+    """Returns the CLIP from a folder, or from the hub's cache by its id, on the CPU in float32. None is the default."""
     name = str(model or DEFAULT)
     try:
         with loading_quietly():
@@ -82,7 +82,7 @@ def load_clip(model: str | Path | None = None) -> Clip:
         raise MissingResource("clip_score needs transformers; get it with: pip install 'dmquant[text]'") from error
     folder = find_clip(name)
     weights = sorted(folder.glob(WEIGHTS))
-    _refuse_others(folder, weights)
+    _check_folder(folder, weights)
     try:
         with loading_quietly():
             network, found = CLIPModel.from_pretrained(
@@ -92,25 +92,25 @@ def load_clip(model: str | Path | None = None) -> Clip:
     except (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, SafetensorError) as error:
         raise DamagedFile(f"{folder} cannot be loaded as CLIP: {str(error).strip().splitlines()[0]}") from error
     missing = sorted(found["missing_keys"])
-    if missing:  # transformers makes up what a file lacks
+    if missing:  # transformers initializes missing tensors at random
         raise DamagedFile(f"{folder}: {len(missing)} tensors are missing: {', '.join(missing[:5])}")
     label = folder.resolve().name if Path(name).expanduser().is_dir() else name
     return Clip(network.eval().requires_grad_(False), processor, label, _hash(weights))
 
 
 def find_clip(name: str) -> Path:
-    """The folder itself, or the snapshot of a hub id in the cache."""
+    """Returns the folder itself, or the cached snapshot of a hub id. Raises MissingResource if there is neither."""
     if Path(name).expanduser().is_dir():
         return Path(name).expanduser()
-    way = "dmquant fetch clip" if name == DEFAULT else f"hf download {name}"
+    command = "dmquant fetch clip" if name == DEFAULT else f"hf download {name}"
     try:
         return Path(snapshot_download(name, allow_patterns=FILES, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError) as error:
-        raise MissingResource(f"CLIP {name!r} is no folder here and not in the hub's cache; get it with: {way}") from error
+        raise MissingResource(f"CLIP {name!r} is no folder here and not in the hub's cache; get it with: {command}") from error
 
 
 def fetch_clip(name: str = DEFAULT) -> Path:
-    """Downloads a CLIP into the hub's cache, which checks it, and returns its folder; 1.7 GB the default."""
+    """Downloads a CLIP into the hub's cache and returns its folder. The default has 1.7 GB."""
     try:
         return Path(snapshot_download(name, allow_patterns=FILES, ignore_patterns=["*flax*", "*tf_*"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -118,8 +118,8 @@ def fetch_clip(name: str = DEFAULT) -> Path:
         raise MissingResource(f"CLIP {name!r} cannot be fetched: {reason}; or give its folder by --clip") from error
 
 
-def _refuse_others(folder: Path, weights: Sequence[Path]) -> None:
-    """Raises for a folder that holds no CLIP, or one without safetensors."""
+def _check_folder(folder: Path, weights: Sequence[Path]) -> None:
+    """Raises an error for a folder without a CLIP, or without safetensors."""
     config = folder / "config.json"
     try:
         kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
@@ -134,6 +134,6 @@ def _refuse_others(folder: Path, weights: Sequence[Path]) -> None:
 
 
 def _hash(weights: Sequence[Path]) -> str:
-    """SHA-256 of the file; of several shards, that of their hashes one after the other."""
+    """Returns the SHA-256 of the file; for several shards, that of their concatenated hashes."""
     hashes = [hash_file(file) for file in weights]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Feature extractors: networks that turn uint8 images into the features that metrics compare.
+"""Feature extractors: networks that map uint8 images to the features that metrics compare.
 
 The embedded one was trained by `benchmarks/train_extractor.py` on 32x32 images. Frechet distances in its features are
 named `fd-<name>`, never FID.
@@ -24,11 +24,11 @@ NAMES = (EMBEDDED, INCEPTION)
 EMBEDDED_FOLDER = ASSETS / "extractor"
 
 
-class Reading(NamedTuple):
-    """What a network sees in a batch of images. What it cannot give is None."""
+class Features(NamedTuple):
+    """Features of a batch of images; None for those that a network does not have."""
 
     features: Tensor  # (B, D), pooled over all positions
-    spatial: Tensor | None = None  # (B, S), a few channels of a middle layer with their positions
+    spatial: Tensor | None = None  # (B, S), a few channels of a middle layer at all positions
     logits: Tensor | None = None  # (B, K), of its classifier
 
 
@@ -43,35 +43,35 @@ class Extractor(NamedTuple):
         return self._replace(network=self.network.to(device))
 
     def features(self, images: Tensor) -> Tensor:
-        """Features (B, D), float64 on the CPU."""
+        """Returns the pooled features (B, D) of uint8 images (B, 3, H, W), float64 on the CPU."""
         return self.read(images).features
 
     @torch.no_grad()
-    def read(self, images: Tensor) -> Reading:
-        """Everything the network sees, float64 on the CPU, computed in float32 on its device whatever the autocast around."""
+    def read(self, images: Tensor) -> Features:
+        """Returns all features of uint8 images (B, 3, H, W), computed in float32 without autocast, as float64 on the CPU."""
         device = next(self.network.parameters()).device
         if images.dtype != torch.uint8:
             raise InputError(f"{self.name} takes uint8 images, got {images.dtype}")
-        self.refuse_size(*images.shape[-2:])
+        self.check_size(*images.shape[-2:])
         with torch.autocast(device.type, enabled=False):
-            seen = look(self.network, images.to(device))
-        spatial, logits = (None if part is None else part.cpu().double() for part in (seen.spatial, seen.logits))
-        return Reading(seen.features.cpu().double(), spatial, logits)  # on the CPU: some devices have no float64
+            found = compute_features(self.network, images.to(device))
+        spatial, logits = (None if part is None else part.cpu().double() for part in (found.spatial, found.logits))
+        return Features(found.features.cpu().double(), spatial, logits)  # on the CPU: some devices have no float64
 
-    def refuse_size(self, height: int, width: int) -> None:
-        """Raises InputError where the network takes images of another size in pixels."""
+    def check_size(self, height: int, width: int) -> None:
+        """Raises InputError if the network needs images of another size in pixels."""
         expected = getattr(self.network, "image_size", None)
         if expected and (height, width) != (expected, expected):
             raise InputError(f"{self.name} takes {expected}x{expected} images, got {width}x{height}; try extractor inception")
 
 
-def look(network: Any, images: Tensor) -> Reading:
-    """What a network gives: one that is nothing but a function gives its features."""
-    return Reading(*network.read(images)) if hasattr(network, "read") else Reading(network(images))
+def compute_features(network: Any, images: Tensor) -> Features:
+    """Returns the features of a network; one without the method `read` has pooled features only."""
+    return Features(*network.read(images)) if hasattr(network, "read") else Features(network(images))
 
 
 def load_extractor(name: str, inception_weights: str | Path | None = None) -> Extractor:
-    """The extractor of that name, on the CPU, in eval mode. `inception_weights` is for "inception" only."""
+    """Returns the extractor with this name, on the CPU, in eval mode. `inception_weights` is for "inception" only."""
     if name == INCEPTION:
         network, sha256 = load_inception(inception_weights)
         return Extractor(network, name, sha256)
@@ -84,7 +84,7 @@ def load_extractor(name: str, inception_weights: str | Path | None = None) -> Ex
 
 
 def load_embedded(folder: Path) -> Extractor:
-    """The ResNet of a folder that `benchmarks/train_extractor.py` wrote."""
+    """Returns the ResNet from a folder written by `benchmarks/train_extractor.py`."""
     record = json.loads((folder / "record.json").read_text())
     file = folder / "model.safetensors"
     network = ResNetExtractor(len(record["classes"]))

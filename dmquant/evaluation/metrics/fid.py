@@ -1,7 +1,7 @@
 """Frechet distance between the features of generated images and a reference. Heusel et al., 2017, eq. 6.
 
-It is named FID only in the features of the FID Inception network; in any other features it is `fd-<extractor>`. sFID is the
-same distance in spatial features, which know where things are (Nash et al., 2021): `sfid`, else `sfd-<extractor>`.
+It is named FID only with the features of the FID Inception network, otherwise `fd-<extractor>`. sFID is the
+same distance in features with positions (Nash et al., 2021): `sfid`, else `sfd-<extractor>`.
 """
 
 import math
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from dmquant.errors import DmquantError, InputError
-from dmquant.evaluation.metrics.base import Batch, Metric, given
+from dmquant.evaluation.metrics.base import Batch, Metric, require
 from dmquant.evaluation.metrics.reference_stats import Reference
 from dmquant.evaluation.metrics.running_moments import Moments
 
@@ -19,7 +19,7 @@ MIN_UNBIASED = 2048  # fewer images than feature dimensions leave the covariance
 
 
 class Frechet(Metric):
-    """Streams float64 sums of features and their products; memory does not grow with the number of images."""
+    """Accumulates float64 sums of features and their products; memory does not grow with the number of images."""
 
     needs_features = True
     reference_part = "mu"
@@ -27,26 +27,26 @@ class Frechet(Metric):
 
     def __init__(self, extractor_name: str, reference: Reference):
         self.key = self.name(extractor_name)
-        moments = self.pick_moments(reference)
-        # no metric here syncs by itself: of several processes the first sees everything, and the others wait elsewhere
-        network = Precomputed(len(moments.mu))
+        moments = self.reference_moments(reference)
+        # metrics are not synchronized: the first process gets the images of all processes
+        network = PrecomputedFeatures(len(moments.mu))
         self._distance = FrechetInceptionDistance(network, reset_real_features=False, sync_on_compute=False)
-        inject(self._distance, moments, reference.num_images)
+        set_reference(self._distance, moments, reference.num_images)
 
     @staticmethod
     def name(extractor_name: str) -> str:
         return distance_name(extractor_name)
 
     @staticmethod
-    def pick_moments(reference: Reference) -> Moments:
+    def reference_moments(reference: Reference) -> Moments:
         return Moments(reference.mu, reference.sigma)
 
     @staticmethod
-    def pick(batch: Batch) -> Tensor:
-        return given(batch.features)
+    def select(batch: Batch) -> Tensor:
+        return require(batch.features)
 
     def update(self, batch: Batch) -> None:
-        self._distance.update(self.pick(batch), real=False)
+        self._distance.update(self.select(batch), real=False)
 
     def compute(self) -> dict[str, float]:
         count = int(self._distance.fake_features_num_samples)
@@ -62,7 +62,7 @@ class Frechet(Metric):
 
 
 class SpatialFrechet(Frechet):
-    """The same, in features that keep their positions."""
+    """Frechet distance in spatial features."""
 
     reference_part = "spatial"
 
@@ -71,17 +71,17 @@ class SpatialFrechet(Frechet):
         return "s" + distance_name(extractor_name)
 
     @staticmethod
-    def pick_moments(reference: Reference) -> Moments:
-        assert reference.spatial is not None  # reference_part has seen to it
+    def reference_moments(reference: Reference) -> Moments:
+        assert reference.spatial is not None  # checked by reference_part
         return reference.spatial
 
     @staticmethod
-    def pick(batch: Batch) -> Tensor:
-        return given(batch.spatial)
+    def select(batch: Batch) -> Tensor:
+        return require(batch.spatial)
 
 
-class Precomputed(nn.Module):
-    """Stands where torchmetrics expects its network: the features were already computed, for all metrics at once."""
+class PrecomputedFeatures(nn.Module):
+    """Identity in place of torchmetrics' network, because features are computed once for all metrics."""
 
     def __init__(self, num_features: int):
         super().__init__()
@@ -92,12 +92,13 @@ class Precomputed(nn.Module):
 
 
 def distance_name(extractor_name: str) -> str:
+    """Returns "fid" for Inception features, "fd-<extractor>" for others."""
     return "fid" if extractor_name == "inception" else f"fd-{extractor_name}"
 
 
-def inject(distance: FrechetInceptionDistance, moments: Moments, num_images: int | None) -> None:
-    """Makes the sums of the real side those of the reference: sum = n mu, cov_sum = (n - 1) sigma + n mu mu^T."""
-    # any n >= 2 gives the same distance, so a file that does not say its n is read as n = 2
+def set_reference(distance: FrechetInceptionDistance, moments: Moments, num_images: int | None) -> None:
+    """Sets the real sums of a distance to those of the reference: sum = n mu, cov_sum = (n - 1) sigma + n mu mu^T."""
+    # the distance is the same for any n >= 2, so n = 2 is taken if the file does not store n
     count = max(num_images or 2, 2)
     distance.real_features_sum = moments.mu * count
     distance.real_features_cov_sum = moments.sigma * (count - 1) + count * moments.mu.outer(moments.mu)

@@ -1,6 +1,6 @@
 """Inception score: exp of the mean divergence of an image's class probabilities from their mean. Salimans et al., 2016.
 
-It says nothing about a reference. It is named IS with the Inception classifier only, else `cs-<extractor>`, classifier score.
+It needs no reference. It is named IS with the Inception classifier only, otherwise `cs-<extractor>`, classifier score.
 """
 
 import warnings
@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from torchmetrics.image.inception import InceptionScore
 
-from dmquant.evaluation.metrics.base import Batch, Metric, given
-from dmquant.evaluation.metrics.fid import Precomputed
+from dmquant.evaluation.metrics.base import Batch, Metric, require
+from dmquant.evaluation.metrics.fid import PrecomputedFeatures
 from dmquant.evaluation.metrics.reference_stats import Reference
 
-SPLIT_SIZE = 5000  # images of a split: ten splits of the papers' 50,000; fewer images are one split
+SPLIT_SIZE = 5000  # images per split: ten splits of the papers' 50,000; fewer than two splits are one
 
 
 class ClassifierScore(Metric):
-    """Mean over splits, filled from a fixed seed. Keeps the logits of all images."""
+    """Inception score as the mean over random splits, drawn with a fixed seed. Stores the logits of all images."""
 
     needs_features = True
     least = 2
@@ -27,15 +27,15 @@ class ClassifierScore(Metric):
         self._logits: list[Tensor] = []
 
     def update(self, batch: Batch) -> None:
-        self._logits.append(given(batch.logits))
+        self._logits.append(require(batch.logits))
 
     def compute(self) -> dict[str, float]:
         logits = torch.cat(self._logits)
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.filterwarnings("ignore", "Metric `InceptionScore` will save")
-            warnings.filterwarnings("ignore", "std\\(\\)")  # the deviation over splits, of which there may be one
+            warnings.filterwarnings("ignore", "std\\(\\)")  # the deviation over splits is undefined for one split
             torch.manual_seed(0)
             splits = max(1, len(logits) // SPLIT_SIZE)
-            score = InceptionScore(Precomputed(logits.shape[1]), splits=splits, sync_on_compute=False)
+            score = InceptionScore(PrecomputedFeatures(logits.shape[1]), splits=splits, sync_on_compute=False)
             score.update(logits)
             return {self.key: float(score.compute()[0])}

@@ -1,7 +1,7 @@
-"""Inception-v3 as FID uses it: the 2015 TensorFlow network, its resize, its weights under their pytorch-fid names.
+"""Inception-v3 for FID: the TensorFlow network of 2015 with its resize; parameters have the names of pytorch-fid.
 
-Architecture: Szegedy et al., 2016. FID's copy differs from the paper's: average pools leave the padding out of the
-mean, and the last block pools by maximum.
+Architecture: Szegedy et al., 2016. FID's network differs from the paper: average pools exclude the padding from the
+mean, and the last block has a maximum pool.
 """
 
 from typing import NamedTuple
@@ -26,7 +26,7 @@ class Layer(NamedTuple):
     stride: int = 1
 
 
-Branch = list[tuple[Layer, ...]]  # stages in sequence; the layers of one stage run side by side
+Branch = list[tuple[Layer, ...]]  # stages in sequence; the layers of one stage run in parallel
 
 
 class ConvNorm(nn.Module):
@@ -42,7 +42,7 @@ class ConvNorm(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Paths side by side and a pool, concatenated; `projection` is the width of the 1x1 convolution after the pool."""
+    """Concatenates parallel paths and a pool; `projection` is the width of the 1x1 convolution after the pool."""
 
     def __init__(self, inputs: int, paths: list[Branch], pool: nn.Module, projection: int | None):
         super().__init__()
@@ -68,7 +68,7 @@ class Mixed(nn.Module):
 
 
 class InceptionV3(nn.Module):
-    """uint8 images (B, 3, H, W) of any size -> pool3 features (B, 2048)."""
+    """Maps uint8 images (B, 3, H, W) of any size to pool3 features (B, 2048)."""
 
     num_features = 2048
     num_spatial = SPATIAL_CHANNELS * 17 * 17
@@ -93,14 +93,14 @@ class InceptionV3(nn.Module):
         self.Mixed_7a = reduction_8(768)
         self.Mixed_7b = block_8(1280, average_pool())
         self.Mixed_7c = block_8(2048, nn.MaxPool2d(3, 1, 1))
-        # its bias is a part of the weights file, which is loaded strictly; the Inception score is taken without it
+        # its bias is in the weights file, which is loaded strictly, but the Inception score does not use it
         self.fc = nn.Linear(self.num_features, NUM_CLASSES)
 
     def read(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of uint8 images: pool3 features (B, 2048), sFID's spatial features (B, 2023), logits (B, 1008).
+        """Returns pool3 features (B, 2048), spatial features for sFID (B, 2023) and logits (B, 1008) of uint8 images.
 
-        Spatial features are ordered by row, column, channel as in ADM's reference files. Logits are without the bias, as
-        the Inception score has been computed since Salimans et al. (2016).
+        Spatial features are ordered by row, column, channel as in ADM's reference files. Logits have no bias, as in the
+        Inception score of Salimans et al. (2016).
         """
         x = (resize_tf1(images.float(), INPUT_SIZE) - 128) / 128
         for name, layer in self.named_children():
@@ -115,9 +115,9 @@ class InceptionV3(nn.Module):
 
 
 def resize_tf1(x: Tensor, size: int) -> Tensor:
-    """Bilinear resize of (B, C, H, W) to (B, C, size, size) as TensorFlow 1 did: source = target * in / out.
+    """Resizes (B, C, H, W) bilinearly to (B, C, size, size) as TensorFlow 1 does: source = target * in / out.
 
-    No half-pixel centres and no antialiasing, unlike `torch.nn.functional.interpolate`.
+    Unlike `torch.nn.functional.interpolate`, it has no half-pixel centres.
     """
     for dim in (-1, -2):
         length = x.shape[dim]
@@ -133,35 +133,35 @@ def average_pool() -> nn.Module:
     return nn.AvgPool2d(3, 1, 1, count_include_pad=False)
 
 
-def chain(*layers: Layer) -> Branch:
+def in_sequence(*layers: Layer) -> Branch:
     return [(layer,) for layer in layers]
 
 
 def block_35(inputs: int, projection: int) -> Mixed:
-    """35x35 maps: 1x1, 5x5 and two 3x3 in a row."""
+    """Block for 35x35 maps: paths with 1x1, 5x5 and two 3x3 convolutions."""
     paths = [
-        chain(Layer("branch1x1", 64, 1)),
-        chain(Layer("branch5x5_1", 48, 1), Layer("branch5x5_2", 64, 5)),
-        chain(Layer("branch3x3dbl_1", 64, 1), Layer("branch3x3dbl_2", 96, 3), Layer("branch3x3dbl_3", 96, 3)),
+        in_sequence(Layer("branch1x1", 64, 1)),
+        in_sequence(Layer("branch5x5_1", 48, 1), Layer("branch5x5_2", 64, 5)),
+        in_sequence(Layer("branch3x3dbl_1", 64, 1), Layer("branch3x3dbl_2", 96, 3), Layer("branch3x3dbl_3", 96, 3)),
     ]
     return Mixed(inputs, paths, average_pool(), projection)
 
 
 def reduction_17(inputs: int) -> Mixed:
-    """35x35 -> 17x17."""
+    """Block that reduces 35x35 maps to 17x17."""
     paths = [
-        chain(Layer("branch3x3", 384, 3, 2)),
-        chain(Layer("branch3x3dbl_1", 64, 1), Layer("branch3x3dbl_2", 96, 3), Layer("branch3x3dbl_3", 96, 3, 2)),
+        in_sequence(Layer("branch3x3", 384, 3, 2)),
+        in_sequence(Layer("branch3x3dbl_1", 64, 1), Layer("branch3x3dbl_2", 96, 3), Layer("branch3x3dbl_3", 96, 3, 2)),
     ]
     return Mixed(inputs, paths, nn.MaxPool2d(3, 2), None)
 
 
 def block_17(inputs: int, width: int) -> Mixed:
-    """17x17 maps: 7x7 kernels as 1x7 and 7x1, once and twice."""
+    """Block for 17x17 maps: paths with one and two 7x7 convolutions, each factored into 1x7 and 7x1."""
     paths = [
-        chain(Layer("branch1x1", 192, 1)),
-        chain(Layer("branch7x7_1", width, 1), Layer("branch7x7_2", width, (1, 7)), Layer("branch7x7_3", 192, (7, 1))),
-        chain(
+        in_sequence(Layer("branch1x1", 192, 1)),
+        in_sequence(Layer("branch7x7_1", width, 1), Layer("branch7x7_2", width, (1, 7)), Layer("branch7x7_3", 192, (7, 1))),
+        in_sequence(
             Layer("branch7x7dbl_1", width, 1), Layer("branch7x7dbl_2", width, (7, 1)), Layer("branch7x7dbl_3", width, (1, 7)),
             Layer("branch7x7dbl_4", width, (7, 1)), Layer("branch7x7dbl_5", 192, (1, 7)),
         ),
@@ -170,10 +170,10 @@ def block_17(inputs: int, width: int) -> Mixed:
 
 
 def reduction_8(inputs: int) -> Mixed:
-    """17x17 -> 8x8."""
+    """Block that reduces 17x17 maps to 8x8."""
     paths = [
-        chain(Layer("branch3x3_1", 192, 1), Layer("branch3x3_2", 320, 3, 2)),
-        chain(
+        in_sequence(Layer("branch3x3_1", 192, 1), Layer("branch3x3_2", 320, 3, 2)),
+        in_sequence(
             Layer("branch7x7x3_1", 192, 1), Layer("branch7x7x3_2", 192, (1, 7)), Layer("branch7x7x3_3", 192, (7, 1)),
             Layer("branch7x7x3_4", 192, 3, 2),
         ),
@@ -182,12 +182,12 @@ def reduction_8(inputs: int) -> Mixed:
 
 
 def block_8(inputs: int, pool: nn.Module) -> Mixed:
-    """8x8 maps: the last 3x3 of a path splits into 1x3 and 3x1."""
+    """Block for 8x8 maps: the last 3x3 convolution of a path is split into parallel 1x3 and 3x1."""
     paths = [
-        chain(Layer("branch1x1", 320, 1)),
-        [*chain(Layer("branch3x3_1", 384, 1)), (Layer("branch3x3_2a", 384, (1, 3)), Layer("branch3x3_2b", 384, (3, 1)))],
+        in_sequence(Layer("branch1x1", 320, 1)),
+        [*in_sequence(Layer("branch3x3_1", 384, 1)), (Layer("branch3x3_2a", 384, (1, 3)), Layer("branch3x3_2b", 384, (3, 1)))],
         [
-            *chain(Layer("branch3x3dbl_1", 448, 1), Layer("branch3x3dbl_2", 384, 3)),
+            *in_sequence(Layer("branch3x3dbl_1", 448, 1), Layer("branch3x3dbl_2", 384, 3)),
             (Layer("branch3x3dbl_3a", 384, (1, 3)), Layer("branch3x3dbl_3b", 384, (3, 1))),
         ],
     ]

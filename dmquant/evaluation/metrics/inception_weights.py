@@ -1,6 +1,6 @@
-"""The weights of the FID Inception network: where they are looked for, how they are checked, how they are fetched.
+"""Finds, checks and downloads the weights of the FID Inception network.
 
-Nothing is downloaded unless `fetch_inception` is called.
+They are downloaded by `fetch_inception` only.
 """
 
 import hashlib
@@ -19,16 +19,16 @@ from dmquant.errors import DamagedFile, MissingResource
 from dmquant.evaluation.metrics.inception_v3 import InceptionV3
 
 FILE_NAME = "pt_inception-2015-12-05-6726825d.pth"
-OTHER_NAME = "weights-inception-2015-12-05-6726825d.pth"  # the same file, as torch-fidelity names it
+OTHER_NAME = "weights-inception-2015-12-05-6726825d.pth"  # name of the same file in torch-fidelity
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE_NAME}"
 SHA256_PREFIX = "6726825d"
 VARIABLE = "DMQUANT_INCEPTION_WEIGHTS"
 
 
 def load_inception(path: str | Path | None = None, *, sha256_prefix: str = SHA256_PREFIX) -> tuple[InceptionV3, str]:
-    """The network in eval mode and the SHA-256 of the file it came from.
+    """Returns the network in eval mode, and the SHA-256 of its file.
 
-    A `.pth` must carry the published hash; a `.safetensors` conversion is accepted for its names and shapes.
+    A `.pth` must have the published hash. A `.safetensors` conversion is accepted if its names and shapes are right.
     """
     file = find_inception(path)
     sha256 = hash_file(file)
@@ -44,18 +44,18 @@ def load_inception(path: str | Path | None = None, *, sha256_prefix: str = SHA25
 
 
 def find_inception(path: str | Path | None = None) -> Path:
-    """The weights file: the path given, $DMQUANT_INCEPTION_WEIGHTS, or the first one in the caches."""
+    """Returns the weights file: the given path, $DMQUANT_INCEPTION_WEIGHTS, or the first one in the caches."""
     named = path or os.environ.get(VARIABLE)
     if named and not Path(named).is_file():
         raise MissingResource(f"{named} does not exist; {_advice()}")
-    found = [file for file in ([Path(named)] if named else cached_places()) if file.is_file()]
+    found = [file for file in ([Path(named)] if named else cache_paths()) if file.is_file()]
     if not found:
         raise MissingResource(f"the Inception weights are not on this machine; {_advice()}")
     return found[0]
 
 
-def cached_places() -> list[Path]:
-    """Where a cached file is looked for, in this order: the cache of torch.hub, then ours."""
+def cache_paths() -> list[Path]:
+    """Returns the paths of cached files in order of priority: the cache of torch.hub, then ours."""
     hub = Path(torch.hub.get_dir()) / "checkpoints"
     # the folder that cached_assets_path names; the function itself would create it
     own = Path(constants.HF_ASSETS_CACHE).expanduser() / "dmquant" / "default" / "inception"
@@ -63,7 +63,7 @@ def cached_places() -> list[Path]:
 
 
 def fetch_inception(*, url: str = URL, sha256_prefix: str = SHA256_PREFIX) -> Path:
-    """Downloads the weights into our cache, checks their hash, and returns the file; 91 MiB."""
+    """Downloads the weights (91 MiB) into our cache, checks their hash, and returns the file."""
     target = cached_assets_path("dmquant", subfolder="inception") / FILE_NAME
     try:
         torch.hub.download_url_to_file(url, str(target), hash_prefix=sha256_prefix, progress=False)
@@ -75,6 +75,7 @@ def fetch_inception(*, url: str = URL, sha256_prefix: str = SHA256_PREFIX) -> Pa
 
 
 def hash_file(path: Path) -> str:
+    """Returns the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -88,6 +89,6 @@ def _read(file: Path) -> dict[str, Tensor]:
 
 def _advice() -> str:
     return (
-        f"download {URL} (file {FILE_NAME}, SHA-256 {SHA256_PREFIX}...) to {cached_places()[0].parent}, "
+        f"download {URL} (file {FILE_NAME}, SHA-256 {SHA256_PREFIX}...) to {cache_paths()[0].parent}, "
         f"or run 'dmquant fetch inception', or name the file by --inception-weights or ${VARIABLE}"
     )

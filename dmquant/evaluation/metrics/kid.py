@@ -1,6 +1,6 @@
 """KID: squared maximum mean discrepancy between two sets of features, kernel (x.y / D + 1)^3. Binkowski et al., 2018.
 
-Unlike FID it is unbiased at any number of images. It is named KID in Inception features only, else `kd-<extractor>`.
+Unlike FID it is unbiased for any number of images. It is named KID with Inception features only, otherwise `kd-<extractor>`.
 """
 
 import warnings
@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from dmquant.evaluation.metrics.base import Batch, Metric, given
-from dmquant.evaluation.metrics.fid import Precomputed
+from dmquant.evaluation.metrics.base import Batch, Metric, require
+from dmquant.evaluation.metrics.fid import PrecomputedFeatures
 from dmquant.evaluation.metrics.reference_stats import Reference
 
 SUBSETS = 100
-SUBSET_SIZE = 1000  # images of each side in a subset, where there are as many
+SUBSET_SIZE = 1000  # images per set in a subset, if there are as many
 
 
 class Kid(Metric):
-    """Mean over random subsets, drawn from a fixed seed. Keeps the features of all images."""
+    """KID as the mean over random subsets, drawn with a fixed seed. Stores the features of all images."""
 
     needs_features = True
     reference_part = "features"
@@ -26,11 +26,11 @@ class Kid(Metric):
 
     def __init__(self, extractor_name: str, reference: Reference):
         self.key = "kid" if extractor_name == "inception" else f"kd-{extractor_name}"
-        self._real = given(reference.features).double()
+        self._real = require(reference.features).double()
         self._fake: list[Tensor] = []
 
     def update(self, batch: Batch) -> None:
-        self._fake.append(given(batch.features).float())  # float32 is what the network computed
+        self._fake.append(require(batch.features).float())  # the network computes in float32
 
     def compute(self) -> dict[str, float]:
         fake = torch.cat(self._fake).double()
@@ -38,7 +38,7 @@ class Kid(Metric):
             warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance` will save")
             torch.manual_seed(0)
             size = min(SUBSET_SIZE, len(self._real), len(fake))
-            network = Precomputed(fake.shape[1])
+            network = PrecomputedFeatures(fake.shape[1])
             distance = KernelInceptionDistance(network, subsets=SUBSETS, subset_size=size, sync_on_compute=False)
             distance.update(self._real, real=True)
             distance.update(fake, real=False)

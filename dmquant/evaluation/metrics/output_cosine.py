@@ -1,7 +1,7 @@
-"""How near the denoiser's answers stay to the float model's, timestep by timestep, when both are asked the same.
+"""Cosine between the outputs of the denoiser and of the float model, by timestep.
 
-The questions are those of the float model's own trajectories, so that a step is not blamed for the errors of the steps
-before it; what those add up to is what PSNR and SSIM see.
+Both get the inputs of the float model's own trajectories, so that a timestep is not affected by the errors of the timesteps
+before it. The accumulated error is measured by PSNR and SSIM.
 """
 
 import inspect
@@ -21,51 +21,52 @@ NAME = "cosine"
 
 
 @torch.no_grad()
-def measure_agreement(
+def measure_output_cosine(
     target: Target, base: Target, seeds: Sequence[int], plan: SamplingPlan, *, track: Track = plain
 ) -> dict[float, float]:
-    """Timestep -> cosine between the two denoisers' answers, mean over the trajectories of the seeds, latest noise first."""
-    witness = Witness(target.denoiser)
-    hook = base.denoiser.register_forward_hook(witness.note, with_kwargs=True)
+    """Returns, by timestep, the mean cosine between both denoisers' outputs over the seeds; highest timestep first."""
+    comparison = OutputComparison(target.denoiser)
+    hook = base.denoiser.register_forward_hook(comparison.compare, with_kwargs=True)
     try:
         for _ in generate(base.pipeline, seeds, plan, track=track):
-            pass  # the hook listens
+            pass  # the hook compares the outputs
     finally:
         hook.remove()
-    return witness.means()
+    return comparison.means()
 
 
-class Witness:
-    """A forward hook on one denoiser that puts every question to another one too."""
+class OutputComparison:
+    """A forward hook on one denoiser that calls another one with the same inputs, and records the cosines."""
 
     def __init__(self, other: nn.Module):
-        self._other, self._is_asking = other, False
+        self._other, self._is_calling = other, False
         self._cosines: dict[float, list[Tensor]] = defaultdict(list)
 
-    def note(self, denoiser: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        if self._is_asking:  # a model that is compared with itself
+    def compare(self, denoiser: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        if self._is_calling:  # a call by this hook: a model is compared with itself
             return
         arguments = inspect.signature(denoiser.forward).bind_partial(*args, **kwargs).arguments
-        answer, other = _tensor(output), self._ask(args, kwargs)
-        cosines = measure_cosine(answer, other)
-        timesteps = torch.as_tensor(arguments[find_timestep_name(arguments)]).reshape(-1).expand(len(answer))
+        output, other = _tensor(output), self._call_other(args, kwargs)
+        cosines = cosine_of(output, other)
+        timesteps = torch.as_tensor(arguments[find_timestep_name(arguments)]).reshape(-1).expand(len(output))
         for timestep, cosine in zip(timesteps.tolist(), cosines, strict=True):
             self._cosines[float(timestep)].append(cosine)
 
-    def _ask(self, args: tuple, kwargs: dict) -> Tensor:
-        self._is_asking = True
+    def _call_other(self, args: tuple, kwargs: dict) -> Tensor:
+        self._is_calling = True
         try:
             return _tensor(self._other(*args, **kwargs))
         finally:
-            self._is_asking = False
+            self._is_calling = False
 
     def means(self) -> dict[float, float]:
+        """Returns the mean cosine by timestep, highest timestep first."""
         return {timestep: torch.stack(self._cosines[timestep]).mean().item() for timestep in sorted(self._cosines, reverse=True)}
 
 
-def measure_cosine(answers: Tensor, others: Tensor) -> Tensor:
-    """Cosine of the angle between two answers (B, ...), float64 (B,) on the CPU."""
-    left, right = (answer.flatten(1).cpu().double() for answer in (answers, others))
+def cosine_of(outputs: Tensor, others: Tensor) -> Tensor:
+    """Returns the cosines between outputs (B, ...) of two denoisers, float64 (B,) on the CPU."""
+    left, right = (output.flatten(1).cpu().double() for output in (outputs, others))
     return nn.functional.cosine_similarity(left, right, dim=1)
 
 

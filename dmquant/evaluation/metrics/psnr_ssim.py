@@ -1,19 +1,19 @@
-"""How near the images stay to those that the float model draws from the same seeds."""
+"""PSNR and SSIM between generated images and those of the float model for the same seeds."""
 
 import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
 from dmquant.errors import InputError
-from dmquant.evaluation.metrics.base import Batch, Metric, given
+from dmquant.evaluation.metrics.base import Batch, Metric, require
 
 PEAK = 255
 WINDOW, SIGMA = 11, 1.5  # pixels
-CAP = 100.0  # dB given to images without any difference, so that a report stays finite
+CAP = 100.0  # dB of identical images, so that reports have finite values
 
 
 class Psnr(Metric):
-    """Mean over image pairs of the peak signal-to-noise ratio in dB, peak 255, at most 100 dB a pair."""
+    """Mean over image pairs of the peak signal-to-noise ratio in dB, peak 255, at most 100 dB per pair."""
 
     needs_float_images = True
 
@@ -22,13 +22,13 @@ class Psnr(Metric):
         self._count = 0
 
     def update(self, batch: Batch) -> None:
-        others = given(batch.float_images)
+        others = require(batch.float_images)
         self._sum += psnr(batch.images[: len(others)], others).sum().item()
         self._count += len(others)
 
     def compute(self) -> dict[str, float]:
         if not self._count:
-            raise InputError("psnr saw no pair of images; give the float pipeline to compare with")
+            raise InputError("psnr has no pair of images; give the float pipeline to compare with")
         return {"psnr": self._sum / self._count}
 
 
@@ -43,41 +43,42 @@ class Ssim(Metric):
         self._count = 0
 
     def update(self, batch: Batch) -> None:
-        others = given(batch.float_images)
+        others = require(batch.float_images)
         if len(others):
             self._sum += ssim(batch.images[: len(others)], others).sum().item()
             self._count += len(others)
 
     def compute(self) -> dict[str, float]:
         if not self._count:
-            raise InputError("ssim saw no pair of images; give the float pipeline to compare with")
+            raise InputError("ssim has no pair of images; give the float pipeline to compare with")
         return {"ssim": self._sum / self._count}
 
 
 def psnr(images: Tensor, others: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each pair in dB, float64 (B,), of uint8 images (B, 3, H, W)."""
+    """Returns the peak signal-to-noise ratio in dB, float64 (B,), of each pair of uint8 images (B, 3, H, W)."""
     error = (images.double() - others.to(images.device).double()).square().mean((1, 2, 3))
     return (10 * (255**2 / error).log10()).clamp(max=CAP)
 
 
 def ssim(images: Tensor, others: Tensor) -> Tensor:
-    """Structural similarity of each pair, float64 (B,), of uint8 images (B, 3, H, W): mean over colours and positions.
+    """Returns the structural similarity, float64 (B,), of each pair of uint8 images (B, 3, H, W).
 
-    Only positions where the whole window lies inside the image count, as in the authors' code; torchmetrics mirrors the edges.
+    It is the mean over colours and over positions whose window lies inside the image, as in the authors' code; torchmetrics pads
+    the image by reflection.
     """
     if min(images.shape[-2:]) < WINDOW:
         raise InputError(f"ssim needs images of at least {WINDOW}x{WINDOW} pixels, got {images.shape[-1]}x{images.shape[-2]}")
     x, y = images.double(), others.to(images.device).double()
     mean_x, mean_y = blur(x), blur(y)
-    spread = blur(x * x) - mean_x**2 + blur(y * y) - mean_y**2
-    shared = blur(x * y) - mean_x * mean_y
+    variance = blur(x * x) - mean_x**2 + blur(y * y) - mean_y**2
+    covariance = blur(x * y) - mean_x * mean_y
     c1, c2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2
-    similarity = (2 * mean_x * mean_y + c1) * (2 * shared + c2) / ((mean_x**2 + mean_y**2 + c1) * (spread + c2))
+    similarity = (2 * mean_x * mean_y + c1) * (2 * covariance + c2) / ((mean_x**2 + mean_y**2 + c1) * (variance + c2))
     return similarity.mean((1, 2, 3))
 
 
 def blur(x: Tensor) -> Tensor:
-    """Gaussian mean around each position (B, C, H, W) whose window lies inside: (B, C, H - 10, W - 10)."""
+    """Returns the Gaussian-weighted means (B, C, H - 10, W - 10) of all windows inside x (B, C, H, W)."""
     line = torch.exp(-(torch.arange(WINDOW, dtype=x.dtype, device=x.device) - WINDOW // 2) ** 2 / (2 * SIGMA**2))
     line, channels = line / line.sum(), x.shape[1]
     for shape in ((1, 1, -1, 1), (1, 1, 1, -1)):

@@ -1,9 +1,8 @@
-"""References: what is known of the images that generated ones are compared with, as an extractor sees them.
+"""Reference statistics: features of an image set that generated images are compared with.
 
-Mean and covariance of the features serve FID, those of spatial features sFID, and the features themselves KID, precision and
-recall; of a large set some thousand features are kept, evenly over its files. References come by the name of a built-in set,
-from an npz (ours, pytorch-fid, clean-fid, EDM, ADM), or are computed from an image folder or zip. Foreign files are checked by
-their headers before anything is decompressed.
+FID uses mean and covariance of the features, sFID those of spatial features, and KID, precision and recall the features
+themselves, of which 10,000 are kept, spaced evenly over the set. A reference is a built-in set, an npz (ours, pytorch-fid,
+clean-fid, EDM, ADM), or computed from an image folder or zip. Headers of files are checked before data are decompressed.
 """
 
 import hashlib
@@ -28,15 +27,15 @@ from dmquant.errors import DamagedFile, InputError
 from dmquant.evaluation.metrics.feature_extractor import Extractor
 from dmquant.evaluation.metrics.inception_weights import hash_file
 from dmquant.evaluation.metrics.npz import open_archive, read_array, read_header, stream_images
-from dmquant.evaluation.metrics.running_moments import Moments, Sums
+from dmquant.evaluation.metrics.running_moments import Moments, RunningMoments
 from dmquant.progress import Track, plain
 
 FOLDER = ASSETS / "reference"
-MORE = "more"  # a folder in FOLDER with what the built-in statistics have beyond mean and covariance
+MORE = "more"  # subfolder with the spatial statistics and features of the built-in references
 DEFAULT = "cifar10-train"
 MAX_META_BYTES = 2**16
-ASYMMETRY = 1e-5  # relative to the largest entry: what float32 leaves
-KEPT = 10_000  # features of a set, as many images as ADM's reference files hold
+MAX_ASYMMETRY = 1e-5  # relative to the largest entry: float32 rounding
+NUM_KEPT = 10_000  # number of stored features, as many as images in ADM's reference files
 MAX_KEPT = 200_000
 PARTS = {"spatial": "spatial statistics (mu_s, sigma_s)", "features": "features"}
 
@@ -48,24 +47,29 @@ class Reference:
     name: str
     mu: Tensor  # float64 (D,)
     sigma: Tensor  # float64 (D, D), divisor n - 1
-    num_images: int | None  # None: the file does not say
-    sha256: str  # of the file, or of the pixels where the statistics were computed here
-    spatial: Moments | None = None  # of the extractor's spatial features; None where it has none or the file lacks them
-    features: Tensor | None = None  # float16 (K, D), of at most KEPT images evenly over the set; None: the file has none
+    num_images: int | None  # None: not stored in the file
+    sha256: str  # of the file, or of the pixels if the statistics were computed here
+    spatial: Moments | None = None  # of spatial features; None if the extractor or the file has none
+    features: Tensor | None = None  # float16 (K, D), of at most NUM_KEPT images spaced evenly; None if the file has none
 
     def require(self, part: str) -> None:
-        """Raises InputError where the part ("mu", "spatial", "features") is not there."""
+        """Raises InputError if the part ("mu", "spatial", "features") is missing."""
         if getattr(self, part) is None:
-            way_out = "make one that has: dmquant reference IMAGES -o stats.npz"
-            raise InputError(f"reference {self.name} has no {PARTS[part]}; {way_out}")
+            hint = "make one that has: dmquant reference IMAGES -o stats.npz"
+            raise InputError(f"reference {self.name} has no {PARTS[part]}; {hint}")
 
 
 def open_reference(
     source: str | Path | None, extractor: Extractor, *, size: int | None = None, parts: Sequence[str] = (), track: Track = plain
 ) -> Reference:
-    """The reference that `source` names; None is the built-in default. `size` is the side to bring images to.
+    """Returns the reference `source`: a built-in name, an npz, or images; None is the built-in default.
 
-    Raises InputError where it lacks one of the `parts` ("mu", "spatial", "features").
+    Args:
+        size: Side in pixels to which images are resized.
+        parts: Parts that the reference must have: "mu", "spatial", "features".
+
+    Raises:
+        InputError: There is no such reference, or it lacks one of the parts.
     """
     found = _find_reference(source, extractor, size, track)
     if "features" in parts and found.features is None and source is not None and Path(source).suffix == ".npz":
@@ -81,7 +85,8 @@ def _find_reference(source: str | Path | None, extractor: Extractor, size: int |
     source = DEFAULT if source is None else source
     built_in = FOLDER / f"{source}.{extractor.name}.npz"
     if str(source) in built_in_names() and built_in.is_file():
-        return _add_more(read_reference(built_in, extractor, name=str(source)), FOLDER / MORE / built_in.name, extractor)
+        reference = read_reference(built_in, extractor, name=str(source))
+        return _add_optional_parts(reference, FOLDER / MORE / built_in.name, extractor)
     path = Path(source)
     if not path.exists():
         raise InputError(f"no reference {str(source)!r} for {extractor.name}; {_known(extractor)}, or give an npz or images")
@@ -93,6 +98,7 @@ def _find_reference(source: str | Path | None, extractor: Extractor, size: int |
 
 
 def built_in_names() -> set[str]:
+    """Returns the names of the built-in references."""
     return {file.name.split(".")[0] for file in FOLDER.glob("*.npz")}
 
 
@@ -104,30 +110,31 @@ def _known(extractor: Extractor) -> str:
 @torch.no_grad()
 def compute_reference(
     files: Sequence[ImageFile], extractor: Extractor, *, name: str, size: int | None = None, batch: int = 100,
-    kept: int = KEPT, track: Track = plain,
+    kept: int = NUM_KEPT, track: Track = plain,
 ) -> Reference:
-    """Statistics of image files, streamed; `size` brings every image to size x size first."""
-    digest, pooled, spatial, features = hashlib.sha256(), Sums(), Sums(), list[Tensor]()
-    chosen = set(spread(len(files), kept))
+    """Computes the statistics of image files, read in batches. With `size`, images are resized to size x size first."""
+    digest, pooled, spatial, features = hashlib.sha256(), RunningMoments(), RunningMoments(), list[Tensor]()
+    chosen = set(spaced_indices(len(files), kept))
     pixels = (image for _, image in track(read_images(files, size=size), f"reference {name}"))
     for images in _stack(pixels, batch, digest):
-        seen = extractor.read(images)
+        found = extractor.read(images)
         rows = [row for row in range(len(images)) if pooled.count + row in chosen]
-        features.append(seen.features[rows].half())
-        pooled.add(seen.features)
-        if seen.spatial is not None:
-            spatial.add(seen.spatial)
+        features.append(found.features[rows].half())
+        pooled.add(found.features)
+        if found.spatial is not None:
+            spatial.add(found.spatial)
     mu, sigma = pooled.moments()
-    in_space = spatial.moments() if spatial.count else None
-    return Reference(name, mu, sigma, pooled.count, digest.hexdigest(), in_space, torch.cat(features))
+    spatial_moments = spatial.moments() if spatial.count else None
+    return Reference(name, mu, sigma, pooled.count, digest.hexdigest(), spatial_moments, torch.cat(features))
 
 
-def spread(count: int, most: int) -> list[int]:
-    """At most so many of `count` indices, evenly."""
+def spaced_indices(count: int, most: int) -> list[int]:
+    """Returns at most `most` evenly spaced indices below `count`."""
     return np.linspace(0, count - 1, min(most, count)).round().astype(int).tolist()
 
 
 def _stack(pixels: Iterator[Tensor], batch: int, digest: "hashlib._Hash") -> Iterator[Tensor]:
+    """Yields batches of images, and adds their pixels to the digest. Raises InputError if sizes differ."""
     while images := list(islice(pixels, batch)):
         sizes = {tuple(image.shape[-2:]) for image in images}
         if len(sizes) > 1:
@@ -140,7 +147,7 @@ def _stack(pixels: Iterator[Tensor], batch: int, digest: "hashlib._Hash") -> Ite
 def save_reference(
     reference: Reference, extractor: Extractor, path: Path, *, size: int | None = None, parts: Sequence[str] = ("mu", *PARTS)
 ) -> None:
-    """Writes mu, sigma, what else there is, n and a JSON meta string; tools that read mu and sigma can use the file."""
+    """Writes the given parts, n and a JSON meta string to an npz. Other tools can read its `mu` and `sigma`."""
     meta = {
         "extractor": extractor.name, "extractor_sha256": extractor.sha256, "source": reference.name,
         "source_sha256": reference.sha256, "resize": f"bicubic to {size}, centre crop" if size else "none",
@@ -155,11 +162,11 @@ def save_reference(
     if reference.num_images is not None:
         values["n"] = np.int64(reference.num_images)
     np.savez(content, **values, meta=np.array(json.dumps(meta, sort_keys=True)))
-    _write_whole(path, content.getvalue())
+    _write_atomically(path, content.getvalue())
 
 
-def _write_whole(path: Path, content: bytes) -> None:
-    """All or nothing."""
+def _write_atomically(path: Path, content: bytes) -> None:
+    """Replaces a file atomically."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("xb") as file:
@@ -172,7 +179,10 @@ def _write_whole(path: Path, content: bytes) -> None:
 
 
 def read_reference(path: Path, extractor: Extractor, *, name: str | None = None) -> Reference:
-    """The statistics of an npz with `mu` and `sigma`; checked for the extractor's width, symmetry and finiteness."""
+    """Returns the statistics of an npz with `mu` and `sigma`.
+
+    Raises InputError or DamagedFile if shapes do not fit the extractor, or values are not finite or symmetric.
+    """
     with open_archive(path) as archive:
         _check_meta(path, archive, extractor)
         moments = _read_moments(path, archive, ("mu", "sigma"), extractor.network.num_features)
@@ -183,8 +193,8 @@ def read_reference(path: Path, extractor: Extractor, *, name: str | None = None)
     return Reference(name or path.name, *moments, count, hash_file(path), spatial, features)
 
 
-def _add_more(reference: Reference, path: Path, extractor: Extractor) -> Reference:
-    """A built-in reference with what the file beside it holds."""
+def _add_optional_parts(reference: Reference, path: Path, extractor: Extractor) -> Reference:
+    """Returns a built-in reference with the spatial statistics and features of a second file, if it exists."""
     if not path.is_file():
         return reference
     with open_archive(path) as archive:
@@ -201,14 +211,14 @@ def _read_moments(path: Path, archive: zipfile.ZipFile, keys: tuple[str, str], w
 
 
 def _read_spatial(path: Path, archive: zipfile.ZipFile, extractor: Extractor) -> Moments | None:
-    """sFID's statistics under ADM's names, where the file has them and the extractor such features."""
+    """Returns the spatial statistics, under ADM's names; None if the file or the extractor has none."""
     width = getattr(extractor.network, "num_spatial", None)
     is_there = {"mu_s.npy", "sigma_s.npy"} <= set(archive.namelist())
     return _read_moments(path, archive, ("mu_s", "sigma_s"), width) if width and is_there else None
 
 
 def _read_features(path: Path, archive: zipfile.ZipFile, extractor: Extractor) -> Tensor | None:
-    """Features (K, D) under our name or clean-fid's."""
+    """Returns features (K, D), under our name or clean-fid's; None if there are none."""
     key = next((key for key in ("features", "feats") if f"{key}.npy" in archive.namelist()), None)
     if key is None:
         return None
@@ -224,17 +234,17 @@ def _read_features(path: Path, archive: zipfile.ZipFile, extractor: Extractor) -
 
 
 def _read_image_features(path: Path, extractor: Extractor, track: Track) -> Tensor | None:
-    """Features of the images that ADM's files hold in `arr_0`; of some of them where they are many."""
+    """Returns features of at most NUM_KEPT of the images that ADM's files store in `arr_0`; None if there are none."""
     with open_archive(path) as archive:
         if "arr_0.npy" not in archive.namelist():
             return None
         batches = track(stream_images(path, archive, "arr_0", most=MAX_KEPT), f"features of {path.name}")
         features = torch.cat([extractor.features(images) for images in batches])
-    return features[spread(len(features), KEPT)].half()
+    return features[spaced_indices(len(features), NUM_KEPT)].half()
 
 
 def _check_meta(path: Path, archive: zipfile.ZipFile, extractor: Extractor) -> None:
-    """Refuses our own statistics when they were made by another extractor; other tools' files have no meta."""
+    """Raises InputError if our own file was made with another extractor. Files of other tools have no meta string."""
     if "meta.npy" not in archive.namelist():
         return
     with archive.open("meta.npy") as member:
@@ -252,5 +262,5 @@ def _check_meta(path: Path, archive: zipfile.ZipFile, extractor: Extractor) -> N
 def _check_moments(path: Path, mu: np.ndarray, sigma: np.ndarray, key: str) -> None:
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise DamagedFile(f"{path} holds values that are not finite")
-    if np.abs(sigma - sigma.T).max() > ASYMMETRY * np.abs(sigma).max() or (sigma.diagonal() < 0).any():
+    if np.abs(sigma - sigma.T).max() > MAX_ASYMMETRY * np.abs(sigma).max() or (sigma.diagonal() < 0).any():
         raise DamagedFile(f"{path}: {key} is not symmetric with a positive diagonal: not a covariance")

@@ -1,4 +1,4 @@
-"""The metrics by name: which there are, what each needs, and what of the settings none of them would look at."""
+"""Registry of the metrics by name, and checks of a selection of them."""
 
 import difflib
 from collections.abc import Sequence
@@ -23,17 +23,18 @@ DEFAULT, DEFAULT_PAIRED = ("fid",), ("psnr",)
 
 
 @dataclass(frozen=True)
-class Choice:
-    """Metrics asked for, each once."""
+class MetricSelection:
+    """Selected metrics, without duplicates, and what they need."""
 
     names: tuple[str, ...]
 
     @property
-    def kinds(self) -> list[type[Metric]]:
+    def streamed(self) -> list[type[Metric]]:
+        """Classes of the selected metrics that accumulate over generated images."""
         return [STREAMED[name] for name in self.names if name in STREAMED]
 
     @property
-    def needs_agreement(self) -> bool:
+    def needs_output_cosine(self) -> bool:
         return output_cosine.NAME in self.names
 
     @property
@@ -42,33 +43,33 @@ class Choice:
 
     @property
     def needs_features(self) -> bool:
-        return any(kind.needs_features for kind in self.kinds)
+        return any(kind.needs_features for kind in self.streamed)
 
     @property
     def needs_float_images(self) -> bool:
-        return any(kind.needs_float_images for kind in self.kinds)
+        return any(kind.needs_float_images for kind in self.streamed)
 
     @property
     def needs_float_model(self) -> bool:
-        return self.needs_agreement or self.needs_layers or self.needs_float_images
+        return self.needs_output_cosine or self.needs_layers or self.needs_float_images
 
     @property
     def needs_prompts(self) -> bool:
-        return any(kind.needs_prompts for kind in self.kinds)
+        return any(kind.needs_prompts for kind in self.streamed)
 
-    def refuse_without_prompts(self, prompts: Sequence[str]) -> None:
-        """Raises InputError where a metric compares with prompts and there are none."""
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raises InputError if a metric needs prompts and there are none."""
         if self.needs_prompts and not prompts:
             raise InputError("clip_score compares images with their prompts, and this pipeline takes none; leave it out")
 
     @property
     def reference_parts(self) -> list[str]:
-        """What the reference must hold; empty where none is needed."""
-        return sorted({kind.reference_part for kind in self.kinds if kind.reference_part is not None})
+        """Returns the parts that the reference must have; an empty list if no reference is needed."""
+        return sorted({kind.reference_part for kind in self.streamed if kind.reference_part is not None})
 
 
-def refuse_unknown(names: Sequence[str]) -> None:
-    """Raises InputError for a name that no metric has, with the nearest one and the list of all."""
+def check_names(names: Sequence[str]) -> None:
+    """Raises InputError for an unknown name, with the most similar one and all names as hints."""
     for name in names:
         if name not in NAMES:
             near = difflib.get_close_matches(name, NAMES, n=1)
@@ -76,28 +77,28 @@ def refuse_unknown(names: Sequence[str]) -> None:
             raise InputError(f"there is no metric {name!r}{hint}; known: {', '.join(NAMES)}")
 
 
-def choose_metrics(names: Sequence[str], num_images: int) -> Choice:
-    """The metrics of those names; refuses what cannot be measured before any image is drawn."""
-    refuse_unknown(names)
+def select_metrics(names: Sequence[str], num_images: int) -> MetricSelection:
+    """Returns the metrics with these names. Raises InputError for unknown or no names, and for too few images."""
+    check_names(names)
     if not names:
-        raise InputError(f"no metric asked for; known: {', '.join(NAMES)}")
-    chosen = Choice(tuple(dict.fromkeys(names)))
-    least = max((kind.least for kind in chosen.kinds), default=1)
+        raise InputError(f"no metric selected; known: {', '.join(NAMES)}")
+    chosen = MetricSelection(tuple(dict.fromkeys(names)))
+    least = max((kind.least for kind in chosen.streamed), default=1)
     if num_images < least:
         raise InputError(f"num_images must be at least {least} for {', '.join(chosen.names)}, got {num_images}")
     return chosen
 
 
-def refuse_small(chosen: Choice, side: int | None) -> None:
-    """Raises InputError where the images, of that side in pixels, are too small for a metric; None is not known yet."""
+def check_image_size(chosen: MetricSelection, side: int | None) -> None:
+    """Raises InputError if images with this side in pixels are too small for a metric; None means unknown."""
     for name in chosen.names:
         if side is not None and name in STREAMED and side < STREAMED[name].smallest:
             least = STREAMED[name].smallest
             raise InputError(f"{name} needs images of at least {least}x{least} pixels, got {side}x{side}; leave it out")
 
 
-def refuse_unused(chosen: Choice, given: Sequence[str]) -> None:
-    """Raises InputError for settings, by name, that no metric asked for would look at."""
+def check_all_used(chosen: MetricSelection, given: Sequence[str]) -> None:
+    """Raises InputError for given settings, by name, that no selected metric uses."""
     used = {
         "extractor": chosen.needs_features, "inception_weights": chosen.needs_features,
         "reference": bool(chosen.reference_parts), "clip": chosen.needs_prompts, "float_pipeline": chosen.needs_float_model,
@@ -105,4 +106,4 @@ def refuse_unused(chosen: Choice, given: Sequence[str]) -> None:
     unused = [name for name in given if not used[name]]
     if unused:
         wanted = ", ".join(chosen.names)
-        raise InputError(f"{', '.join(unused)}: without effect on {wanted}; leave it out, or add a metric that looks at it")
+        raise InputError(f"{', '.join(unused)}: without effect on {wanted}; leave it out, or add a metric that uses it")

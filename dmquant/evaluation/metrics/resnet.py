@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 WIDTHS = (32, 64, 128, 256)
-SPATIAL_CHANNELS = 7  # of the third block, 8x8 positions: as many as ADM takes of Inception's 17x17
+SPATIAL_CHANNELS = 7  # of the third block, at 8x8 positions; ADM takes 7 of Inception's channels too
 
 
 class Block(nn.Module):
@@ -25,7 +25,7 @@ class Block(nn.Module):
 
 
 class ResNetExtractor(nn.Module):
-    """uint8 images (B, 3, 32, 32) -> penultimate features (B, 256); `classify` gives the class logits."""
+    """Maps uint8 images (B, 3, 32, 32) to penultimate features (B, 256); `classify` returns class logits."""
 
     num_features = WIDTHS[-1]
     num_spatial = SPATIAL_CHANNELS * 8 * 8
@@ -41,14 +41,15 @@ class ResNetExtractor(nn.Module):
         self.head = nn.Linear(self.num_features, num_classes)
 
     def features(self, x: Tensor) -> Tensor:
-        """Penultimate features (B, 256) of float images in [-1, 1], shape (B, 3, 32, 32)."""
+        """Returns penultimate features (B, 256) of float images (B, 3, 32, 32) in [-1, 1]."""
         return self.blocks(torch.relu(self.norm(self.stem(x)))).mean((2, 3))
 
     def classify(self, x: Tensor) -> Tensor:
+        """Returns class logits (B, K) of float images (B, 3, 32, 32) in [-1, 1]."""
         return self.head(self.features(x))
 
     def read(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of uint8 images (B, 3, 32, 32): features (B, 256), the first channels of the third block (B, 448), logits (B, K)."""
+        """Returns features (B, 256), channels of the third block (B, 448) and logits (B, K) of uint8 images (B, 3, 32, 32)."""
         *early, last = self.blocks
         x = torch.relu(self.norm(self.stem(images.float() / 127.5 - 1)))
         for block in early:

@@ -1,4 +1,4 @@
-"""Mean and covariance of features that come in batches."""
+"""Mean and covariance of features, accumulated over batches."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -15,8 +15,8 @@ class Moments(NamedTuple):
     sigma: Tensor  # float64 (D, D), divisor n - 1
 
 
-class Sums:
-    """Adds up float64 feature rows and their products."""
+class RunningMoments:
+    """Accumulates sums of float64 feature rows and of their products."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -24,10 +24,12 @@ class Sums:
         self._products: Tensor | int = 0  # (D, D)
 
     def add(self, rows: Tensor) -> None:
+        """Adds rows (B, D)."""
         self._total, self._products = self._total + rows.sum(0), self._products + rows.T @ rows
         self.count += len(rows)
 
     def moments(self) -> Moments:
+        """Returns mean and covariance. Raises InputError for fewer than two rows."""
         if self.count < 2 or isinstance(self._total, int):
             raise InputError(f"a reference needs at least 2 images, got {self.count}")
         mu = self._total / self.count
@@ -35,8 +37,8 @@ class Sums:
 
 
 def measure_moments(features: Iterable[Tensor]) -> tuple[Tensor, Tensor, int]:
-    """Mean (D,), covariance (D, D) and count of float64 feature rows that come in batches (B, D)."""
-    sums = Sums()
+    """Returns mean (D,), covariance (D, D) and number of float64 feature rows, given in batches (B, D)."""
+    sums = RunningMoments()
     for rows in features:
         sums.add(rows)
     return *sums.moments(), sums.count

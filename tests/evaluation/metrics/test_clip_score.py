@@ -1,4 +1,4 @@
-"""The score is the cosine that CLIP's own pieces give, counted one image after the other."""
+"""The score equals the cosine computed from the parts of CLIP, image by image."""
 
 import json
 import math
@@ -36,9 +36,9 @@ def images():
 
 
 def cosine_by_hand(image: np.ndarray, prompt: str, folder) -> float:
-    """Resize, crop, normalise; two towers, two projections; a quotient. In float64, with no processor and no padding."""
+    """Oracle: preprocessing, encoders, projections and cosine in float64, without processor and padding."""
     network = CLIPModel.from_pretrained(folder).double().eval()
-    resized = Image.fromarray(image).resize((19, 16), Image.Resampling.BICUBIC)  # the shorter side to 16, then the middle
+    resized = Image.fromarray(image).resize((19, 16), Image.Resampling.BICUBIC)  # the shorter side to 16, then a centre crop
     pixels = (np.asarray(resized)[:, 1:17] / 255 - MEAN) / DEVIATION
     words = make_tokenizer()(prompt)["input_ids"]
     words = [*words[: LONGEST - 1], words[-1]] if len(words) > LONGEST else words
@@ -68,19 +68,19 @@ def test_the_mean_is_clamped_and_not_each_image(images):
     assert score.compute() == {"clip_score": 0.0}
 
 
-def test_a_long_prompt_is_cut_to_the_context(clip, images):
+def test_a_long_prompt_is_truncated_to_the_context(clip, images):
     long = "abcdefghijklmnopqrstuvwxyz " * 9
     assert torch.equal(clip.match(images[:1], [long]), clip.match(images[:1], [long + "and more"]))
 
 
-def test_what_is_loaded_is_named_hashed_and_quiet(clip, folder, capfd):
+def test_loading_returns_name_and_hash_and_prints_nothing(clip, folder, capfd):
     assert (clip.name, clip.sha256) == ("clip", hash_file(folder / "model.safetensors"))
     load_clip(str(folder))
     assert capfd.readouterr() == ("", "")
     assert not clip.network.training and not any(p.requires_grad for p in clip.network.parameters())
 
 
-def test_a_clip_that_is_not_here_says_how_to_get_it(tmp_path, monkeypatch):
+def test_the_error_of_a_missing_clip_names_the_command_to_download_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(MissingResource, match="get it with: dmquant fetch clip"):
         load_clip()
@@ -92,7 +92,7 @@ def test_a_clip_that_is_not_here_says_how_to_get_it(tmp_path, monkeypatch):
         fetch_clip()
 
 
-def test_without_transformers_the_way_to_it_is_said(monkeypatch):
+def test_the_error_without_transformers_names_the_command_to_install_it(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     with pytest.raises(MissingResource, match=r"pip install 'dmquant\[text\]'"):
         load_clip()
@@ -100,13 +100,13 @@ def test_without_transformers_the_way_to_it_is_said(monkeypatch):
 
 @pytest.fixture
 def copy(folder, tmp_path):
-    """One that may be damaged."""
+    """A copy of the folder that a test may damage."""
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     return tmp_path
 
 
-def test_what_is_no_whole_clip_is_refused(copy):
+def test_a_folder_without_a_complete_clip_is_refused(copy):
     weights, config = copy / "model.safetensors", json.loads((copy / "config.json").read_text())
     tensors = load_file(weights)
     save_file({name: value for name, value in tensors.items() if "visual_projection" not in name}, weights, {"format": "pt"})

@@ -41,7 +41,7 @@ def test_features_are_float64_rows_that_do_not_depend_on_the_batch(folder):
     assert torch.allclose(features, one_by_one, atol=1e-5)
 
 
-def test_the_embedded_network_gives_spatial_features_and_logits_too(folder):
+def test_the_embedded_network_returns_spatial_features_and_logits_too(folder):
     extractor = load_embedded(folder)
     seen = extractor.read(images())
     x = images().float() / 127.5 - 1
@@ -83,7 +83,7 @@ def test_a_network_without_a_fixed_size_takes_any():
     assert seen.features.shape == (3, 5) and seen.spatial is None and seen.logits is None
 
 
-def test_an_unknown_name_gets_the_near_one_or_the_list():
+def test_an_unknown_name_is_refused_with_the_most_similar_one_or_the_list():
     with pytest.raises(InputError, match="did you mean 'inception'"):
         load_extractor("inceptoin")
     with pytest.raises(InputError, match="known: resnet-cifar10, inception"):
@@ -95,7 +95,7 @@ def test_inception_without_weights_is_never_replaced_by_another_network(tmp_path
         load_extractor("inception", tmp_path / "nowhere.pth")
 
 
-def test_the_embedded_extractor_is_good_small_and_the_one_that_made_the_embedded_reference():
+def test_the_embedded_extractor_is_accurate_and_small_and_made_the_embedded_reference():
     record = json.loads((module.EMBEDDED_FOLDER / "record.json").read_text())
     assert record["test_accuracy"] >= 0.85 and (module.EMBEDDED_FOLDER / "model.safetensors").stat().st_size < 5e6
     extractor = load_extractor(module.EMBEDDED)
@@ -109,6 +109,6 @@ def test_the_embedded_extractor_is_good_small_and_the_one_that_made_the_embedded
     with np.load(FOLDER / MORE / file.name) as more:
         assert json.loads(str(more["meta"])) == meta
     assert len(reference.features) == 5000 and len(reference.spatial.mu) == extractor.network.num_spatial
-    # the 5,000 that are kept stand for all
+    # the kept features represent all
     mean, spread = reference.features.double().mean(0), reference.sigma.diagonal().sqrt()
     assert ((mean - reference.mu).abs() < 5 * spread / 5000**0.5).all()

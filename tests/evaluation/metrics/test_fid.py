@@ -63,7 +63,7 @@ def test_the_spatial_distance_is_the_same_in_spatial_features():
     assert SpatialFrechet.name("inception") == "sfid"
 
 
-def test_gaussians_of_known_moments_are_at_their_closed_form_distance():
+def test_gaussians_with_known_moments_have_the_closed_form_distance():
     # diagonal covariances commute: |mu1 - mu2|^2 + sum (s1 - s2)^2
     signs = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1]], dtype=torch.float64)
     root = (3 / 4) ** 0.5  # makes the unbiased variance of the four corners 1
@@ -77,18 +77,18 @@ def test_the_batches_do_not_change_the_distance():
     assert values == pytest.approx([values[0]] * 3, rel=1e-9)
 
 
-def test_a_set_is_at_distance_zero_from_itself():
+def test_the_distance_of_a_set_from_itself_is_zero():
     features = draw(300, 16, seed=1)
     assert measure(features, reference_of(features))["fd-test"] == pytest.approx(0, abs=1e-6)
 
 
-def test_a_reference_that_does_not_say_its_count_gives_the_same_distance():
+def test_a_reference_without_a_count_has_the_same_distance():
     real, fake = reference_of(draw(300, 16, seed=1)), draw(100, 16, seed=2)
     unknown = Reference(real.name, real.mu, real.sigma, None, real.sha256)
     assert measure(fake, unknown)["fd-test"] == pytest.approx(measure(fake, real)["fd-test"], rel=1e-9)
 
 
-def test_only_inception_features_earn_the_name_fid():
+def test_it_is_named_fid_with_inception_features_only():
     assert distance_name("inception") == "fid"
     assert distance_name("resnet-cifar10") == "fd-resnet-cifar10"
 
@@ -108,7 +108,7 @@ def test_fid_over_fewer_than_2048_images_warns_of_its_bias():
         measure(draw(100, 8, seed=2), reference, name="test")
 
 
-def test_features_that_are_not_finite_fail_with_the_count():
+def test_features_that_are_not_finite_are_an_error():
     features = draw(40, 8, seed=2)
     features[3, 1] = torch.nan
     with pytest.raises(DmquantError, match="40 images"):

@@ -1,4 +1,4 @@
-"""The Inception score of distributions whose score is known."""
+"""The Inception score of distributions with a known score."""
 
 import math
 import warnings
@@ -26,16 +26,16 @@ def score(logits: torch.Tensor) -> float:
     return math.exp(sum(divergences) / len(divergences))
 
 
-def test_certain_and_evenly_spread_classes_score_their_number():
+def test_certain_and_uniform_classes_score_their_number():
     assert measure(1000 * torch.eye(8).repeat(5, 1))["cs-test"] == pytest.approx(8)
 
 
-def test_a_classifier_that_always_says_the_same_scores_one():
+def test_a_constant_classifier_scores_one():
     assert measure(torch.randn(6).expand(20, -1))["cs-test"] == pytest.approx(1)
     assert measure(torch.zeros(20, 6))["cs-test"] == pytest.approx(1)
 
 
-def test_it_equals_the_definition_whatever_the_batches():
+def test_it_equals_the_definition_for_any_batches():
     logits = 3 * torch.randn(50, 10, generator=torch.Generator().manual_seed(0))
     assert measure(logits)["cs-test"] == pytest.approx(score(logits), rel=1e-9)
     assert measure(logits, batch=50) == measure(logits)
@@ -47,7 +47,7 @@ def test_many_images_are_scored_in_splits_and_averaged(monkeypatch):
     assert measure(100 * torch.eye(8))["cs-test"] == pytest.approx(4)
 
 
-def test_only_the_inception_classifier_earns_its_name_and_nobody_elses_dice_are_rolled():
+def test_it_is_named_is_with_inception_only_and_does_not_change_the_global_random_state():
     logits, state = torch.eye(5), torch.get_rng_state()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

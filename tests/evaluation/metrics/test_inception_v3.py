@@ -60,7 +60,7 @@ def test_its_tensors_are_named_and_shaped_as_in_the_pytorch_fid_file(shapes, nam
     assert shapes[name] == shape
 
 
-def test_average_pools_leave_the_padding_out_and_the_last_block_takes_the_maximum():
+def test_average_pools_exclude_the_padding_and_the_last_block_has_a_maximum_pool():
     with torch.device("meta"):
         network = InceptionV3()
     ones = torch.ones(1, 1, 4, 4)

@@ -14,7 +14,7 @@ from dmquant.evaluation.metrics.inception_v3 import InceptionV3
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory) -> Iterator[Path]:
-    """Random weights under the names of the published file, whose state dict counts no batches."""
+    """A file of random weights with the names of the published file, which has no batch counters."""
     path = tmp_path_factory.mktemp("weights") / "inception.pth"
     with torch.device("meta"):
         shapes = InceptionV3().state_dict()
@@ -90,10 +90,10 @@ def test_a_missing_or_misshapen_tensor_is_named(tmp_path):
         inception_weights.load_inception(tmp_path / "part.safetensors")
 
 
-def test_missing_weights_say_where_from_which_file_which_hash_and_where_to():
+def test_the_error_of_missing_weights_names_url_file_hash_and_folder():
     with pytest.raises(MissingResource) as error:
         inception_weights.load_inception()
-    hub = str(inception_weights.cached_places()[0].parent)
+    hub = str(inception_weights.cache_paths()[0].parent)
     ways_out = ("--inception-weights", inception_weights.VARIABLE, "dmquant fetch inception")
     for word in (inception_weights.URL, inception_weights.FILE_NAME, "6726825d", hub, *ways_out):
         assert word in str(error.value)
@@ -101,16 +101,16 @@ def test_missing_weights_say_where_from_which_file_which_hash_and_where_to():
 
 
 def test_a_path_that_does_not_exist_is_not_replaced_by_the_cache(tmp_path):
-    place = inception_weights.cached_places()[0]
+    place = inception_weights.cache_paths()[0]
     place.parent.mkdir(parents=True)
     place.write_bytes(b"cached")
     with pytest.raises(MissingResource, match="nowhere.pth"):
         inception_weights.find_inception(tmp_path / "nowhere.pth")
 
 
-def test_the_path_given_comes_before_the_variable_and_the_variable_before_the_caches(tmp_path, monkeypatch):
+def test_a_given_path_has_priority_over_the_variable_and_the_variable_over_the_caches(tmp_path, monkeypatch):
     given, named = tmp_path / "given.pth", tmp_path / "named.pth"
-    for place in reversed([given, named, *inception_weights.cached_places()]):
+    for place in reversed([given, named, *inception_weights.cache_paths()]):
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_bytes(b"")
         if place == named:
@@ -119,21 +119,21 @@ def test_the_path_given_comes_before_the_variable_and_the_variable_before_the_ca
 
 
 def test_our_cache_is_where_huggingface_hub_keeps_assets():
-    assert inception_weights.cached_places()[-1].parent == cached_assets_path("dmquant", subfolder="inception")
+    assert inception_weights.cache_paths()[-1].parent == cached_assets_path("dmquant", subfolder="inception")
 
 
-def test_fetching_puts_a_checked_file_where_loading_finds_it(tmp_path):
+def test_a_downloaded_file_is_checked_and_found_by_loading(tmp_path):
     source = tmp_path / "source.pth"
     source.write_bytes(b"weights")
     prefix = hashlib.sha256(b"weights").hexdigest()[:8]
     assert inception_weights.fetch_inception(url=source.as_uri(), sha256_prefix=prefix) == inception_weights.find_inception()
 
 
-def test_fetching_something_else_leaves_nothing_behind(tmp_path):
+def test_a_download_with_another_hash_leaves_no_file(tmp_path):
     source = tmp_path / "source.pth"
     source.write_bytes(b"a login page")
     with pytest.raises(DamagedFile, match="not the expected file"):
         inception_weights.fetch_inception(url=source.as_uri())
     with pytest.raises(MissingResource, match="cannot be reached"):
         inception_weights.fetch_inception(url=(tmp_path / "nowhere.pth").as_uri())
-    assert not list(inception_weights.cached_places()[-1].parent.iterdir())
+    assert not list(inception_weights.cache_paths()[-1].parent.iterdir())

@@ -1,4 +1,4 @@
-"""KID against its definition, loop by loop."""
+"""KID equals its definition, computed with loops."""
 
 import warnings
 
@@ -12,7 +12,7 @@ from dmquant.evaluation.metrics.reference_stats import Reference
 
 
 def draw(count: int, width: int = 6, *, seed: int = 0, shift: float = 0.0) -> torch.Tensor:
-    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed)) + shift  # float32, as networks give them
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed)) + shift  # float32, as networks compute them
 
 
 def reference_of(features: torch.Tensor) -> Reference:
@@ -28,7 +28,7 @@ def measure(real: torch.Tensor, fake: torch.Tensor, *, name: str = "test", batch
 
 
 def discrepancy(real: torch.Tensor, fake: torch.Tensor) -> float:
-    """Oracle: the unbiased estimate of the squared MMD, Gretton et al. (2012), eq. 3, pair by pair."""
+    """Oracle: the unbiased estimate of the squared MMD, Gretton et al. (2012), eq. 3, computed pair by pair."""
     def kernel(x, y):
         return (sum(a * b for a, b in zip(x, y)) / len(x) + 1) ** 3
 
@@ -40,12 +40,12 @@ def discrepancy(real: torch.Tensor, fake: torch.Tensor) -> float:
     return within(real) + within(fake) - 2 * sum(kernel(x, y) for x in real for y in fake) / (len(real) * len(fake))
 
 
-def test_it_is_the_unbiased_discrepancy_where_all_images_fit_one_subset():
+def test_it_is_the_unbiased_discrepancy_if_all_images_fit_one_subset():
     real, fake = draw(20, seed=1), draw(20, seed=2, shift=0.5)
     assert measure(real, fake)["kd-test"] == pytest.approx(discrepancy(real, fake), rel=1e-9)
 
 
-def test_subsets_average_to_that_of_all_images(monkeypatch):
+def test_the_mean_over_subsets_is_near_that_of_all_images(monkeypatch):
     monkeypatch.setattr(module, "SUBSET_SIZE", 40)
     real, fake = draw(60, seed=1), draw(80, seed=2, shift=0.5)
     assert measure(real, fake)["kd-test"] == pytest.approx(discrepancy(real, fake), rel=0.05)
@@ -56,14 +56,14 @@ def test_it_is_around_zero_for_sets_of_one_distribution_and_grows_with_the_shift
     assert abs(near) < 0.05 < middle < far
 
 
-def test_repeating_it_gives_the_same_number_and_leaves_the_dice_of_others_alone(monkeypatch):
+def test_it_is_reproducible_and_does_not_change_the_global_random_state(monkeypatch):
     monkeypatch.setattr(module, "SUBSET_SIZE", 10)
     state = torch.get_rng_state()
     assert measure(draw(30, seed=1), draw(30, seed=2)) == measure(draw(30, seed=1), draw(30, seed=2), batch=7)
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_only_inception_features_earn_its_name_and_nothing_is_said_about_buffers():
+def test_it_is_named_kid_with_inception_features_only_and_does_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert set(measure(draw(8), draw(8), name="inception")) == {"kid"}

@@ -1,4 +1,4 @@
-"""The profile of a model against what is known of it, and against a naive recording of everything."""
+"""Layer profiles equal known errors, and errors computed from recorded inputs and outputs."""
 
 import copy
 import math
@@ -14,7 +14,7 @@ from dmquant.diffusion.layer_roles import named_layers
 from dmquant.diffusion.pipeline import find_target, open_pipeline
 from dmquant.diffusion.sampling import SamplingPlan, generate
 from dmquant.evaluation.metrics import layer_sqnr
-from dmquant.evaluation.metrics.layer_sqnr import measure_layers, measure_range, merge, to_db
+from dmquant.evaluation.metrics.layer_sqnr import measure_layers, merge, range_of, to_db
 from dmquant.methods import get
 from dmquant.quantization import quantize
 
@@ -43,12 +43,12 @@ def measure(other, base, seeds=range(3)):
 
 
 def is_rounding(error_db):
-    """Whether an error is none, or as small as the rounding of float32."""
+    """Returns whether an error is zero, or at the level of float32 rounding."""
     return error_db is None or error_db > ROUNDING_DB
 
 
 def record(pipeline, seeds, batch):
-    """Every input and output of every layer, float64: name -> [(x, y)] in the order of the calls."""
+    """Returns inputs and outputs of every layer in float64: name -> [(x, y)] in the order of calls."""
     seen = defaultdict(list)
     hooks = [
         layer.register_forward_hook(lambda _, args, y, name=name: seen[name].append((args[0].double(), y.double().clone())))
@@ -60,7 +60,7 @@ def record(pipeline, seeds, batch):
     return seen
 
 
-def test_a_layer_whose_output_is_scaled_has_the_error_of_the_factor_and_only_those_after_it_are_touched(pipeline):
+def test_a_scaled_layer_has_the_error_of_the_factor_and_only_later_layers_have_an_error_too(pipeline):
     other = copy.deepcopy(pipeline)
     with torch.no_grad():
         for parameter in other.unet.get_submodule(CHANGED).parameters():
@@ -74,7 +74,7 @@ def test_a_layer_whose_output_is_scaled_has_the_error_of_the_factor_and_only_tho
     assert all(is_rounding(layer.total_db) == (layer.role == "time_projection") for layer in after)
 
 
-def test_errors_and_ranges_are_those_of_a_naive_recording(pipeline):
+def test_errors_and_ranges_equal_those_of_a_recording(pipeline):
     other = copy.deepcopy(pipeline)
     with torch.no_grad():
         for parameter in other.unet.parameters():
@@ -92,7 +92,7 @@ def test_errors_and_ranges_are_those_of_a_naive_recording(pipeline):
             assert found_range == pytest.approx((x.min().item(), low, high, x.max().item()), rel=1e-3, abs=1e-6)
 
 
-def test_the_total_error_of_the_last_layer_is_that_of_the_answers(pipeline):
+def test_the_total_error_of_the_last_layer_is_that_of_the_model_outputs(pipeline):
     other, seen, asked = copy.deepcopy(pipeline), [], []
     with torch.no_grad():
         other.unet.conv_in.weight.mul_(1.1)
@@ -112,7 +112,7 @@ def test_the_total_error_of_the_last_layer_is_that_of_the_answers(pipeline):
 
 
 @pytest.mark.parametrize("choice", ["auto", "torch"])
-def test_packed_layers_are_looked_at_as_they_run_each_with_its_clock_at_the_right_timestep(
+def test_packed_layers_are_measured_at_the_right_timestep(
     packed, pipeline, monkeypatch, choice
 ):
     monkeypatch.setenv("DMQUANT_KERNELS", choice)
@@ -126,13 +126,13 @@ def test_packed_layers_are_looked_at_as_they_run_each_with_its_clock_at_the_righ
     assert list(found).index("mid_block.resnets.0.conv1") < list(found).index("up_blocks.0.resnets.0.conv1")
 
 
-def test_a_model_has_no_error_against_itself_and_no_hook_stays_behind(pipeline):
+def test_a_model_has_no_error_against_itself_and_no_hook_is_left(pipeline):
     assert all(layer.local_db is layer.total_db is None for layer in measure(pipeline, pipeline).values())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in pipeline.unet.modules())
 
 
-def test_no_hook_stays_behind_after_a_failure(pipeline, monkeypatch):
-    monkeypatch.setattr(layer_sqnr, "measure_range", lambda x: 1 / 0)
+def test_no_hook_is_left_after_an_exception(pipeline, monkeypatch):
+    monkeypatch.setattr(layer_sqnr, "range_of", lambda x: 1 / 0)
     other = copy.deepcopy(pipeline)
     with pytest.raises(ZeroDivisionError):
         measure(other, pipeline)
@@ -140,7 +140,7 @@ def test_no_hook_stays_behind_after_a_failure(pipeline, monkeypatch):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
-def test_a_layer_that_the_other_model_does_without_has_a_range_and_no_error(pipeline):
+def test_a_layer_that_the_other_model_lacks_has_a_range_and_no_error(pipeline):
     other = copy.deepcopy(pipeline)
     del other.unet.mid_block.resnets[1]
     other.unet.mid_block.attentions = torch.nn.ModuleList([])
@@ -148,7 +148,7 @@ def test_a_layer_that_the_other_model_does_without_has_a_range_and_no_error(pipe
     assert found.local_db is found.total_db is None and len(found.ranges) == 2
 
 
-def test_images_are_profiled_alike_in_any_batch(pipeline):
+def test_profiles_do_not_depend_on_the_batch_size(pipeline):
     other = copy.deepcopy(pipeline)
     with torch.no_grad():
         other.unet.conv_in.weight.mul_(1.1)
@@ -160,17 +160,17 @@ def test_images_are_profiled_alike_in_any_batch(pipeline):
         assert [r[0] for r in first.ranges.values()] == pytest.approx([r[0] for r in second.ranges.values()], rel=1e-3)
 
 
-def test_ranges_of_many_values_have_their_quantiles_too():
+def test_quantiles_of_many_values_are_those_of_their_distribution():
     x = torch.randn(4, 64, 40, 40, generator=torch.Generator().manual_seed(0))
-    least, low, high, largest = measure_range(x)
+    least, low, high, largest = range_of(x)
     assert (least, largest) == (x.min().item(), x.max().item())
     assert (low, high) == pytest.approx((-3.09, 3.09), abs=0.3)  # of the normal distribution
 
 
-def test_merging_takes_the_outermost_ends_to_four_digits():
+def test_merged_ranges_have_the_outer_bounds_and_mean_quantiles_with_four_digits():
     assert merge([(-1.23456, -1.0, 1.0, 2.0), (-1.0, -0.5, 0.5, 3.0)]) == (-1.235, -0.75, 0.75, 3.0)
 
 
-def test_decibels_of_known_ratios_and_of_none():
+def test_decibels_of_known_ratios_and_none_without_signal_or_noise():
     assert to_db([60.0, 40.0], [1.0]) == 20.0
     assert to_db([1.0], [0.0]) is to_db([0.0], [1.0]) is to_db([], []) is to_db([1.0], [math.nan]) is None

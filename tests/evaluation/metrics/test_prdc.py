@@ -1,4 +1,4 @@
-"""Precision, recall, density and coverage against their definitions, point by point."""
+"""Precision, recall, density and coverage equal their definitions, computed with loops."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def naive(real: torch.Tensor, fake: torch.Tensor, k: int) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("shift, k", [(0.0, 3), (0.5, 3), (1.5, 5)])
-def test_it_equals_the_definitions_whatever_the_slabs(monkeypatch, shift, k):
+def test_it_equals_the_definitions_for_any_block_size(monkeypatch, shift, k):
     real, fake = draw(40, seed=1), draw(30, seed=2, shift=shift)
     expected = naive(real, fake, k)
     assert measure_prdc(real, fake, neighbours=k) == pytest.approx(expected)
@@ -42,19 +42,19 @@ def test_it_equals_the_definitions_whatever_the_slabs(monkeypatch, shift, k):
     assert measure_prdc(real, fake, neighbours=k) == pytest.approx(expected)
 
 
-def test_a_set_is_precise_and_complete_about_itself_and_not_about_one_far_away():
+def test_a_set_has_precision_and_recall_one_with_itself_and_zero_with_a_distant_set():
     features = draw(50)
     assert all(value == pytest.approx(1, abs=0.4) for value in measure_prdc(features, features).values())
     assert set(measure_prdc(features, features + 100).values()) == {0.0}
 
 
-def test_a_model_that_has_seen_one_corner_is_precise_but_recalls_little():
+def test_a_model_that_covers_a_part_has_high_precision_and_low_recall():
     real = draw(200, seed=1)
     measured = measure_prdc(real, real[:20] * 0.1)
     assert measured["precision"] == 1.0 and measured["recall"] < 0.1 and measured["coverage"] < 0.5
 
 
-def test_batches_stream_in_and_the_extractor_is_named_unless_it_is_inception():
+def test_batches_are_accumulated_and_names_have_the_extractor_unless_it_is_inception():
     real, fake = draw(20, seed=1).half(), draw(20, seed=2).float().double()
     values = []
     for name in ("inception", "test"):
@@ -66,7 +66,7 @@ def test_batches_stream_in_and_the_extractor_is_named_unless_it_is_inception():
     assert [f"{name}-test" for name in values[0]] == list(values[1]) and list(values[0].values()) == list(values[1].values())
 
 
-def test_too_few_images_for_a_neighbourhood_are_refused():
+def test_fewer_images_than_neighbours_are_refused():
     metric = Prdc("test", Reference("test", torch.zeros(0), torch.zeros(0), 20, "", features=draw(20)))
     metric.update(Batch(torch.empty(0), features=draw(3)))
     with pytest.raises(InputError, match="at least 4 images of the model, got 3"):

@@ -38,13 +38,13 @@ def test_the_batches_do_not_change_the_mean():
     assert measure(*parts) == pytest.approx(measure(Batch(ours, float_images=others)))
 
 
-def test_images_beyond_the_pairs_do_not_count():
+def test_images_without_a_pair_do_not_count():
     ours, others = images(0), images(1)
     parts = [Batch(ours, float_images=others[:2]), Batch(images(3), float_images=others[:0])]
     assert measure(*parts) == pytest.approx(measure(Batch(ours[:2], float_images=others[:2])))
 
 
-def test_identical_images_are_capped_so_that_the_report_stays_strict_json():
+def test_identical_images_have_a_finite_psnr_for_strict_json():
     value = measure(Batch(images(0), float_images=images(0)))
     assert value == CAP and json.dumps(value, allow_nan=False)
 
@@ -78,7 +78,7 @@ def test_structural_similarity_equals_its_definition_pair_by_pair():
     assert ssim(ours, others).tolist() == pytest.approx(expected, rel=1e-9)
 
 
-def test_structural_similarity_streams_like_psnr():
+def test_structural_similarity_is_accumulated_over_batches():
     ours, others = images(0, size=12), images(1, size=12)
     metric = Ssim()
     for a, b in zip(ours.split(4), others[:5].split(4)):

@@ -21,7 +21,7 @@ WIDTH = 6
 
 
 class Moments(nn.Module):
-    """Mean and deviation of each colour: a feature extractor that can be checked by hand."""
+    """A feature extractor that returns mean and deviation of each colour."""
 
     num_features = WIDTH
 
@@ -35,7 +35,7 @@ class Moments(nn.Module):
 
 
 class Everything(Moments):
-    """With spatial features, as the networks we know have them."""
+    """The same extractor with spatial features."""
 
     num_spatial = 4
 
@@ -88,7 +88,7 @@ def test_the_batch_changes_neither_the_statistics_nor_the_hash(tmp_path, extract
     assert torch.allclose(whole.sigma, parts.sigma) and whole.sha256 == parts.sha256
 
 
-def test_images_are_brought_to_the_size_of_the_generated_ones(tmp_path, extractor):
+def test_images_are_resized_to_the_size_of_the_generated_ones(tmp_path, extractor):
     write_images(tmp_path, count=2, size=8)
     write_images(tmp_path / "large", count=2, size=16)
     with pytest.raises(InputError, match="different sizes"):
@@ -114,7 +114,7 @@ def test_saved_statistics_are_found_by_name_bit_for_bit(tmp_path, extractor, mon
     assert [file.name for file in (tmp_path / "built-in").iterdir()] == ["set.moments.npz"]
 
 
-def test_saving_twice_gives_the_same_bytes_and_other_tools_can_read_them(tmp_path, extractor):
+def test_saving_twice_writes_the_same_bytes_and_other_tools_can_read_them(tmp_path, extractor):
     made = open_reference(write_images(tmp_path / "images"), extractor)
     for name in ("a.npz", "b.npz"):
         save_reference(made, extractor, tmp_path / name)
@@ -131,7 +131,7 @@ def test_statistics_of_other_weights_under_the_same_name_are_refused(tmp_path, e
         open_reference(tmp_path / "a.npz", extractor._replace(sha256="b" * 64))
 
 
-def test_files_of_the_other_tools_are_read(tmp_path, extractor):
+def test_files_of_other_tools_are_read(tmp_path, extractor):
     stats = moments()
     adm = {**stats, "mu_s": np.zeros(3), "sigma_s": np.eye(3), "arr_0": np.zeros((2, 4, 4, 3), np.uint8)}
     single = {key: array.astype(np.float32) for key, array in stats.items()}
@@ -158,14 +158,14 @@ def test_files_of_the_other_tools_are_read(tmp_path, extractor):
         ({"meta": np.array("x" * 20000)}, DamagedFile, "meta is not a short string"),
     ],
 )
-def test_a_file_that_is_not_what_it_should_be_is_refused_by_its_fault(tmp_path, extractor, change, error, message):
+def test_a_malformed_file_is_refused_with_its_fault(tmp_path, extractor, change, error, message):
     path = tmp_path / "stats.npz"
     np.savez(path, **{**moments(), **change})
     with pytest.raises(error, match=message):
         open_reference(path, extractor)
 
 
-def test_a_file_with_other_keys_says_what_is_expected(tmp_path, extractor):
+def test_a_file_with_other_keys_is_refused_with_the_expected_ones(tmp_path, extractor):
     with pytest.raises(InputError, match="has no 'mu'"):
         open_reference(write_npz(tmp_path / "stats.npz", feats=np.zeros((3, 3))), extractor)
 
@@ -206,7 +206,7 @@ def test_pickles_are_not_opened(tmp_path, extractor):
         open_reference(tmp_path / "stats.pkl", extractor)
 
 
-def test_a_name_without_statistics_for_this_extractor_lists_what_there_is(tmp_path, extractor, monkeypatch):
+def test_a_name_without_statistics_for_this_extractor_is_refused_with_the_built_in_names(tmp_path, extractor, monkeypatch):
     monkeypatch.setattr(module, "FOLDER", tmp_path)
     for file in ("set.other.npz", "birds.moments.npz"):
         (tmp_path / file).touch()
@@ -214,7 +214,7 @@ def test_a_name_without_statistics_for_this_extractor_lists_what_there_is(tmp_pa
         open_reference("set", extractor)
 
 
-def test_spatial_statistics_and_features_are_taken_in_the_same_pass(tmp_path, seeing):
+def test_spatial_statistics_and_features_are_computed_in_the_same_pass(tmp_path, seeing):
     folder = write_images(tmp_path / "images")
     pixels = torch.stack([torch.from_numpy(np.array(Image.open(folder / f"{i}.png"))).permute(2, 0, 1) for i in range(7)])
     seen = seeing.read(pixels)
@@ -225,13 +225,13 @@ def test_spatial_statistics_and_features_are_taken_in_the_same_pass(tmp_path, se
     assert torch.equal(found.features, seen.features.half())
 
 
-def test_of_a_large_set_features_are_kept_evenly_over_its_files(tmp_path, extractor):
+def test_features_of_a_large_set_are_kept_at_even_spacing(tmp_path, extractor):
     files = list_images(write_images(tmp_path))
     everything, some = (compute_reference(files, extractor, name="x", kept=kept, batch=2).features for kept in (7, 3))
     assert torch.equal(some, everything[[0, 3, 6]])
 
 
-def test_what_was_saved_is_read_back_with_all_its_parts(tmp_path, seeing, extractor):
+def test_a_saved_reference_is_read_with_all_its_parts(tmp_path, seeing, extractor):
     made = open_reference(write_images(tmp_path / "images"), seeing)
     save_reference(made, seeing, tmp_path / "a.npz")
     found = open_reference(tmp_path / "a.npz", seeing)
@@ -241,7 +241,7 @@ def test_what_was_saved_is_read_back_with_all_its_parts(tmp_path, seeing, extrac
     assert open_reference(tmp_path / "a.npz", extractor).spatial is None  # an extractor without spatial features
 
 
-def test_what_a_built_in_reference_has_beyond_moments_lies_in_a_file_beside_it(tmp_path, seeing, monkeypatch):
+def test_optional_parts_of_a_built_in_reference_are_read_from_a_second_file(tmp_path, seeing, monkeypatch):
     monkeypatch.setattr(module, "FOLDER", tmp_path)
     made = open_reference(write_images(tmp_path / "images"), seeing)
     (tmp_path / "more").mkdir()
@@ -252,7 +252,7 @@ def test_what_a_built_in_reference_has_beyond_moments_lies_in_a_file_beside_it(t
     assert bare.features is None and torch.equal(found.features, made.features) and found.sha256 == bare.sha256
 
 
-def test_statistics_without_features_say_what_cannot_be_measured_with_them(tmp_path, seeing):
+def test_missing_parts_are_refused_with_a_hint(tmp_path, seeing):
     found = open_reference(write_npz(tmp_path / "stats.npz", **moments()), seeing)
     with pytest.raises(InputError, match="stats.npz has no features; make one that has: dmquant reference"):
         found.require("features")
@@ -278,20 +278,20 @@ def test_features_of_clean_fid_are_read(tmp_path, extractor):
         ({"mu_s": np.zeros(4), "sigma_s": -np.eye(4)}, DamagedFile, "sigma_s is not symmetric"),
     ],
 )
-def test_further_parts_of_a_file_are_checked_like_the_first(tmp_path, seeing, arrays, error, message):
+def test_optional_parts_of_a_file_are_checked_too(tmp_path, seeing, arrays, error, message):
     with pytest.raises(error, match=message):
         open_reference(write_npz(tmp_path / "stats.npz", **moments(), **arrays), seeing)
 
 
-def test_features_of_adms_images_are_taken_when_asked_for(tmp_path, extractor, monkeypatch):
+def test_features_of_adm_images_are_computed_on_request(tmp_path, extractor, monkeypatch):
     pixels = np.random.default_rng(0).integers(0, 256, (7, 5, 6, 3), dtype=np.uint8)
     path = write_npz(tmp_path / "stats.npz", arr_0=pixels, **moments())
-    monkeypatch.setattr(npz, "IMAGES_AT_ONCE", 3)
+    monkeypatch.setattr(npz, "BATCH", 3)
     assert open_reference(path, extractor).features is None
     found = open_reference(path, extractor, parts=["mu", "features"])
     expected = extractor.features(torch.from_numpy(pixels).permute(0, 3, 1, 2)).half()
     assert torch.allclose(found.features.float(), expected.float(), rtol=1e-3)
-    monkeypatch.setattr(module, "KEPT", 3)
+    monkeypatch.setattr(module, "NUM_KEPT", 3)
     assert torch.equal(open_reference(path, extractor, parts=["features"]).features, found.features[[0, 3, 6]])
 
 
@@ -305,7 +305,7 @@ def test_features_of_adms_images_are_taken_when_asked_for(tmp_path, extractor, m
         (np.asfortranarray(np.zeros((5, 4, 4, 3), np.uint8)), DamagedFile, "Fortran"),
     ],
 )
-def test_what_is_no_array_of_images_is_refused(tmp_path, extractor, images, error, message):
+def test_an_array_that_does_not_hold_images_is_refused(tmp_path, extractor, images, error, message):
     path = write_npz(tmp_path / "stats.npz", arr_0=images, **moments())
     with pytest.raises(error, match=message):
         open_reference(path, extractor, parts=["features"])
