@@ -10,7 +10,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
@@ -108,32 +108,28 @@ def quantize(
     if dry_run:
         _show_plan(arguments.open_model(model, "cpu"), chosen)
         return
-    from dmquant.checkpoint import atomic_folder
+    from dmquant.checkpoint import atomic_folder, serialization
     from dmquant.cli import signals
-    from dmquant.diffusion import pipeline as denoiser
+    from dmquant.diffusion.pipeline import locate
+    from dmquant.quantization import quantize as quantize_pipeline
 
     folder = output or arguments.default_result_folder(model, method, chosen.weight_bits, chosen.act_bits)
     conditioning = arguments.read_conditioning(prompts, class_labels, guidance_scale)
-    denoiser.locate(model)
+    locate(model)
     if distributed.is_first():
         atomic_folder.check_target(folder, force=force)
     with (
         atomic_folder.lock(folder) if distributed.is_first() else nullcontext(),
         signals.resumable(folder, context.obj, resume=resume, force=force) as run,
     ):
-        how = {"seed": seed, "data": data, "conditioning": conditioning, "run": run, "track": console.Tracker()}
-        _quantize(arguments.open_model(model, device), chosen, how, folder, force=force)
-
-
-def _quantize(pipeline: "DiffusionPipeline", method: "Method", how: dict[str, Any], folder: Path, *, force: bool) -> None:
-    from dmquant.checkpoint import serialization
-    from dmquant.quantization import quantize
-
-    quantized = quantize(pipeline, method, **how)
-    if distributed.is_first():
-        serialization.save(quantized, folder, force=force)
-        _print_summary(quantized, folder)
-        console.print_message(f"wrote {folder}; next: dmquant eval {folder} --fid")
+        pipeline = arguments.open_model(model, device)
+        quantized = quantize_pipeline(
+            pipeline, chosen, seed=seed, data=data, conditioning=conditioning, run=run, track=console.Tracker()
+        )
+        if distributed.is_first():
+            serialization.save(quantized, folder, force=force)
+            _print_summary(quantized, folder)
+            console.print_message(f"wrote {folder}; next: dmquant eval {folder} --fid")
 
 
 app.command("eval")(evaluate_command.evaluate)

@@ -130,8 +130,8 @@ def add_layers(
     """
     protocol = report.protocol
     seeds = range(protocol.seed, protocol.seed + protocol.num_images)
-    asked = conditioning or recall(pipeline, protocol.conditions_sha256, protocol.guidance_scale)
-    job = SamplingJob(seeds, SamplingPlan(protocol.steps, protocol.batch, asked), None, track)
+    conditioning = conditioning or recall(pipeline, protocol.conditions_sha256, protocol.guidance_scale)
+    job = SamplingJob(seeds, SamplingPlan(protocol.steps, protocol.batch, conditioning), None, track)
     with keep_scheduler(pipeline):
         if set_sampler(pipeline) != protocol.sampler:
             set_sampler(pipeline, protocol.sampler)

@@ -52,8 +52,8 @@ def load_first_images(pipeline: DiffusionPipeline, report: Report, count: int, c
     protocol = report.protocol
     if set_sampler(pipeline) != protocol.sampler:
         set_sampler(pipeline, protocol.sampler)
-    asked = recall(pipeline, protocol.conditions_sha256, protocol.guidance_scale)
-    images = ImageCache(pipeline, steps=protocol.steps, conditioning=asked, folder=cache)
+    conditioning = recall(pipeline, protocol.conditions_sha256, protocol.guidance_scale)
+    images = ImageCache(pipeline, steps=protocol.steps, conditioning=conditioning, folder=cache)
     batch = range(protocol.seed, protocol.seed + min(protocol.batch, protocol.num_images))
     return images.load_or_generate(batch if images.contains(batch) else batch[:count]).images[:count]
 

@@ -126,11 +126,12 @@ def run_experiment(experiment: Experiment, context: SweepContext) -> Report:
     if (folder / atomic_folder.MANIFEST).is_file():
         refuse_other(experiment, folder, context.plan.conditioning)
     else:
-        pipeline, method, asked = context.open(), experiment.method, context.plan.conditioning
+        pipeline, method, conditioning = context.open(), experiment.method, context.plan.conditioning
         with context.begin(folder) as run:
             samples = context.get_samples(method.trajectories, method.sampling_steps, method.eta, experiment.seed)
-            how = {"seed": experiment.seed, "conditioning": asked, "samples": samples, "run": run, "track": context.track}
-            quantized = quantize(pipeline, method, **how)
+            quantized = quantize(
+                pipeline, method, seed=experiment.seed, conditioning=conditioning, samples=samples, run=run, track=context.track
+            )
             serialization.save(quantized, folder)
             find_target(quantized).denoiser.dmquant_effort.save(folder)
     report = _find_report(folder, context.plan, context.plan.metrics)
@@ -145,10 +146,10 @@ def run_experiment(experiment: Experiment, context: SweepContext) -> Report:
     return report
 
 
-def refuse_other(experiment: Experiment, folder: Path, asked: Conditioning) -> None:
+def refuse_other(experiment: Experiment, folder: Path, conditioning: Conditioning) -> None:
     """Raises InputError if the folder holds a pipeline with another method, seed, setting or conditioning."""
     record = serialization.read_record(folder)
-    here = {"method": experiment.method.name, "seed": experiment.seed, **experiment.method.settings(), **asked.describe()}
+    here = {"method": experiment.method.name, "seed": experiment.seed, **experiment.method.settings(), **conditioning.describe()}
     there = {**record, **record.get("settings", {})}
     differing = [f"{key} was {there[key]}, now {value}" for key, value in here.items() if key in there and there[key] != value]
     if differing:
@@ -156,13 +157,13 @@ def refuse_other(experiment: Experiment, folder: Path, asked: Conditioning) -> N
 
 
 def share_recording(
-    model: str | None, device: str | None, asked: Conditioning, track: Track
+    model: str | None, device: str | None, conditioning: Conditioning, track: Track
 ) -> Callable[[int, int, float, int], Samples]:
     """Returns a function of (trajectories, steps, eta, seed) that records the float model's trajectories once for each."""
     @cache
     def get_samples(trajectories: int, steps: int, eta: float, seed: int) -> Samples:
         pipeline = serialization.open_any(model, device=device)
-        return record(pipeline, trajectories, steps=steps, eta=eta, seed=seed, conditioning=asked, track=track)
+        return record(pipeline, trajectories, steps=steps, eta=eta, seed=seed, conditioning=conditioning, track=track)
 
     return get_samples
 
@@ -180,9 +181,9 @@ def _find_report(folder: Path, plan: Plan, metrics: Sequence[str]) -> Report | N
     if not (folder / FILE_NAME).is_file():
         return None
     report = Report.load(folder)
-    taken, measured = asdict(report.protocol), {split_name(name)[0] for name in report.metrics}
+    recorded, measured = asdict(report.protocol), {split_name(name)[0] for name in report.metrics}
     # the plan has the path of a reference, the report its name: they are not compared
     wanted = {**plan.protocol, **plan.conditioning.describe()}
-    differs = any(taken[name] != value for name, value in wanted.items() if name != "reference")
-    asked = {"recall" if name == "prdc" else name for name in metrics if name != LAYERS}
-    return report if not differs and asked <= measured else None
+    differs = any(recorded[name] != value for name, value in wanted.items() if name != "reference")
+    needed = {"recall" if name == "prdc" else name for name in metrics if name != LAYERS}
+    return report if not differs and needed <= measured else None

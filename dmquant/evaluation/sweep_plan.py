@@ -69,7 +69,7 @@ class Plan:
         return {**PROTOCOL, **self.given}
 
     def with_layers(self) -> "Plan":
-        """The same, with a look at the layers of every quantized model."""
+        """Returns the plan with the metric "layers" added."""
         return replace(self, metrics=tuple(dict.fromkeys((*self.metrics, LAYERS))))
 
     @property
@@ -94,8 +94,8 @@ def read_plan(file: Path) -> Plan:
         experiments = [_read_run(dict(run), seed, suffix) for run, seed, suffix in named]
         metrics = tuple(document.get("metrics", DEFAULT_METRICS))
         protocol = dict(document.get("protocol", {}))
-        asked = _read_conditioning({name: protocol.pop(name) for name in CONDITIONS if name in protocol})
-        return Plan(tuple(experiments), protocol, metrics, asked)
+        conditioning = _read_conditioning({name: protocol.pop(name) for name in CONDITIONS if name in protocol})
+        return Plan(tuple(experiments), protocol, metrics, conditioning)
     except FileNotFoundError as error:
         raise InputError(f"{file} does not exist; give a JSON list of experiments") from error
     except InputError as error:

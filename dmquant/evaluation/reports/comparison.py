@@ -214,9 +214,9 @@ def _changes(report: Report, baseline: Report | None) -> dict[str, float]:
 
 
 def _find_baseline(report: Report, reports: Sequence[Report]) -> Report | None:
-    """The float report of the model that this one was made from; None where it is not among them.
+    """Returns the float report, under the same protocol, of the model that this one was made from; None if there is none.
 
-    A pipeline that was made in memory names no origin: then the float report is meant if there is one only.
+    A report of a pipeline that was made in memory names no model: then it is the float report, if there is only one.
     """
     base = report.base_model
     alike = [other for other in reports if other.is_float and not report.protocol.differences(other.protocol)]
