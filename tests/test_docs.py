@@ -11,7 +11,7 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
 import dmquant
-from dmquant.cli.app import run
+from dmquant.cli.app import run_command
 from dmquant.kernels.registry import BY_NAME, CHOICES
 from dmquant.testing import TINY_UNET
 from tests.pages import CARDS, DOCS, PAGES, README, ROOT, anchors, cheap_commands, commands, links, name, parse, read, snippets
@@ -65,7 +65,7 @@ def test_a_command_line_parses(page, line):
 
 
 def test_help_names_every_command_of_the_pages(capsys):
-    assert run(["--help"]) == 0
+    assert run_command(["--help"]) == 0
     shown = capsys.readouterr().out
     assert all(line.split()[1] in shown for _, line in COMMANDS)
 
@@ -74,7 +74,7 @@ def test_help_names_every_command_of_the_pages(capsys):
 def test_marked_commands_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for line in cheap_commands(page):
-        assert run(shlex.split(line, comments=True)[1:]) == 0, line
+        assert run_command(shlex.split(line, comments=True)[1:]) == 0, line
 
 
 @pytest.mark.parametrize("page", DOCUMENTED, ids=name)

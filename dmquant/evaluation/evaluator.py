@@ -109,10 +109,10 @@ def evaluate(
         sampler = set_sampler(pipeline, sampler)
         instruments = open_instruments(chosen, options, size=size, device=denoiser.device, track=track)
         base = find_target(float_pipeline or open_base(target)) if chosen.needs_float_model else None
-        float_images = sample_float_images(base.pipeline, pipeline.scheduler, job) if chosen.needs_float_images else None
+        float_images = sample_float_images(base.pipeline, pipeline.scheduler, job) if base and chosen.needs_float_images else None
         measured = measure(pipeline, instruments.make_metrics(chosen), instruments, float_images, job)
-        curves = measure_cosine(target, base, job) if chosen.needs_output_cosine else {}
-        layers = profile_layers(target, base, job) if chosen.needs_layers else ()
+        curves = measure_cosine(target, base, job) if base and chosen.needs_output_cosine else {}
+        layers = profile_layers(target, base, job) if base and chosen.needs_layers else ()
     known = {**conditioning.describe(), **instruments.describe()}
     protocol = Protocol(num_images, seed, steps, sampler, batch, measured.image_size, **known)
     return make_report(target, cost, measured, curves, layers, protocol)

@@ -35,7 +35,7 @@ def test_it_is_the_cosine_of_outputs_for_the_inputs_of_the_float_model(pipeline,
     measured = measure_output_cosine(find_target(other), find_target(pipeline), range(7, 10), HOW)
 
     monkeypatch.setattr(samples_module, "recording_seeds", lambda seed, count: range(7, 10))
-    samples = samples_module.record(pipeline, 3, seed=0, HOW)
+    samples = samples_module.record(pipeline, 3, seed=0, steps=HOW.steps, batch=HOW.batch)
     cosines = cosine_of(samples.call(other.unet).detach(), samples.target)
     for timestep, value in measured.items():
         assert value == pytest.approx(cosines[samples.timestep == timestep].mean().item(), rel=1e-5)
