@@ -89,7 +89,8 @@ def format_of(text: str) -> tuple[int, int]:
 
 def conditions() -> dict[str, object]:
     return {
-        "torch": torch.__version__, "threads": torch.get_num_threads(), "load": os.getloadavg(), "kernels": status.kernel_status(),
+        "torch": torch.__version__, "threads": torch.get_num_threads(), "load": os.getloadavg(),
+        "kernels": status.kernel_status(),
         "capability": torch.backends.cpu.get_cpu_capability(),
     }  # fmt: skip
 

@@ -76,7 +76,8 @@ def main() -> None:
         os.environ["ONEDNN_MAX_CPU_ISA"] = name  # read when oneDNN is first used
     rows = [measure(shape, args.seconds, without=without) for shape in SHAPES]
     conditions = {
-        "torch": torch.__version__, "threads": torch.get_num_threads(), "load": os.getloadavg(), "kernels": status.kernel_status(),
+        "torch": torch.__version__, "threads": torch.get_num_threads(), "load": os.getloadavg(),
+        "kernels": status.kernel_status(),
         "isa": args.isa,
     }  # fmt: skip
     print(table(rows))
