@@ -14,11 +14,11 @@ ENDS_SHARE = 0.15  # of the parameters: what these blocks hold in LDM-4, taken o
 
 @dataclass(frozen=True)
 class Block:
-    """Modules that run one after the other and make one TimestepEmbed or transformer block; the last one's output is its own."""
+    """Consecutive modules that form one TimestepEmbed or transformer block; the output of the last one is the block's."""
 
     name: str
     modules: tuple[str, ...]
-    stride: int = 1  # side of the denoiser's input over that of the feature map inside
+    stride: int = 1  # side of the denoiser's input divided by the side of the block's feature map
 
 
 def find_blocks(denoiser: nn.Module) -> list[Block]:
@@ -56,7 +56,7 @@ def find_ends(denoiser: nn.Module) -> list[Block]:
 
 
 def is_unet(denoiser: nn.Module) -> bool:
-    """Whether feature maps shrink on the way down and grow on the way up."""
+    """Returns whether the denoiser has down and up blocks."""
     return hasattr(denoiser, "down_blocks") and hasattr(denoiser, "up_blocks")
 
 

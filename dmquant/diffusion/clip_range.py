@@ -1,10 +1,10 @@
-"""The sampler's clipping, fitted to a quantized denoiser.
+"""Fits the sampler's clip range to a quantized denoiser.
 
-Samplers of pixels clip their guess of the clean image to [-1, 1] in every step. The guess is (x - sigma * answer) / alpha:
-at the first steps rounding noise in the answer stands in it a hundredfold, and clipping such a guess draws it to the middle.
-The mean colour of an image is settled in just these steps, so images of a quantized model come out pale. In a wider range the
-noise passes, and the steps that follow average it away. What is fitted is `clip_sample_range` of the scheduler's own config:
-the file stays a plain diffusers pipeline.
+Samplers of pixels clip their estimate of the clean image, (x - sigma * output) / alpha, to [-1, 1] in every step. At the first
+steps this estimate contains the rounding noise of the output about a hundredfold, and clipping pulls it towards zero. These
+steps determine the mean colour of an image, so images of a quantized model become pale. A wider range passes the noise, and
+later steps average it out. The fitted value is `clip_sample_range` in the scheduler's own config, so that the folder stays a
+plain diffusers pipeline.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ NEARLY = 1.2  # 0.8 dB
 
 
 def clips(scheduler: SchedulerMixin) -> bool:
-    """Whether the sampler clips to a fixed range."""
+    """Returns whether the sampler clips to a fixed range."""
     config = scheduler.config
     return bool(config.get("clip_sample")) and RANGE in config and not config.get("thresholding")
 
@@ -32,11 +32,11 @@ def clips(scheduler: SchedulerMixin) -> bool:
 def fit_clipping(
     student: Target, teacher: Target, seeds: Sequence[int], plan: SamplingPlan, *, track: Track = plain
 ) -> None:
-    """Gives the student's pipeline the range in which its images come nearest to the teacher's, in mean squared distance.
+    """Sets the clip range of the student's scheduler that minimizes the mean squared error of its images to the teacher's.
 
-    Ranges are tried from the teacher's upwards until the distance grows; of those nearly as good as the best the narrowest is
-    taken, since clipping also holds back errors that a squared distance forgives. A sampler that does not clip stays as it is,
-    and so does that of a model which cannot be sampled from.
+    Tries ranges from the teacher's upwards until the error grows, and takes the narrowest range within 20 % of the smallest
+    error, because clipping also limits outliers. Samplers that do not clip, and those of models that cannot be sampled, do not
+    change.
     """
     pipeline = student.pipeline
     if not seeds or not clips(pipeline.scheduler):
@@ -50,18 +50,18 @@ def fit_clipping(
             if distances[value] > min(distances.values()):
                 break
     except DmquantError:
-        pass  # what was trained for hours is not thrown away for this: whoever draws from it is told
+        pass  # a model that diverges is still saved; sampling from it raises this error again
     limit = NEARLY * min(distances.values(), default=0.0)
     pipeline.scheduler = with_range(own, next((v for v, distance in distances.items() if distance <= limit), own.config[RANGE]))
 
 
 def clip_like(scheduler: SchedulerMixin, other: SchedulerMixin) -> SchedulerMixin:
-    """The scheduler, but with the range of the other one, where both clip."""
+    """Returns the scheduler with the clip range of the other one, if both clip."""
     return with_range(scheduler, other.config[RANGE]) if clips(scheduler) and clips(other) else scheduler
 
 
 def with_range(scheduler: SchedulerMixin, value: float) -> SchedulerMixin:
-    """The scheduler itself where it has this range already."""
+    """Returns the scheduler with this clip range; the scheduler itself if it has it already."""
     if scheduler.config[RANGE] == value:
         return scheduler
     return type(scheduler).from_config(scheduler.config, **{RANGE: value})

@@ -1,4 +1,4 @@
-"""."""
+"""Layers of a denoiser and their roles; methods choose bits by role."""
 
 import re
 from enum import StrEnum

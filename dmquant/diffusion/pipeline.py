@@ -1,4 +1,4 @@
-"""The denoiser of a diffusers pipeline: open the pipeline, find the network, name the roles of its layers."""
+"""Opens diffusers pipelines from folders, the hub or the embedded assets, and finds the denoiser in them."""
 
 import copy
 import json
@@ -33,9 +33,17 @@ HUB_TIMEOUT_S = 4.0
 def open_pipeline(
     model: str | Path | None = None, *, device: str | None = None, dtype: torch.dtype | None = None, any_tool: bool = False
 ) -> DiffusionPipeline:
-    """A float pipeline, float32 unless a dtype is given: a local folder, a hub id "org/name", or the embedded one (None).
+    """Opens a float pipeline.
 
-    With `any_tool` also one that a tool known to diffusers has quantized, to look at: its weights are that tool's affair.
+    Args:
+        model: a local folder, a hub id "org/name", or None for the embedded pipeline.
+        dtype: of the components; float32 by default.
+        any_tool: also open pipelines that another tool quantized; their weights are not checked.
+
+    Raises:
+        InputError: the pipeline is quantized, or the device cannot be used.
+        MissingResource: nothing was found under this name, or a library is not installed.
+        DamagedFile: a config cannot be read, or weights are missing or not finite.
     """
     folder = locate(model)
     tool = find_quantizer(folder, DENOISERS)
@@ -52,7 +60,7 @@ def open_pipeline(
 
 
 def locate(model: str | Path | None) -> Path:
-    """The local folder behind a model: None or "embedded" -> assets, a path -> itself, "org/name" -> its hub snapshot."""
+    """Returns the local folder of a model: assets (None or "embedded"), the path itself, or the hub snapshot of "org/name"."""
     if model is None or model == EMBEDDED:
         return _check_folder(ASSETS / "pipeline")
     path = Path(model).expanduser()
@@ -64,8 +72,8 @@ def locate(model: str | Path | None) -> Path:
 
 
 def load_folder(folder: Path, *, dtype: torch.dtype | None = None) -> DiffusionPipeline:
-    """The pipeline in a local folder, in the dtype given or float32; safetensors and classes of diffusers only."""
-    registry.choice()  # a name that is none must not come to light when all the work is done
+    """Loads the pipeline in a local folder, in float32 by default. Accepts only safetensors and classes of diffusers."""
+    registry.choice()  # refuses an unknown DMQUANT_KERNELS before any work is done
     files = list_components(folder)
     refuse_foreign_code(folder, files)
     refuse_pickles(files)
@@ -74,28 +82,28 @@ def load_folder(folder: Path, *, dtype: torch.dtype | None = None) -> DiffusionP
             return DiffusionPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True, dtype=dtype)
     except DmquantError:
         raise
-    except ImportError as error:  # diffusers stands in for pipelines whose libraries are missing
+    except ImportError as error:  # raised by diffusers' placeholder classes for missing libraries
         raise MissingResource(f"{folder} needs a library that is not installed: {str(error).strip()}") from error
     except (OSError, ValueError, SafetensorError) as error:
         raise DamagedFile(f"{folder} cannot be loaded: {str(error).strip()}") from error
-    except (TypeError, AttributeError, LookupError, ArithmeticError) as error:  # what diffusers trips over in a bad config
+    except (TypeError, AttributeError, LookupError, ArithmeticError) as error:  # diffusers raises these for wrong config values
         configs = ["model_index.json", *(file.as_posix() for file in files if file.name.endswith("config.json"))]
         reason = f"{type(error).__name__}: {error}"
         raise DamagedFile(f"{folder} cannot be loaded; a value in one of {', '.join(configs)} is wrong ({reason})") from error
 
 
 def choose_device() -> str:
-    """This process's CUDA device where there is one, else the CPU."""
+    """Returns the CUDA device of this process (LOCAL_RANK), or "cpu" without CUDA."""
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
 def place(pipeline: DiffusionPipeline, device: str | None) -> DiffusionPipeline:
-    """The pipeline on the device given, or where it is."""
+    """Moves the pipeline to the device; None leaves it where it is. Raises InputError if the device cannot be used."""
     return pipeline if device is None else pipeline.to(_check_device(device))
 
 
 def is_quantized(folder: str | Path) -> bool:
-    """Whether a local pipeline folder holds a denoiser packed by dmquant. Reads JSON only."""
+    """Returns whether a local pipeline folder holds a denoiser packed by dmquant. Reads JSON only."""
     return (Path(folder) / "model_index.json").is_file() and find_quantizer(Path(folder), DENOISERS) == "dmquant"
 
 
@@ -136,7 +144,7 @@ def find_target(pipeline: DiffusionPipeline) -> Target:
 
 @contextmanager
 def evaluating(denoiser: nn.Module) -> Iterator[None]:
-    """The denoiser in evaluation mode while inside: dropout would make a teacher that answers differently each time."""
+    """Keeps the denoiser in evaluation mode inside the context; with dropout, a teacher's outputs would differ per call."""
     was_training = denoiser.training
     denoiser.eval()
     try:
@@ -146,7 +154,7 @@ def evaluating(denoiser: nn.Module) -> Iterator[None]:
 
 
 def _check_device(name: str) -> torch.device:
-    """The device of that name, where it is one that holds numbers."""
+    """Returns the device of that name. Raises InputError if it cannot hold a tensor here."""
     try:
         device = torch.device(name)
         if device.type == "cuda" and not torch.cuda.is_available():
@@ -154,7 +162,7 @@ def _check_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, AssertionError, ImportError) as error:  # the last two from backends that torch was built without
+    except (RuntimeError, AssertionError, ImportError) as error:  # the last two come from backends that this torch lacks
         reason = re.split(r"\n|\. ", str(error))[0]
         raise InputError(f"device {name!r} cannot be used: {reason}; try cpu, cuda or cuda:1") from error
     if device.type == "meta" or (device.type == "cpu" and device.index):
@@ -163,7 +171,7 @@ def _check_device(name: str) -> torch.device:
 
 
 def _check_folder(folder: Path) -> Path:
-    """The folder, where it holds a pipeline."""
+    """Returns the folder. Raises MissingResource or InputError if it holds no pipeline."""
     if not folder.exists():
         raise MissingResource(f"{folder} is missing; give a diffusers pipeline folder")
     if not folder.is_dir():
@@ -174,7 +182,7 @@ def _check_folder(folder: Path) -> Path:
 
 
 def _download(model: str) -> Path:
-    """Snapshot of a hub pipeline; from the cache where the hub is offline or out of reach."""
+    """Returns the snapshot folder of a hub pipeline, from the cache if the hub is offline or does not answer."""
     files = None if constants.HF_HUB_OFFLINE else _ask_hub(model)
     if files is not None:
         refuse_pickles(files)
@@ -187,7 +195,7 @@ def _download(model: str) -> Path:
 
 
 def _ask_hub(model: str) -> list[PurePath] | None:
-    """File names of a hub repository; None where the hub does not answer in time."""
+    """Returns the file names of a hub repository, or None if the hub does not answer in time."""
     try:
         files = HfApi().model_info(model, timeout=HUB_TIMEOUT_S).siblings
         return [PurePath(file.rfilename) for file in files or ()]
@@ -200,7 +208,7 @@ def _ask_hub(model: str) -> list[PurePath] | None:
 
 
 def _check_size(folder: Path, denoiser: ModelMixin) -> None:
-    """Whether the config, where it speaks of sample_size, says one that images can be drawn in."""
+    """Raises DamagedFile if the config has a sample_size that is not a positive whole number or a pair of them."""
     size = denoiser.config.get("sample_size", 1)
     sides = size if isinstance(size, list | tuple) else [size]
     if not all(type(side) is int and side > 0 for side in sides):
@@ -208,7 +216,10 @@ def _check_size(folder: Path, denoiser: ModelMixin) -> None:
 
 
 def _check_weights(folder: Path, denoiser: ModelMixin) -> None:
-    """diffusers only warns about tensors that a file lacks (they stay on meta) or has too many, and nobody looks for NaN."""
+    """Raises DamagedFile for missing, unexpected or non-finite tensors.
+
+    diffusers only warns about missing tensors (they stay on meta) and unexpected ones, and does not look for NaN.
+    """
     damaged = [key for key, value in denoiser.state_dict().items() if value.is_meta or not value.isfinite().all()]
     if damaged:
         raise DamagedFile(f"{folder}: {len(damaged)} tensors are missing or not finite: {', '.join(damaged[:5])}")
@@ -220,13 +231,13 @@ def _check_weights(folder: Path, denoiser: ModelMixin) -> None:
 
 
 def _find_extra(folder: Path, denoiser: ModelMixin) -> list[str]:
-    """Names of stored tensors that the model does not have."""
+    """Returns the sorted names of stored tensors that the model does not have."""
     stored: dict[str, None] = {}
     for pattern in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*-of-*.safetensors"):
         for path in folder.glob(pattern):
             with safe_open(path, "pt") as file:
                 stored |= dict.fromkeys(file.keys())
-    denoiser._fix_state_dict_keys_on_load(stored)  # the names of early versions of diffusers
+    denoiser._fix_state_dict_keys_on_load(stored)  # names written by early versions of diffusers
     ignored = denoiser._keys_to_ignore_on_load_unexpected or ()
     extra = stored.keys() - denoiser.state_dict().keys()
     return sorted(key for key in extra if not any(re.search(pattern, key) for pattern in ignored))

@@ -1,4 +1,4 @@
-"""While diffusers and transformers load, they draw bars and tell of packages on stderr; the library prints nothing."""
+"""Silences the progress bars and warnings that diffusers and transformers print while they load."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ PACKAGES = ("diffusers", "transformers")  # the second is optional
 
 @contextmanager
 def loading_quietly() -> Iterator[None]:
-    """No bars and nothing below an error from either while inside."""
+    """Disables progress bars and messages below errors of both packages inside the context."""
     speakers = [import_module(f"{name}.utils.logging") for name in PACKAGES if find_spec(name)]
     before = [(speaker, speaker.get_verbosity(), speaker.is_progress_bar_enabled()) for speaker in speakers]
     for speaker in speakers:

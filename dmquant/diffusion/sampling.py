@@ -1,6 +1,6 @@
-"""Seeds -> images. Each seed has its own CPU generator: an image depends neither on the batch around it nor on the device.
+"""Samples images from seeds. Each seed has its own CPU generator, so that its noise depends on neither batch nor device.
 
-A seed also decides what a conditional pipeline is asked for, so that an image depends on its seed alone there too.
+The seed also selects the prompt or class label of a conditional pipeline.
 """
 
 import inspect
@@ -73,7 +73,7 @@ def generate(
 
 
 def set_sampler(pipeline: DiffusionPipeline, name: str | None = None) -> str:
-    """Gives the pipeline the sampler of that name, on its own noise schedule (None: keeps its own); returns the name in use."""
+    """Sets the sampler of that name on the pipeline's noise schedule; None keeps the sampler. Returns the name in use."""
     if name is not None:
         if name not in SAMPLERS:
             raise InputError(f"no sampler {name!r}; choose from {', '.join(SAMPLERS)}")
@@ -84,11 +84,11 @@ def set_sampler(pipeline: DiffusionPipeline, name: str | None = None) -> str:
 
 @torch.no_grad()
 def _sample(pipeline: DiffusionPipeline, seeds: list[int], steps: int, arguments: dict[str, Any]) -> Tensor:
-    """One batch of images, uint8 (B, 3, H, W)."""
+    """Returns one batch of images, uint8 (B, 3, H, W) on the CPU."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     draw = _run_scheduler if _is_plain(pipeline) else _call_pipeline
     try:
-        images = draw(pipeline, generators, steps, arguments)  # (B, 3, H, W), in [0, 1] where all went well
+        images = draw(pipeline, generators, steps, arguments)  # (B, 3, H, W), about [0, 1]
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(f"a batch of {len(seeds)} images does not fit into memory; use a smaller batch") from error
     broken = [seed for seed, image in zip(seeds, images) if not image.isfinite().all()]
@@ -102,7 +102,7 @@ def _sample(pipeline: DiffusionPipeline, seeds: list[int], steps: int, arguments
 def _run_scheduler(
     pipeline: DiffusionPipeline, generators: list[torch.Generator], steps: int, arguments: dict[str, Any]
 ) -> Tensor:
-    """Sampling with any scheduler: DDIMPipeline's own loop scales neither noise nor input and knows DDIM's step only."""
+    """Samples with any scheduler. DDIMPipeline's own loop scales neither noise nor input, and supports DDIM's step only."""
     unet, scheduler = pipeline.unet, pipeline.scheduler
     size = unet.config.sample_size
     shape = (unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
@@ -123,20 +123,20 @@ def _run_scheduler(
 def _call_pipeline(
     pipeline: DiffusionPipeline, generators: list[torch.Generator], steps: int, arguments: dict[str, Any]
 ) -> Tensor:
-    """The images of the pipeline's own call."""
+    """Returns the images of the pipeline's own call."""
     if "batch_size" in _accepts(pipeline):
         arguments = arguments | {"batch_size": len(generators)}
-    # some pipelines (DiT) pass no generator to a random scheduler: those draws repeat from run to run, but follow the batch
+    # some pipelines (DiT) pass no generator to a random scheduler: its noise then repeats per run, but depends on the batch
     with _silence(pipeline), torch.random.fork_rng():
         torch.manual_seed(generators[0].initial_seed())
         images = pipeline(generator=generators, num_inference_steps=steps, output_type="pt", **arguments).images
-    # older pipelines answer with arrays (B, H, W, 3) whatever was asked
+    # older pipelines return arrays (B, H, W, 3) for every output_type
     return torch.from_numpy(images).permute(0, 3, 1, 2) if isinstance(images, np.ndarray) else images.float()
 
 
 @contextmanager
 def _silence(pipeline: DiffusionPipeline) -> Iterator[None]:
-    """No progress bar of the pipeline's own while it runs."""
+    """Disables the pipeline's progress bar inside the context."""
     before = getattr(pipeline, "_progress_bar_config", {})
     pipeline.set_progress_bar_config(**{**before, "disable": True})
     try:
@@ -146,10 +146,10 @@ def _silence(pipeline: DiffusionPipeline) -> Iterator[None]:
 
 
 def convert_scheduler(scheduler: SchedulerMixin, target: type[SchedulerMixin]) -> SchedulerMixin:
-    """The target scheduler with the settings of this one, where the two speak of the same noise schedule."""
+    """Returns a scheduler of the target class with this one's noise schedule. Raises InputError if they share none."""
     if type(scheduler) is not target and target not in scheduler.compatibles:
         names = f"{type(scheduler).__name__} and {target.__name__}"
         raise InputError(f"{names} do not share a noise schedule; keep the pipeline's own sampler")
-    # from_config alone lets the target's own defaults stand wherever this one was left at its defaults, and they differ
+    # from_config alone uses the target's defaults for values that are defaults here, and these differ
     schedule = {key: scheduler.config[key] for key in NOISE_SCHEDULE if key in scheduler.config}
     return target.from_config(scheduler.config, **schedule)

@@ -1,6 +1,6 @@
-"""Denoiser calls recorded along the teacher's own trajectories: data-free training and calibration material.
+"""Records denoiser calls along the teacher's own trajectories, as data for calibration and training without images.
 
-The timestep is in the sample, so no training code asks which step it is.
+Each sample contains its timestep, so that training code does not count steps.
 """
 
 import inspect
@@ -22,26 +22,26 @@ from dmquant.errors import InputError
 from dmquant.progress import Track, plain
 from dmquant.quantizers.timestep_clock import find_timestep_name
 
-# far from the small seeds that people draw and evaluate with; torch's CPU generator reads 32 bits of a seed and no more
+# above the small seeds that evaluations use; torch's CPU generator reads only 32 bits of a seed
 FIRST_RECORDING_SEED = 1 << 31
-POSITIONS = ("img_ids", "txt_ids")  # Flux: places of tokens (N, 3), which may happen to be as many as samples
+POSITIONS = ("img_ids", "txt_ids")  # Flux: token positions (N, 3); N may equal the number of samples by chance
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Calls of a denoiser. Tensors live on the CPU; `on` moves a batch to a device.
+    """Calls of a denoiser, on the CPU; `on` moves a batch to a device.
 
-    Of the answers, recorded or new, only the channels count that the sampler uses. A denoiser that also learned a variance
-    answers with twice the channels (DiT, PixArt), and diffusers' pipelines for it drop the second half.
+    Outputs, recorded or new, keep only the channels that the sampler uses. A denoiser with a learned variance returns twice the
+    channels (DiT, PixArt), and its pipelines drop the second half.
     """
 
     x: Tensor  # (N, ...) noisy inputs
     timestep: Tensor  # (N,)
-    target: Tensor  # (N, C, ...) the teacher's answers, C channels of them
+    target: Tensor  # (N, C, ...) the teacher's outputs, in the C channels that the sampler uses
     conditioning: dict[str, Tensor]  # one row per sample; nested arguments are written "outer.inner"
-    shared: dict[str, Tensor]  # arguments that have no batch dimension, the same for every sample
+    shared: dict[str, Tensor]  # arguments without a batch dimension, equal for all samples
     names: tuple[str, str] = ("sample", "timestep")  # what the denoiser calls x and timestep
-    guidance: float | None = None  # scale at which the sampler mixes answers with and without condition, where it asks for both
+    guidance: float | None = None  # guidance scale, if the sampler calls with and without condition
 
     def __len__(self) -> int:
         return len(self.x)
@@ -52,7 +52,7 @@ class Samples:
         return replace(self, x=x, timestep=timestep, target=target, conditioning=rows)
 
     def spread(self, count: int) -> Self:
-        """At most `count` samples, evenly over the timesteps: with at least as many as there are steps, each is among them."""
+        """Returns at most `count` samples, evenly over the timesteps; every timestep is included if count allows it."""
         order = self.timestep.argsort(stable=True)
         return self[order[torch.linspace(0, len(self) - 1, min(count, len(self))).round().long()]]
 
@@ -65,7 +65,7 @@ class Samples:
         return replace(self, x=x, timestep=timestep, target=target, conditioning=rows, shared=shared)
 
     def call(self, denoiser: nn.Module) -> Tensor:
-        """The denoiser's answer to these samples, in the channels of the target."""
+        """Returns the denoiser's output for these samples, in the channels of the target."""
         # by name: in some denoisers the second argument is not the timestep
         arguments = dict(zip(self.names, (self.x, self.timestep))) | _nest({**self.conditioning, **self.shared})
         return denoiser(**arguments, return_dict=False)[0][:, :self.target.shape[1]]
@@ -75,10 +75,13 @@ def record(
     pipeline: DiffusionPipeline, trajectories: int, *, steps: int, seed: int, batch: int = 32, eta: float = 0.0,
     conditioning: Conditioning = Conditioning(), track: Track = plain,
 ) -> Samples:
-    """Every denoiser call of `trajectories` runs of the pipeline's own sampler with `steps` steps.
+    """Records every denoiser call of `trajectories` runs of the pipeline's own sampler with `steps` steps each.
 
-    `eta` is the share of fresh noise in each step, from 0, the sampler as it is, to 1, for samplers that take one (DDIM, eq.
-    16; Song et al., 2021); InputError for others.
+    Args:
+        eta: share of fresh noise in each step, 0 to 1. DDIM, eq. 16 (Song et al., 2021).
+
+    Raises:
+        InputError: eta is not 0 and the sampler takes none.
     """
     denoiser, recorder, conditioning = find_target(pipeline).denoiser, Recorder(), complete(pipeline, conditioning)
     seeds, plan = recording_seeds(seed, trajectories), SamplingPlan(steps, batch, conditioning)
@@ -86,7 +89,7 @@ def record(
         hook = denoiser.register_forward_hook(recorder.note, with_kwargs=True)
         try:
             for _ in generate(pipeline, seeds, plan, track=track):
-                pass  # the hook keeps what is wanted
+                pass  # the hook records the calls
         finally:
             hook.remove()
     samples = recorder.take()
@@ -95,17 +98,16 @@ def record(
 
 @contextmanager
 def stepping(scheduler: SchedulerMixin, eta: float) -> Iterator[set[torch.Size]]:
-    """Replaces scheduler.step within the block: steps take this eta, and the shapes (C, ...) of their inputs are collected.
+    """Passes eta to the scheduler's steps inside the context; yields the set of shapes (C, ...) that the steps were given.
 
-    Nothing simpler reaches every pipeline: some (DiT) pass no eta to the scheduler, and none tells which channels of the
-    denoiser's output the scheduler gets. This is the only place that replaces a method of a scheduler; the end of the block puts
-    it back, after errors too.
+    The one place that replaces a method of a diffusers object. Schedulers have no hooks, and some pipelines (DiT) do not pass
+    eta on; a subclass of each scheduler would change the type that diffusers stores. The method is restored at the end.
     """
     own, given = scheduler.step, set()
     if eta and "eta" not in inspect.signature(own).parameters:
         raise InputError(f"eta of {eta:g}: {type(scheduler).__name__} takes none; leave it at 0, or use a pipeline with DDIM")
 
-    @wraps(own)  # pipelines look at its signature
+    @wraps(own)  # pipelines inspect its signature
     def step(model_output: Tensor, *args: Any, **kwargs: Any) -> Any:
         given.add(model_output.shape[1:])
         return own(model_output, *args, **({**kwargs, "eta": eta} if eta else kwargs))
@@ -118,19 +120,19 @@ def stepping(scheduler: SchedulerMixin, eta: float) -> Iterator[set[torch.Size]]
 
 
 def keep_used(answers: Tensor, given: set[torch.Size]) -> Tensor:
-    """Of answers (N, C, ...) the leading channels that the sampler was given; all where it was given something else."""
+    """Returns the leading channels of outputs (N, C, ...) that the sampler was given; all channels if the shapes differ."""
     alike = {shape[0] for shape in given if shape[1:] == answers.shape[2:]}
     return answers[:, :max(alike, default=None)].contiguous()
 
 
 def recording_seeds(seed: int, count: int) -> range:
-    """Seeds of the recorded trajectories of a run: other ones for each run, never those of an evaluation."""
+    """Returns the seeds of the trajectories that a run records; they differ by run and from those of evaluations."""
     first = FIRST_RECORDING_SEED + int(np.random.SeedSequence(seed).generate_state(1)[0]) % (1 << 30)
     return range(first, first + count)
 
 
 class Recorder:
-    """A forward hook that keeps what a denoiser was asked and what it answered."""
+    """Records the arguments and outputs of a denoiser by a forward hook."""
 
     def __init__(self) -> None:
         self._calls: list[Samples] = []
@@ -147,7 +149,7 @@ class Recorder:
         self._calls.append(Samples(_keep(x), _keep(timestep), _keep(answer), rows, shared, (name, clock)))
 
     def take(self) -> Samples:
-        """All calls so far, in the order they were made. The recorder forgets them: one part at a time is there twice."""
+        """Returns all calls in order and empties the recorder, so that only one tensor at a time exists twice in memory."""
         first, calls, self._calls = self._calls[0], self._calls, []
         rows = {name: [call.conditioning[name] for call in calls] for name in first.conditioning}
         main = {name: [getattr(call, name) for call in calls] for name in ("x", "timestep", "target")}
@@ -158,12 +160,12 @@ class Recorder:
 
 
 def _keep(value: Tensor) -> Tensor:
-    """A copy on the CPU: samplers write into their tensors."""
+    """Returns a copy on the CPU; samplers write into their tensors."""
     return value.detach().to("cpu", copy=True)
 
 
 def _flatten(arguments: dict[str, Any], prefix: str = "") -> dict[str, Tensor]:
-    """Tensors among nested arguments, by dotted name; flags and None are the denoiser's defaults when it is called again."""
+    """Returns the tensors of nested arguments by dotted name; other arguments take their defaults when called again."""
     flat: dict[str, Tensor] = {}
     for name, value in arguments.items():
         if isinstance(value, dict):

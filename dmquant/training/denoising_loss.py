@@ -1,4 +1,4 @@
-"""Training on images: the noise-prediction loss that a denoiser was itself trained with."""
+"""Trains on images, by the denoising loss that the denoiser was trained with."""
 
 import inspect
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from dmquant.diffusion.pipeline import Target
 from dmquant.diffusion.sampling import convert_scheduler
 from dmquant.errors import InputError
 
-CONDITIONS = {"prompt", "prompt_embeds", "class_labels", "image"}  # what a call of a conditional pipeline takes
+CONDITIONS = {"prompt", "prompt_embeds", "class_labels", "image"}  # arguments of conditional pipelines
 TARGETS = {
     "epsilon": lambda scheduler, x, noise, timestep: noise,
     "sample": lambda scheduler, x, noise, timestep: x,
@@ -27,7 +27,7 @@ class Denoising:
 
     images: Tensor  # uint8 (N, 3, H, W)
     scheduler: SchedulerMixin
-    vae: AutoencoderKL | None  # turns pixels into latents where the pipeline has one
+    vae: AutoencoderKL | None  # encodes pixels to latents, in latent pipelines
 
     def loss(
         self, student: nn.Module, batch: int, *, step: int, generator: torch.Generator, device: torch.device
@@ -52,7 +52,11 @@ class Denoising:
 
 
 def open_denoising(target: Target, data: str | Path) -> Denoising:
-    """The objective over a folder or zip of images, brought to the pipeline's size. Unconditional pipelines only."""
+    """Returns the objective over a folder or zip of images, resized to the pipeline's size.
+
+    Raises:
+        InputError: the pipeline is conditional, or its scheduler, VAE, channels or size are not supported.
+    """
     pipeline, denoiser = target.pipeline, target.denoiser
     asked = CONDITIONS & set(inspect.signature(pipeline.__call__).parameters)
     if asked or getattr(denoiser, "class_embedding", None) is not None:

@@ -1,4 +1,4 @@
-"""The processes of one piece of work, as torchrun and accelerate launch them: all compute, the first writes and speaks."""
+"""Processes of one command, launched by torchrun or accelerate: all compute, the first one writes and reports."""
 
 import os
 import subprocess
@@ -10,12 +10,12 @@ LONGEST_WAIT = timedelta(hours=6)  # for the first process, which reads referenc
 
 
 def number() -> int:
-    """The number of this process; 0 where it is the only one."""
+    """Returns the rank of this process; 0 if it is the only one."""
     return int(os.environ.get("RANK", "0"))
 
 
 def count() -> int:
-    """How many processes there are."""
+    """Returns the number of processes."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -24,19 +24,19 @@ def is_first() -> bool:
 
 
 def is_launched() -> bool:
-    """Whether torchrun or accelerate started this process."""
+    """Returns whether torchrun or accelerate started this process."""
     return "RANK" in os.environ
 
 
 def launch(line: list[str], processes: int) -> int:
-    """Runs a command line of ours once more, in several processes; the exit code, which torchrun makes 1 for every failure."""
+    """Runs a dmquant command line in several processes and returns its exit code; torchrun returns 1 for every failure."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m", "dmquant"]
     threads = str(max(1, (os.cpu_count() or 1) // processes))
     return subprocess.run([*command, *line], env={"OMP_NUM_THREADS": threads, **os.environ}).returncode
 
 
 def join(*, on_cpu: bool) -> None:
-    """Makes the processes one group, where there are several and they are none yet."""
+    """Joins the process group if there are several processes and no group yet."""
     if count() > 1:
         from accelerate import PartialState
 
@@ -44,7 +44,7 @@ def join(*, on_cpu: bool) -> None:
 
 
 def gather(item: Any) -> list[Any]:
-    """What each process brings, in the order of their numbers; only the first gets it, the others an empty list."""
+    """Returns the items of all processes in order of rank on the first process, and an empty list on the others."""
     if count() == 1:
         return [item]
     from torch import distributed
@@ -55,7 +55,7 @@ def gather(item: Any) -> list[Any]:
 
 
 def share(item: Any) -> Any:
-    """What the first process brings, for all."""
+    """Returns the first process's item on all processes."""
     if count() == 1:
         return item
     from torch import distributed
@@ -66,7 +66,7 @@ def share(item: Any) -> Any:
 
 
 def leave_together() -> None:
-    """Waits for all processes and ends their group: none exits, and takes the others with it, while one still saves."""
+    """Waits for all processes and ends their group; a process that exits earlier would end the others while they save."""
     torch = sys.modules.get("torch")  # whoever joined a group has imported it
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()

@@ -30,7 +30,7 @@ class Meter:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Counts what happens inside; nothing is noted of a stage that fails."""
+        """Measures the code inside the context; a stage that raises is not recorded."""
         is_reset = _reset_peak(self._device)
         held, earlier = (_read_memory(self._device, peak=peak) for peak in (False, True))
         started = time.perf_counter(), time.process_time()

@@ -1,6 +1,6 @@
-"""What a run takes: seconds and peak memory of its stages, and how much of the model it trains.
+"""Cost of a run: seconds and peak memory of its stages, and the number of trained parameters.
 
-Measured, so no two runs agree: it lies beside a pipeline's published files and not among them, which repeat byte for byte.
+These values differ from run to run, so they are stored beside the published files of a pipeline, which repeat byte for byte.
 """
 
 import json
@@ -25,7 +25,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Effort:
-    """What a run took. `held_bytes` is what its process held when it began: the float pipeline, on a CPU libraries too."""
+    """Cost of a run. `held_bytes` is the memory at its start: the float pipeline, and on a CPU also libraries."""
 
     stages: dict[str, Stage]
     held_bytes: int | None
@@ -44,7 +44,7 @@ class Effort:
         return max(known, default=None)
 
     def describe(self) -> str:
-        """One line for people."""
+        """Returns the cost in one line of text."""
         parts = ", ".join(f"{name} {stage.seconds:.0f}" for name, stage in self.stages.items())
         memory = "" if self.peak_bytes is None else f"; {self.peak_bytes / 1e6:.0f} MB of memory at the peak"
         since = "" if self.is_whole else " since it was resumed"
@@ -56,7 +56,7 @@ class Effort:
 
     @classmethod
     def load(cls, folder: Path) -> Self | None:
-        """What the run that wrote a folder took; None where it was not kept."""
+        """Returns the cost of the run that wrote a folder, or None if it was not stored."""
         path = folder / FILE_NAME
         if not path.is_file():
             return None
