@@ -23,7 +23,7 @@ from dmquant.diffusion.trajectories import record
 from dmquant.quantizers.timestep_clock import Clock
 from dmquant.training.calibration import observe_inputs, observe_weights
 from dmquant.training.objectives import Distillation
-from dmquant.training.trainer import Training, draw, parameter_groups, start_optimizer
+from dmquant.training.trainer import Training, parameter_groups, start_optimizer, step_generator
 
 
 def main() -> None:
@@ -63,7 +63,8 @@ def make_step(model: nn.Module, objective: Distillation, training: Training) -> 
     _, optimizer = start_optimizer(parameter_groups(model, training))
 
     def step(number: int) -> None:
-        loss = objective.loss(model, training.batch, step=number, generator=draw(0, number, 0), device=torch.device("cpu"))
+        generator = step_generator(0, number, 0)
+        loss = objective.loss(model, training.batch, step=number, generator=generator, device=torch.device("cpu"))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip_norm)
         optimizer.step()

@@ -1,8 +1,8 @@
-"""The story: record the teacher, prepare the student, calibrate it, fine-tune it, pack it, fit its sampler."""
+"""Quantizes a pipeline: records the teacher, prepares, calibrates, fine-tunes and packs the student, fits its clip range."""
 
 import copy
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,10 @@ from dmquant.progress import Track, plain
 from dmquant.quantizers.timestep_clock import LINEAR, Clock
 from dmquant.training.calibration import correct_answers
 from dmquant.training.denoising_loss import Denoising, open_denoising
-from dmquant.training.objectives import Distillation, weigh
+from dmquant.training.objectives import Distillation, min_snr_weights
 from dmquant.training.profiler import Meter
 from dmquant.training.resume import Run
+from dmquant.training.run_cost import Effort
 
 
 def quantize(
@@ -37,19 +38,47 @@ def quantize(
     conditioning: Conditioning = Conditioning(), samples: Samples | None = None, run: Run = Run(), track: Track = plain,
     **settings: Any,
 ) -> DiffusionPipeline:
-    """A pipeline like the one given with a quantized, fine-tuned and packed denoiser; the one given is left as it is.
+    """Returns a pipeline with a quantized, fine-tuned and packed denoiser; the given pipeline does not change.
 
-    `method` is a name with its `settings` (weight_bits=4, act_bits=8, ...) or a Method. `data` names images to train on
-    instead of the teacher's own samples; `samples` is a recording to share between methods; `run`, a SavedRun, survives
-    interruption; `conditioning` is what is recorded of a conditional pipeline: prompts or classes, and at which guidance. What
-    comes back computes what dmquant.load gives after dmquant.save. Raises InputError for what cannot be
-    quantized as asked.
+    The result computes the same as after dmquant.save and dmquant.load.
+
+    Args:
+        pipeline: a float32 diffusers pipeline.
+        method: the name of a method, whose settings follow (weight_bits=4, act_bits=8, ...), or a Method.
+        seed: of the recording and of fine-tuning.
+        data: a folder or zip of images to train on, instead of recorded outputs of the teacher.
+        conditioning: prompts or class labels, and the guidance scale, that a conditional pipeline is recorded with.
+        samples: a recording that several runs share; without one the teacher is recorded.
+        run: a SavedRun, to save the run now and then and to continue it after an interruption.
+        track: wraps the loops of the run, to show progress.
+
+    Raises:
+        InputError: the pipeline cannot be quantized with these arguments.
     """
     method = resolve(method, settings)
+    return quantize_measured(
+        pipeline, method, seed=seed, data=data, conditioning=conditioning, samples=samples, run=run, track=track
+    ).pipeline
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A quantized pipeline, and the time and memory that the run took."""
+
+    pipeline: DiffusionPipeline
+    effort: Effort
+
+
+def quantize_measured(
+    pipeline: DiffusionPipeline, method: Method, *, seed: int = 0, data: str | Path | None = None,
+    conditioning: Conditioning = Conditioning(), samples: Samples | None = None, run: Run = Run(), track: Track = plain,
+) -> Quantized:  # fmt: skip
+    """Does what `quantize` does, and also returns the time and memory of each stage."""
     target = find_quantizable(pipeline, method, seed)
     meter = Meter(pipeline.device)
-    how = {"seed": seed, "data": data, "conditioning": conditioning, "samples": samples, "run": run, "track": track}
-    student = make_student(pipeline, method, meter=meter, **how)
+    student = make_student(
+        pipeline, method, seed=seed, data=data, conditioning=conditioning, samples=samples, run=run, track=track, meter=meter
+    )
     packed, trained = pack_model(student), count_trained(target.denoiser, student)
     packed.dmquant_record = describe_run(pipeline, method, seed) | trained
     if samples is None or conditioning != Conditioning():
@@ -61,8 +90,7 @@ def quantize(
     plan = SamplingPlan(method.sampling_steps, method.batch, conditioning)
     with meter.stage("clipping"):
         fit_clipping(quantized, target, seeds, plan, track=track)
-    packed.dmquant_effort = meter.sum_up(**trained, is_whole=not run.is_continued)
-    return quantized.pipeline
+    return Quantized(quantized.pipeline, meter.sum_up(**trained, is_whole=not run.is_continued))
 
 
 def make_student(
@@ -70,41 +98,43 @@ def make_student(
     conditioning: Conditioning = Conditioning(), samples: Samples | None = None, run: Run = Run(), track: Track = plain,
     meter: Meter | None = None,
 ) -> nn.Module:  # fmt: skip
-    """The denoiser before it is packed: float weights and their quantizers, fine-tuned. Arguments as for `quantize`.
+    """Returns the fine-tuned denoiser before it is packed: float weights and their quantizers.
 
-    What was trained requires gradients, nothing else does. The meter sees what each stage takes.
+    Only trained parameters require gradients. The arguments are those of `quantize`; `meter` measures each stage.
     """
     target, meter = find_quantizable(pipeline, method, seed), meter or Meter(pipeline.device)
     teacher, objective = target.denoiser, None if data is None else open_denoising(target, data)
     run.open(list_facts(pipeline, method, seed, conditioning), list_tensors(teacher, objective, samples))
     if samples is None:
-        how = {"steps": method.sampling_steps, "eta": method.eta, "seed": seed, "conditioning": conditioning}
         with meter.stage("recording"):
-            samples = run.recall(lambda: record(pipeline, method.trajectories, **how, track=track))
+            samples = run.load_or_record(lambda: record(
+                pipeline, method.trajectories, steps=method.sampling_steps, eta=method.eta, seed=seed,
+                conditioning=conditioning, track=track,
+            ))
     with meter.stage("calibration"):
         student = copy.deepcopy(teacher)
         timesteps = samples.timestep.unique().flip(0).to(next(teacher.parameters()).device)
         method.prepare(student, Clock(timesteps, LINEAR))
         method.calibrate(student, samples, track=track)
-    objective = objective or Distillation(samples, weigh(samples, pipeline.scheduler, method.snr_cap))
+    objective = objective or Distillation(samples, min_snr_weights(samples, pipeline.scheduler, method.snr_cap))
     with evaluating(teacher), meter.stage("fine-tuning"):
         method.finetune(student, objective, teacher=teacher, samples=samples, seed=seed, run=run, track=track)
         if method.bias_correction:
             few = samples.spread(method.calibration_samples)
-            weight = weigh(few, pipeline.scheduler, method.snr_cap)
+            weight = min_snr_weights(few, pipeline.scheduler, method.snr_cap)
             correct_answers(student, teacher, few, weight, batch=method.batch, track=track)
     return student.eval()
 
 
 def plan(pipeline: DiffusionPipeline, method: str | Method = "lsq", **settings: Any) -> dict[str, tuple[int, int]]:
-    """Weight and activation bits that each layer would get, by name; 32 means it stays in float."""
+    """Returns the weight and activation bits that each layer would get, by name; 32 stands for float."""
     method = resolve(method, settings)
     return plan_bits(find_quantizable(pipeline, method).denoiser, method)
 
 
 def plan_bits(denoiser: nn.Module, method: Method) -> dict[str, Bits]:
-    """The same for a method with its settings and a denoiser that it can quantize."""
-    swappable = find_layers(denoiser)  # a subclass of Linear may do anything: it stays as it is
+    """Returns the weight and activation bits of each layer by name, for a denoiser that the method can quantize."""
+    swappable = find_layers(denoiser)  # subclasses of torch's layers, whose forward may differ, stay in float
     bits = method.plan(denoiser).items()
     return {name: pair if name in swappable else (FLOAT_BITS, FLOAT_BITS) for name, pair in bits}
 
@@ -127,7 +157,7 @@ def _end_at(bits: Bits, scheme: LayerScheme) -> LayerScheme:
 
 
 def resolve(method: str | Method, settings: Mapping[str, Any]) -> Method:
-    """The method with its settings, validated."""
+    """Returns the method with its settings. Raises InputError for an unknown method or setting."""
     if isinstance(method, str):
         return methods.get(method).parse(settings)
     if not isinstance(method, Method):
@@ -155,14 +185,14 @@ def find_quantizable(pipeline: DiffusionPipeline, method: Method, seed: int = 0)
 
 
 def list_facts(pipeline: DiffusionPipeline, method: Method, seed: int, conditioning: Conditioning) -> dict[str, Any]:
-    """What a run is made of, beside tensors: an interrupted one is continued only by the same."""
+    """Returns the settings of a run, as JSON values; a saved run is continued only with equal ones."""
     scheduler = {"scheduler": type(pipeline.scheduler).__name__, "schedule": dict(pipeline.scheduler.config)}
     settings = {"method": method.name, "seed": seed, **method.settings()}
     return {**settings, **asdict(conditioning), **scheduler, "device": pipeline.device.type}
 
 
 def list_tensors(teacher: nn.Module, objective: Denoising | None, samples: Samples | None) -> dict[str, list[Tensor]]:
-    """What a run starts from, beside its settings."""
+    """Returns the tensors that a run starts from; a saved run is continued only with equal ones."""
     return {
         "model": list(teacher.state_dict().values()),
         "data": [] if objective is None else [objective.images],
@@ -171,7 +201,7 @@ def list_tensors(teacher: nn.Module, objective: Denoising | None, samples: Sampl
 
 
 def describe_run(pipeline: DiffusionPipeline, method: Method, seed: int) -> dict[str, Any]:
-    """What a checkpoint records of how it was made."""
+    """Returns the facts about the run that the checkpoint stores."""
     return {
         "method": method.name, "settings": method.settings(), "seed": seed,
         "weight_bits": method.weight_bits, "act_bits": method.act_bits, "base_model": _name_base(pipeline),
@@ -179,14 +209,14 @@ def describe_run(pipeline: DiffusionPipeline, method: Method, seed: int) -> dict
 
 
 def count_trained(teacher: nn.Module, student: nn.Module) -> dict[str, Any]:
-    """How many parameters fine-tuning trained, those of quantizers included, and their share of the teacher's."""
+    """Returns the number of trained parameters, with those of quantizers, and its ratio to the teacher's parameters."""
     trained = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in teacher.parameters())
     return {"trained_params": trained, "trained_share": round(trained / total, 4)}
 
 
 def _name_base(pipeline: DiffusionPipeline) -> str | None:
-    """Where the pipeline came from: "embedded", a hub id, or a folder under its absolute name."""
+    """Returns the origin of the pipeline: "embedded", a hub id, or an absolute folder; None for one made in memory."""
     name = pipeline.config.get("_name_or_path")
     if name is None or name == EMBEDDED:
         return name

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from dmquant.methods.base import Method
     from dmquant.nn.scheme import Scheme
+    from dmquant.quantization import Quantized
 
 app = typer.Typer(
     name="dmquant",
@@ -108,10 +109,10 @@ def quantize(
     if dry_run:
         _show_plan(arguments.open_model(model, "cpu"), chosen)
         return
-    from dmquant.checkpoint import atomic_folder, serialization
+    from dmquant.checkpoint import atomic_folder
     from dmquant.cli import signals
     from dmquant.diffusion.pipeline import locate
-    from dmquant.quantization import quantize as quantize_pipeline
+    from dmquant.quantization import quantize_measured
 
     folder = output or arguments.default_result_folder(model, method, chosen.weight_bits, chosen.act_bits)
     conditioning = arguments.read_conditioning(prompts, class_labels, guidance_scale)
@@ -122,13 +123,12 @@ def quantize(
         atomic_folder.lock(folder) if distributed.is_first() else nullcontext(),
         signals.resumable(folder, context.obj, resume=resume, force=force) as run,
     ):
-        pipeline = arguments.open_model(model, device)
-        quantized = quantize_pipeline(
-            pipeline, chosen, seed=seed, data=data, conditioning=conditioning, run=run, track=console.Tracker()
+        pipeline, track = arguments.open_model(model, device), console.Tracker()
+        quantized = quantize_measured(
+            pipeline, chosen, seed=seed, data=data, conditioning=conditioning, run=run, track=track
         )
         if distributed.is_first():
-            serialization.save(quantized, folder, force=force)
-            _print_summary(quantized, folder)
+            _save(quantized, folder, force=force)
             console.print_message(f"wrote {folder}; next: dmquant eval {folder} --fid")
 
 
@@ -258,18 +258,19 @@ def _print_layers(
     console.print_table(layer_table.HEADINGS, rows, align="lllrrrl", notes=["", *layer_table.summarize(cost)])
 
 
-def _print_summary(pipeline: "DiffusionPipeline", folder: Path) -> None:
-    """Saves the cost of quantizing in the folder and prints it with the size of the result."""
+def _save(quantized: "Quantized", folder: Path, *, force: bool) -> None:
+    """Saves the pipeline and the cost of quantizing in the folder, and prints the cost with the size of the result."""
+    from dmquant.checkpoint import serialization
     from dmquant.diffusion.pipeline import find_target
     from dmquant.evaluation.cost import measure_cost
 
-    target = find_target(pipeline)
-    name, denoiser = target.name, target.denoiser
-    size_bytes = sum(file.stat().st_size for file in (folder / name).glob("*.safetensors"))
-    ratio = measure_cost(denoiser).float_size_bytes / size_bytes
-    denoiser.dmquant_effort.save(folder)
-    console.print_message(denoiser.dmquant_effort.describe())
-    console.print_message(f"{name}: {size_bytes / 1e6:.2f} MB on disk, 1/{ratio:.2f} of float32")
+    serialization.save(quantized.pipeline, folder, force=force)
+    target = find_target(quantized.pipeline)
+    size_bytes = sum(file.stat().st_size for file in (folder / target.name).glob("*.safetensors"))
+    ratio = measure_cost(target.denoiser).float_size_bytes / size_bytes
+    quantized.effort.save(folder)
+    console.print_message(quantized.effort.describe())
+    console.print_message(f"{target.name}: {size_bytes / 1e6:.2f} MB on disk, 1/{ratio:.2f} of float32")
 
 
 def _write_value(value: object) -> str:

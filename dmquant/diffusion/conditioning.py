@@ -1,4 +1,4 @@
-"""."""
+"""Prompts, class labels and guidance of conditional pipelines; each seed has a fixed prompt or label."""
 
 import hashlib
 import inspect
@@ -15,12 +15,12 @@ from dmquant.diffusion.pipeline import find_target
 from dmquant.errors import InputError
 
 KEYWORDS = {"prompts": "prompt", "class labels": "class_labels"}  # of a pipeline's call
-GOLDEN = (5**0.5 - 1) / 2  # steps by this share of a range fill it evenly, however many there are
+GOLDEN = (5**0.5 - 1) / 2  # steps of this share of a range cover it evenly for any number of steps
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What is asked of a conditional pipeline: seed s takes entry s mod their number. None guidance is the pipeline's own."""
+    """Prompts or class labels, and the guidance scale. Seed s uses entry s modulo their number; None is the pipeline's scale."""
 
     prompts: tuple[str, ...] = ()
     class_labels: tuple[int, ...] = ()
@@ -28,7 +28,7 @@ class Conditioning:
 
     @property
     def kind(self) -> str | None:
-        """What the entries are; None of an unconditional pipeline."""
+        """Returns "prompts" or "class labels", or None if there are no entries."""
         return "prompts" if self.prompts else "class labels" if self.class_labels else None
 
     @property
@@ -37,23 +37,24 @@ class Conditioning:
 
     @property
     def sha256(self) -> str:
-        """Of the entries in their order; the guidance does not count."""
+        """Returns the SHA-256 of the entries in order, without the guidance scale."""
         return hashlib.sha256(json.dumps(self.entries).encode()).hexdigest()
 
     def describe(self) -> dict[str, Any]:
-        """The fields of a protocol that say what was asked for."""
+        """Returns the protocol fields of a report that describe the conditioning."""
         asked = {"condition": self.kind, "num_conditions": len(self.entries), "conditions_sha256": self.sha256}
         return {**(asked if self.entries else {}), "guidance_scale": self.guidance}
 
     def choose(self, seeds: Sequence[int]) -> list[str | int]:
-        """The entry of each seed; none where there are none."""
+        """Returns the entry of each seed; an empty list if there are no entries."""
         return [self.entries[seed % len(self.entries)] for seed in seeds] if self.entries else []
 
 
 def complete(pipeline: DiffusionPipeline, wanted: Conditioning) -> Conditioning:
-    """The conditioning with what it leaves open: every class in turn, and the guidance scale that the pipeline's call has.
+    """Returns the conditioning with defaults filled in: all classes in turn, and the pipeline's own guidance scale.
 
-    Raises InputError for what the pipeline does not take, and for a text pipeline without prompts.
+    Raises:
+        InputError: the pipeline does not take what is given, or a text pipeline gets no prompts.
     """
     name, accepted = type(pipeline).__name__, _accepts(pipeline)
     if wanted.prompts and "prompt" not in accepted:
@@ -70,8 +71,8 @@ def complete(pipeline: DiffusionPipeline, wanted: Conditioning) -> Conditioning:
     return wanted if wanted.guidance is not None else replace(wanted, guidance=accepted.get("guidance_scale"))
 
 
-def recall(pipeline: DiffusionPipeline, sha256: str | None, guidance: float | None) -> Conditioning:
-    """What images were drawn by of which a report has the hash alone: the classes in turn, or nothing. Else an InputError."""
+def reconstruct(pipeline: DiffusionPipeline, sha256: str | None, guidance: float | None) -> Conditioning:
+    """Returns the conditioning that a report has the hash of: all classes in turn, or none. Raises InputError for others."""
     is_text = "prompt" in _accepts(pipeline)
     own = Conditioning() if is_text else complete(pipeline, Conditioning(guidance=guidance))
     if is_text or (own.sha256 if own.entries else None) != sha256:
@@ -81,9 +82,10 @@ def recall(pipeline: DiffusionPipeline, sha256: str | None, guidance: float | No
 
 
 def _choose_classes(pipeline: DiffusionPipeline, labels: tuple[int, ...]) -> tuple[int, ...]:
-    """The labels, each one that the pipeline has; without any, all classes once, far apart from one seed to the next.
+    """Returns the given labels after a check, or all classes once in a strided order.
 
-    So few images show classes from everywhere, and as many images as classes, or a multiple, show each equally often.
+    With the stride, a few consecutive seeds cover the whole range of classes, and a multiple of the number of classes uses
+    each class equally often.
     """
     name, config = type(pipeline).__name__, find_target(pipeline).denoiser.config
     count = config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
@@ -99,13 +101,13 @@ def _choose_classes(pipeline: DiffusionPipeline, labels: tuple[int, ...]) -> tup
 
 
 def _write_arguments(conditioning: Conditioning, seeds: Sequence[int]) -> dict[str, Any]:
-    """Keyword arguments that condition the images of one batch."""
+    """Returns the keyword arguments of the pipeline's call that condition one batch."""
     chosen = {KEYWORDS[conditioning.kind]: conditioning.choose(seeds)} if conditioning.kind else {}
     return chosen if conditioning.guidance is None else chosen | {"guidance_scale": conditioning.guidance}
 
 
 def _accepts(pipeline: DiffusionPipeline) -> dict[str, Any]:
-    """Names of the arguments that a call may give, with the numbers that they are where it does not."""
+    """Returns the names of the arguments of the pipeline's call, with their default if it is a number, else None."""
     if _is_plain(pipeline):
         return {"class_labels": None} if pipeline.unet.class_embedding is not None else {}
     parameters = inspect.signature(pipeline.__call__).parameters.values()
@@ -113,5 +115,5 @@ def _accepts(pipeline: DiffusionPipeline) -> dict[str, Any]:
 
 
 def _is_plain(pipeline: DiffusionPipeline) -> bool:
-    """Whether a UNet and a scheduler are all there is: no text, no latents."""
+    """Returns whether the pipeline consists of a UNet and a scheduler only: no text encoder, no latents."""
     return set(pipeline.components) == {"unet", "scheduler"}

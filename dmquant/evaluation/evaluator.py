@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dmquant import __version__
 from dmquant.diffusion import other_tools
 from dmquant.diffusion.clip_range import clip_like
-from dmquant.diffusion.conditioning import Conditioning, complete, recall
+from dmquant.diffusion.conditioning import Conditioning, complete, reconstruct
 from dmquant.diffusion.pipeline import EMBEDDED as EMBEDDED_MODEL
 from dmquant.diffusion.pipeline import Target, find_target, is_quantized, open_pipeline
 from dmquant.diffusion.sampling import SamplingPlan, set_sampler
@@ -130,7 +130,7 @@ def add_layers(
     """
     protocol = report.protocol
     seeds = range(protocol.seed, protocol.seed + protocol.num_images)
-    conditioning = conditioning or recall(pipeline, protocol.conditions_sha256, protocol.guidance_scale)
+    conditioning = conditioning or reconstruct(pipeline, protocol.conditions_sha256, protocol.guidance_scale)
     job = SamplingJob(seeds, SamplingPlan(protocol.steps, protocol.batch, conditioning), None, track)
     with keep_scheduler(pipeline):
         if set_sampler(pipeline) != protocol.sampler:

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from dmquant.checkpoint import serialization
-from dmquant.diffusion.conditioning import recall
+from dmquant.diffusion.conditioning import reconstruct
 from dmquant.diffusion.pipeline import choose_device
 from dmquant.diffusion.sampling import set_sampler
 from dmquant.errors import DmquantError
@@ -52,7 +52,7 @@ def load_first_images(pipeline: DiffusionPipeline, report: Report, count: int, c
     protocol = report.protocol
     if set_sampler(pipeline) != protocol.sampler:
         set_sampler(pipeline, protocol.sampler)
-    conditioning = recall(pipeline, protocol.conditions_sha256, protocol.guidance_scale)
+    conditioning = reconstruct(pipeline, protocol.conditions_sha256, protocol.guidance_scale)
     images = ImageCache(pipeline, steps=protocol.steps, conditioning=conditioning, folder=cache)
     batch = range(protocol.seed, protocol.seed + min(protocol.batch, protocol.num_images))
     return images.load_or_generate(batch if images.contains(batch) else batch[:count]).images[:count]

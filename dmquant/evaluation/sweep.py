@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 
 from dmquant.checkpoint import atomic_folder, serialization
 from dmquant.diffusion.conditioning import Conditioning, complete
-from dmquant.diffusion.pipeline import find_target, is_quantized
+from dmquant.diffusion.pipeline import is_quantized
 from dmquant.diffusion.trajectories import Samples, record
 from dmquant.errors import DmquantError, InputError, Interrupted
 from dmquant.evaluation.evaluator import add_layers, evaluate
@@ -26,7 +26,7 @@ from dmquant.evaluation.reports.columns import split_name
 from dmquant.evaluation.reports.report import FILE_NAME, Report
 from dmquant.evaluation.sweep_plan import FLOAT, Experiment, Plan
 from dmquant.progress import Track, plain
-from dmquant.quantization import quantize
+from dmquant.quantization import quantize_measured
 from dmquant.training.resume import Run
 
 
@@ -129,11 +129,11 @@ def run_experiment(experiment: Experiment, context: SweepContext) -> Report:
         pipeline, method, conditioning = context.open(), experiment.method, context.plan.conditioning
         with context.begin(folder) as run:
             samples = context.get_samples(method.trajectories, method.sampling_steps, method.eta, experiment.seed)
-            quantized = quantize(
+            quantized = quantize_measured(
                 pipeline, method, seed=experiment.seed, conditioning=conditioning, samples=samples, run=run, track=context.track
             )
-            serialization.save(quantized, folder)
-            find_target(quantized).denoiser.dmquant_effort.save(folder)
+            serialization.save(quantized.pipeline, folder)
+            quantized.effort.save(folder)
     report = _find_report(folder, context.plan, context.plan.metrics)
     if report is not None and (report.layers or LAYERS not in context.plan.metrics):
         return report

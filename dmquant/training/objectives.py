@@ -1,4 +1,4 @@
-"""."""
+"""Training objectives, and the weights of recorded samples in the distillation loss."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,26 +11,26 @@ from dmquant.diffusion.trajectories import Samples
 
 
 class Objective(Protocol):
-    """What a student is trained for."""
+    """A loss that a student is trained on."""
 
     def loss(
         self, student: nn.Module, batch: int, *, step: int, generator: torch.Generator, device: torch.device
     ) -> Tensor:
-        """Mean loss of a batch drawn with the generator. What changes during a run is a function of its step.
+        """Returns the mean loss of a random batch drawn with the generator, a scalar.
 
-        An objective that is a module has a state, which an interrupted run finds again.
+        Whatever changes during a run depends on `step` only. An objective that is a module is saved with an interrupted run.
         """
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """Mean squared distance to the teacher's answers at recorded points of its own trajectories.
+    """Weighted mean squared error to the teacher's outputs at recorded points of its own trajectories.
 
-    Of the channels that its sampler uses: where a learned variance is dropped (DiT, PixArt), nothing is spent on following it.
+    Only the channels that the sampler uses count; a learned variance that the pipeline drops (DiT, PixArt) is left out.
     """
 
     samples: Samples
-    weight: Tensor  # (N,) how much each sample counts
+    weight: Tensor  # (N,) weight of each sample in the loss
 
     def loss(
         self, student: nn.Module, batch: int, *, step: int, generator: torch.Generator, device: torch.device
@@ -41,12 +41,12 @@ class Distillation:
         return (self.weight[index].to(device) * error).mean()
 
 
-def weigh(samples: Samples, scheduler: SchedulerMixin, cap: float) -> Tensor:
-    """Weight of each sample (N,): min(SNR, cap) / SNR of its timestep, for noise predictions. Min-SNR (Hang et al., 2023).
+def min_snr_weights(samples: Samples, scheduler: SchedulerMixin, cap: float) -> Tensor:
+    """Returns the weight of each sample (N,): min(SNR, cap) / SNR of its timestep, for noise predictions.
 
-    An error at a nearly noise-free step hardly shows in the image, but rounding the inputs makes it the largest of all:
-    unweighted it would drown the others. Velocity predictions divide by SNR + 1, image predictions by 1. Samplers without
-    a noise schedule of this kind (flow matching) count every sample alike.
+    The loss at nearly noise-free steps is the largest after rounding, although such errors hardly show in the image; without
+    weights it would dominate. Velocity predictions divide by SNR + 1, image predictions by 1. Samplers without alphas_cumprod
+    (flow matching) give each sample weight 1. Min-SNR (Hang et al., 2023).
     """
     alphas, kind = getattr(scheduler, "alphas_cumprod", None), scheduler.config.get("prediction_type")
     if alphas is None or kind not in ("epsilon", "v_prediction", "sample"):

@@ -64,7 +64,7 @@ class Run:
     def open(self, facts: Mapping[str, Any], tensors: Mapping[str, Iterable[Tensor]]) -> None:
         """What the run is made of: settings and such, and the tensors that it starts from."""
 
-    def recall(self, record: Callable[[], Samples]) -> Samples:
+    def load_or_record(self, record: Callable[[], Samples]) -> Samples:
         """The samples of this run, recorded if they were not."""
         return record()
 
@@ -129,7 +129,7 @@ class SavedRun(Run):
         else:
             atomic_folder.check_target(self._state, force=True)
 
-    def recall(self, record: Callable[[], Samples]) -> Samples:
+    def load_or_record(self, record: Callable[[], Samples]) -> Samples:
         self._samples = Samples(**_read(self._start, "samples", torch.device("cpu"))) if self._has_begun else record()
         return self._samples
 

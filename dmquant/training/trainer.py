@@ -1,7 +1,7 @@
-"""The training loop: one step, one function of (seed, step, rank).
+"""The training loop. Each step depends on (seed, step, rank) and on the trained state, so that a run can be continued exactly.
 
-Two objectives: `Distillation` follows the teacher's recorded answers (data-free), `Denoising` is the loss of the model's
-own training on images. No hidden random state and no counters: whatever changes during a run is a function of its step.
+There are two objectives: `Distillation` (the teacher's recorded outputs, no data) and `Denoising` (the model's own training
+loss on images).
 """
 
 import math
@@ -32,7 +32,7 @@ LOWERED = 0.1  # factor on all rates after a rollback
 
 @dataclass
 class Step:
-    """One turn of the loop, as `track` sees it: the loss is there once the turn is done."""
+    """One step of the loop, as passed to `track`; `loss` is set at the end of the step."""
 
     number: int
     loss: float = math.nan
@@ -40,7 +40,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Training:
-    """How to train. Rates are AdamW's and decay to zero; quantizer_rate is relative to the size of each scale or offset."""
+    """Settings of a run. Learning rates are AdamW's and decay to zero; quantizer_rate is relative to each scale or offset."""
 
     max_steps: int
     batch: int
@@ -66,7 +66,11 @@ def fit(
     student: nn.Module, objective: Objective, training: Training, groups: Sequence[Group] | None = None, *, seed: int,
     run: Run = Run(), track: Track = plain,
 ) -> list[float]:
-    """Trains the groups in place, by default all, and freezes the rest; the losses of the steps. DmquantError if it diverges."""
+    """Trains the groups in place, by default all parameters, freezes the rest, and returns the loss of each step.
+
+    Raises:
+        DmquantError: the loss or the gradients diverge twice, or a trained value is not finite.
+    """
     student.requires_grad_(False)
     if training.max_steps == 0:
         return []
@@ -81,7 +85,7 @@ def fit(
     steps = [Step(number) for number in range(run.restore(parts, device), training.max_steps)]
     for step in run.keep(track(steps, "fine-tune"), parts):
         set_rates(optimizer, guard.factor * schedule(step.number, training.max_steps, training.decay))
-        generator = draw(seed, step.number, accelerator.process_index)
+        generator = step_generator(seed, step.number, accelerator.process_index)
         loss = objective.loss(model, training.batch, step=step.number, generator=generator, device=device)
         step.loss = accelerator.gather(loss.detach().reshape(1)).mean().item()
         if guard.refuses(step.number, step.loss):
@@ -95,7 +99,7 @@ def fit(
                 average.step(trained)
         optimizer.zero_grad()
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    vars(student).pop("forward", None)  # the bound method that unwrapping leaves behind
+    vars(student).pop("forward", None)  # unwrapping leaves a bound method on the student
     if average is not None:
         average.copy_to(trained)
     check_finite(student)
@@ -103,9 +107,9 @@ def fit(
 
 
 def start_accelerator(device: torch.device, precision: str) -> Accelerator:
-    """An accelerator for one run on the student's own device.
+    """Returns an accelerator for one run on the student's device.
 
-    accelerate keeps one state per process, which a second run may need otherwise: another device, another precision.
+    accelerate keeps one global state per process; it is reset, because a second run may use another device or precision.
     """
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     # a layer that never runs gets no gradient, which DDP refuses unless told
@@ -116,7 +120,7 @@ def start_accelerator(device: torch.device, precision: str) -> Accelerator:
 
 
 def start_optimizer(groups: Sequence[Group]) -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
-    """The parameters that are trained, and their optimizer."""
+    """Returns the trained parameters and their AdamW optimizer."""
     trained = [parameter for group in groups for parameter in group.parameters]
     for parameter in trained:
         parameter.requires_grad_(True)
@@ -128,7 +132,7 @@ def start_optimizer(groups: Sequence[Group]) -> tuple[list[nn.Parameter], torch.
 
 
 def parameter_groups(student: nn.Module, training: Training) -> list[Group]:
-    """One group for weights, biases and norms; one for each quantizer parameter, at a rate relative to its size."""
+    """Returns one group for weights, biases and norms, and one for each quantizer parameter, at a rate relative to its size."""
     quantizers = [module for module in student.modules() if isinstance(module, Quantizer)]
     groups = quantizer_groups(quantizers, training.quantizer_rate)
     taken = {parameter for group in groups for parameter in group.parameters}
@@ -137,17 +141,17 @@ def parameter_groups(student: nn.Module, training: Training) -> list[Group]:
 
 
 def quantizer_groups(quantizers: Iterable[Quantizer], rate: float) -> list[Group]:
-    """One group for each parameter of the quantizers' own, at a rate relative to what the quantizer calls its size.
+    """Returns one group for each parameter of the quantizers, at a rate relative to the size that the quantizer reports.
 
-    A step size of 0.002 and one of 0.5 must not move by the same amount: with Adam an absolute rate would flip the sign of
-    the small one.
+    Adam moves parameters by about the rate itself: with one absolute rate, a scale of 0.002 would change its sign where one of
+    0.5 hardly moves.
     """
     sizes = ((quantizer.get_parameter(name), size) for quantizer in quantizers for name, size in quantizer.sizes().items())
     return [Group([parameter], rate * size) for parameter, size in sizes]
 
 
 def schedule(step: int, max_steps: int, decay: str = "cosine") -> float:
-    """Factor on the peak rates: a short warm-up, then a half cosine or a straight line to zero."""
+    """Returns the factor on the peak rates: a linear warm-up of 10 steps times a half cosine or a straight line to zero."""
     rest = 0.5 * (1 + math.cos(math.pi * step / max_steps)) if decay == "cosine" else 1 - step / max_steps
     return min(1, (step + 1) / WARM_UP_STEPS) * rest
 
@@ -157,8 +161,8 @@ def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
         group["lr"] = group["peak"] * factor
 
 
-def draw(seed: int, step: int, rank: int) -> torch.Generator:
-    """The random numbers of one step on one rank, independent of everything that ran before."""
+def step_generator(seed: int, step: int, rank: int) -> torch.Generator:
+    """Returns the random generator of one step on one rank; it does not depend on earlier steps."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]))
 
 
@@ -169,9 +173,9 @@ def check_finite(student: nn.Module) -> None:
 
 
 class Guard:
-    """Keeps a run finite: skips bad steps, rolls back once to the last good state with lower rates, then gives up.
+    """Skips diverging steps; after several in a row rolls back once to the last good state with lower rates, then raises.
 
-    Every rank sees the same gathered loss and the same reduced gradient norm, so all decide alike.
+    All ranks see the same gathered loss and the same reduced gradient norm, so they take the same decisions.
     """
 
     def __init__(self, trained: Sequence[Tensor], optimizer: torch.optim.Optimizer, average: EMAModel | None = None):
@@ -182,7 +186,7 @@ class Guard:
         self._copy()
 
     def refuses(self, step: int, value: float, *, is_gradient: bool = False) -> bool:
-        """True if the step must be skipped. After too many in a row it rolls back; a second time it raises DmquantError."""
+        """Returns whether the step must be skipped. Rolls back after three in a row; raises DmquantError the second time."""
         first = self._first_loss
         limit = math.inf if is_gradient or first is None else max(DIVERGED * first, LOSS_OF_SILENCE)
         if math.isfinite(value) and value <= limit:
@@ -194,7 +198,7 @@ class Guard:
         return True
 
     def accept(self, step: int) -> None:
-        """Notes a good loss and gradient, before the update: now and then the state that gave them is what to return to."""
+        """Records a good step before its update, and every 50 steps copies the state that a rollback returns to."""
         self._bad_in_row = 0
         if step % SNAPSHOT_EVERY == 0:
             self._copy()

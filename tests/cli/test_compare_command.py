@@ -129,7 +129,7 @@ def test_a_file_of_experiments_contains_its_classes(tmp_path, capsys):
 
 
 def test_a_failure_is_printed_after_the_table_of_the_rest(tiny_folder, capsys, monkeypatch):
-    monkeypatch.setattr(sweep, "quantize", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(sweep, "quantize_measured", lambda *_, **__: 1 / 0)
     assert run("--model", tiny_folder, "--run", f"lsq:4/8,{SMALL}", "-o", "all", *QUICK, "--format", "json") == 1
     out, err = capsys.readouterr()
     assert len(json.loads(out)["rows"]) == 1 and err.splitlines()[-1].startswith("error: lsq-w4a8")
@@ -139,7 +139,7 @@ def test_an_interrupt_says_that_the_same_command_continues(tiny_folder, capsys, 
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sweep, "quantize", stop)
+    monkeypatch.setattr(sweep, "quantize_measured", stop)
     assert run("--model", tiny_folder, "--run", f"lsq:4/8,{SMALL}", "-o", "all", *QUICK) == 130
     assert "the same command continues" in capsys.readouterr().err
 

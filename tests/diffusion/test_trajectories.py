@@ -118,11 +118,11 @@ def test_the_guidance_of_a_recording_goes_wherever_its_samples_go(tmp_path):
     run, samples = SavedRun(tmp_path / "run"), record(make_text_pipeline(), 1, steps=2, seed=0, conditioning=Conditioning(("a",)))
     assert samples.guidance == samples[:2].guidance == samples.spread(2).on(torch.device("cpu")).guidance == 7.5
     run.open({}, {})
-    run.recall(lambda: samples)
+    run.load_or_record(lambda: samples)
     run._save(1, {})
     again = SavedRun(tmp_path / "run")
     again.open({}, {})
-    assert again.recall(lambda: None).guidance == 7.5
+    assert again.load_or_record(lambda: None).guidance == 7.5
 
 
 def test_a_sampler_that_reuses_its_tensors_does_not_change_the_recording():

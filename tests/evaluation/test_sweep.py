@@ -76,7 +76,7 @@ def test_recordings_of_another_eta_are_not_shared(tiny_folder, tmp_path, monkeyp
 
 def test_complete_experiments_are_not_done_again(tiny_folder, done, lines, monkeypatch):
     folder, first = done
-    quantized, evaluated = count(monkeypatch, "quantize"), count(monkeypatch, "evaluate")
+    quantized, evaluated = count(monkeypatch, "quantize_measured"), count(monkeypatch, "evaluate")
     assert run(PLAN, folder, tiny_folder, lines) == first and quantized == evaluated == [] and lines == []
     (folder / "long" / "report.json").unlink()
     assert run(PLAN, folder, tiny_folder).reports["long"].metrics == first.reports["long"].metrics
@@ -84,7 +84,7 @@ def test_complete_experiments_are_not_done_again(tiny_folder, done, lines, monke
 
 
 def test_another_protocol_or_metric_measures_again_without_quantizing(tiny_folder, done, monkeypatch):
-    quantized, evaluated = count(monkeypatch, "quantize"), count(monkeypatch, "evaluate")
+    quantized, evaluated = count(monkeypatch, "quantize_measured"), count(monkeypatch, "evaluate")
     more = replace(PLAN, given={**PROTOCOL, "num_images": 6})
     assert {report.protocol.num_images for report in run(more, done[0], tiny_folder).reports.values()} == {6}
     other = replace(more, metrics=("psnr", "cosine"), experiments=PLAN.experiments[:1])
@@ -94,7 +94,7 @@ def test_another_protocol_or_metric_measures_again_without_quantizing(tiny_folde
 
 def test_layers_are_added_to_existing_reports(tiny_folder, done, monkeypatch):
     folder, first = done
-    quantized, evaluated, added = (count(monkeypatch, name) for name in ("quantize", "evaluate", "add_layers"))
+    quantized, evaluated, added = (count(monkeypatch, name) for name in ("quantize_measured", "evaluate", "add_layers"))
     reports = run(PLAN.with_layers(), folder, tiny_folder).reports
     assert quantized == evaluated == [] and added == [first.reports["short"], first.reports["long"]]
     assert all(replace(reports[name], layers=()) == first.reports[name] for name in first.reports)
@@ -105,7 +105,7 @@ def test_layers_are_added_to_existing_reports(tiny_folder, done, monkeypatch):
 
 
 def test_a_failure_does_not_stop_the_others(tiny_folder, done, lines, monkeypatch):
-    folder, real = done[0], sweep.quantize
+    folder, real = done[0], sweep.quantize_measured
     for name in ("long", "short"):
         shutil.rmtree(folder / name)
 
@@ -115,7 +115,7 @@ def test_a_failure_does_not_stop_the_others(tiny_folder, done, lines, monkeypatc
         return real(pipeline, method, **how)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sweep, "quantize", fail)
+        patch.setattr(sweep, "quantize_measured", fail)
         results = run(PLAN, folder, tiny_folder, lines)
     assert list(results.reports) == [FLOAT, "long"] and results.failures == {"short": "ZeroDivisionError: no good"}
     assert "short failed: ZeroDivisionError: no good" in lines
@@ -123,7 +123,7 @@ def test_a_failure_does_not_stop_the_others(tiny_folder, done, lines, monkeypatc
 
 
 def test_an_interrupted_list_continues_to_the_same_results(tiny_folder, tmp_path, whole, monkeypatch):
-    expected, real = whole[1], sweep.quantize
+    expected, real = whole[1], sweep.quantize_measured
 
     def stop(pipeline, method, **how):
         if method.max_steps == 3:
@@ -131,7 +131,7 @@ def test_an_interrupted_list_continues_to_the_same_results(tiny_folder, tmp_path
         return real(pipeline, method, **how)
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(sweep, "quantize", stop)
+        patch.setattr(sweep, "quantize_measured", stop)
         run(PLAN, tmp_path / "parts", tiny_folder)
     results = run(PLAN, tmp_path / "parts", tiny_folder)
     assert {n: r.metrics for n, r in results.reports.items()} == {n: r.metrics for n, r in expected.reports.items()}

@@ -7,7 +7,8 @@ import pytest
 from dmquant.checkpoint import atomic_folder, serialization
 from dmquant.diffusion.pipeline import open_pipeline
 from dmquant.errors import DamagedFile, Interrupted
-from dmquant.quantization import quantize
+from dmquant.methods import get
+from dmquant.quantization import quantize, quantize_measured
 from dmquant.training.resume import SavedRun
 from dmquant.training.run_cost import FILE_NAME, Effort, Stage
 
@@ -24,8 +25,9 @@ def test_the_line_names_parameters_time_stages_and_memory():
 
 
 def test_a_quantized_pipeline_knows_what_it_took_and_its_file_lies_beside_what_is_published(tiny_folder, tmp_path):
-    quantized = quantize(open_pipeline(tiny_folder), "lsq", **QUICK)
-    taken, record = quantized.unet.dmquant_effort, quantized.unet.dmquant_record
+    measured = quantize_measured(open_pipeline(tiny_folder), get("lsq").parse(QUICK))
+    quantized, taken = measured.pipeline, measured.effort
+    record = quantized.unet.dmquant_record
     assert list(taken.stages) == ["recording", "calibration", "fine-tuning", "clipping"] and taken.is_whole
     assert (taken.trained_params, taken.trained_share) == (record["trained_params"], record["trained_share"])
     taken.save(serialization.save(quantized, tmp_path / "out"))
@@ -43,7 +45,7 @@ def test_a_run_that_was_continued_says_that_it_counts_from_there(tiny_folder, tm
 
     with pytest.raises(Interrupted):
         quantize(pipeline, "lsq", run=SavedRun(tmp_path / "run", should_stop=stop_at_once), **QUICK)
-    assert not quantize(pipeline, "lsq", run=SavedRun(tmp_path / "run"), **QUICK).unet.dmquant_effort.is_whole
+    assert not quantize_measured(pipeline, get("lsq").parse(QUICK), run=SavedRun(tmp_path / "run")).effort.is_whole
 
 
 def test_what_was_not_kept_is_none_and_what_was_damaged_is_refused(tmp_path):

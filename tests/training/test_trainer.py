@@ -11,17 +11,17 @@ from dmquant.errors import DmquantError
 from dmquant.nn.fake_quant_layers import swap
 from dmquant.quantizers.base import Quantizer
 from dmquant.quantizers.uniform import LearnedStep
-from dmquant.training.objectives import Distillation, weigh
+from dmquant.training.objectives import Distillation, min_snr_weights
 from dmquant.training.trainer import (
     SNAPSHOT_EVERY,
     Group,
     Guard,
     Training,
-    draw,
     fit,
     parameter_groups,
     schedule,
     start_optimizer,
+    step_generator,
 )
 
 RATES = dict(batch=8, learning_rate=1e-2, quantizer_rate=1e-2)
@@ -70,7 +70,7 @@ def test_training_brings_the_student_nearer_to_the_teacher():
 def test_channels_that_the_sampler_drops_are_not_followed():
     student, samples = make()
     samples = replace(samples, target=samples.target[:, :4])
-    loss = follow(samples).loss(student, 8, step=0, generator=draw(0, 0, 0), device=torch.device("cpu"))
+    loss = follow(samples).loss(student, 8, step=0, generator=step_generator(0, 0, 0), device=torch.device("cpu"))
     loss.backward()
     seen = student.body.weight.grad.abs().sum(1)
     assert seen[:4].all() and not seen[4:].any()
@@ -95,7 +95,7 @@ def test_zero_steps_change_nothing():
 
 def test_steps_and_ranks_draw_different_numbers_and_the_same_ones_again():
     def first(*key):
-        return torch.rand(4, generator=draw(*key)).tolist()
+        return torch.rand(4, generator=step_generator(*key)).tolist()
 
     assert first(0, 1, 0) == first(0, 1, 0)
     assert len({tuple(first(*key)) for key in ((0, 1, 0), (0, 2, 0), (1, 1, 0), (0, 1, 1))}) == 4
@@ -247,12 +247,12 @@ def test_weights_make_every_prediction_type_count_as_the_image_it_leads_to(kind)
     alpha = scheduler.alphas_cumprod[samples.timestep]
     snr = alpha / (1 - alpha)
     size = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones(64)}[kind]
-    assert torch.allclose(weigh(samples, scheduler, 5.0) * size, snr.clamp(max=5.0), rtol=1e-4)
+    assert torch.allclose(min_snr_weights(samples, scheduler, 5.0) * size, snr.clamp(max=5.0), rtol=1e-4)
 
 
 def test_flow_matching_counts_every_sample_alike():
     _, samples = make()
-    assert torch.equal(weigh(samples, FlowMatchEulerDiscreteScheduler(), 5.0), torch.ones(64))
+    assert torch.equal(min_snr_weights(samples, FlowMatchEulerDiscreteScheduler(), 5.0), torch.ones(64))
 
 
 def test_a_sample_of_no_weight_teaches_nothing():

@@ -11,7 +11,7 @@ from dmquant.diffusion.conditioning import Conditioning
 from dmquant.diffusion.trajectories import Samples, record
 from dmquant.methods.efficientdm.guided_distillation import find_pairs, make_guided_distillation
 from dmquant.training.objectives import Distillation
-from dmquant.training.trainer import draw
+from dmquant.training.trainer import step_generator
 from tests.text import make_text_pipeline
 
 
@@ -47,11 +47,11 @@ def paired(guidance=1.5, **conditioning):
 
 
 def loss(objective, student, step=0, batch=4):
-    return objective.loss(student, batch, step=step, generator=draw(0, step, 0), device=torch.device("cpu"))
+    return objective.loss(student, batch, step=step, generator=step_generator(0, step, 0), device=torch.device("cpu"))
 
 
 def seen(objective, step, batch=2):
-    rows = objective.calls[objective.choose_calls(batch, step, draw(0, step, 0))].flatten()
+    rows = objective.calls[objective.choose_calls(batch, step, step_generator(0, step, 0))].flatten()
     return [tuple(int(value) for value in objective.samples.x[row]) for row in rows]
 
 
