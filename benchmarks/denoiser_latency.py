@@ -211,9 +211,7 @@ def middle_grid(bits: int) -> FixedGrid:
     return grid
 
 
-def time_in_turns(
-    calls: dict[str, Callable[[], object]], repeats: int, clock: Callable[[], float]
-) -> dict[str, list[float]]:
+def time_in_turns(calls: dict[str, Callable[[], object]], repeats: int, clock: Callable[[], float]) -> dict[str, list[float]]:
     """Returns the seconds of each call. The first turn is not measured: it warms up, compiles and chooses kernels."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 1):

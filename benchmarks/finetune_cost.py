@@ -144,6 +144,7 @@ def read_point(steps: int, folder: Path, file: Path) -> Point:
 
 def average(points: Sequence[Point]) -> Point:
     """Returns the mean of runs with different seeds."""
+
     def by_stage(key: str) -> dict[str, float | None]:
         stages = [getattr(point, key) for point in points]
         return {name: None if None in (values := [stage[name] for stage in stages]) else mean(values) for name in stages[0]}

@@ -87,12 +87,16 @@ def summarize(seconds: dict[str, list[float]], args: argparse.Namespace) -> dict
     median = {name: statistics.median(values) for name, values in seconds.items()}
     least = {name: min(values) for name, values in seconds.items()}
     return {
-        "bits": f"W{args.wbits}A{args.abits}", "batch": args.batch, "repeats": args.repeats,
+        "bits": f"W{args.wbits}A{args.abits}",
+        "batch": args.batch,
+        "repeats": args.repeats,
         "median_seconds": {name: round(value, 4) for name, value in median.items()},
         "minimum_seconds": {name: round(value, 4) for name, value in least.items()},
         "ratio_of_medians": round(median["quantized"] / median["float"], 3),
         "ratio_of_minima": round(least["quantized"] / least["float"], 3),
-        "threads": torch.get_num_threads(), "load_average": os.getloadavg()[0], "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+        "torch": torch.__version__,
     }
 
 

@@ -31,7 +31,7 @@ def main() -> None:
     args = parser.parse_args()
     plan = read_plan(args.experiments)
     number, count = map(int, args.share.split("/"))
-    share = replace(plan, experiments=plan.experiments[number - 1::count])
+    share = replace(plan, experiments=plan.experiments[number - 1 :: count])
     failures = run_plan(share, args.output, model=args.model, tell=print_message, track=Tracker()).failures
     names = [FLOAT, *(experiment.name for experiment in plan.experiments)]
     if not failures and all((args.output / name / "report.json").exists() for name in names):

@@ -1,6 +1,6 @@
 """Trains the embedded feature extractor on a class-per-folder image set and writes it with a record of the training.
 
-    python benchmarks/train_extractor.py --train A.zip B.zip --test T.zip -o dmquant/assets/extractor
+python benchmarks/train_extractor.py --train A.zip B.zip --test T.zip -o dmquant/assets/extractor
 """
 
 import argparse
@@ -27,10 +27,19 @@ def main() -> None:
     loss = train(model, images, labels, args)
     accuracy = measure_accuracy(model, test_images, test_labels)
     record = {
-        "name": args.name, "classes": classes, "epochs": args.epochs, "batch": args.batch, "seed": args.seed,
-        "peak_learning_rate": args.learning_rate, "train_loss": round(loss, 5), "test_accuracy": accuracy,
-        "minutes": round((time.monotonic() - started) / 60, 1), "num_parameters": sum(p.numel() for p in model.parameters()),
-        "train_images": len(images), "train_sha256": hash_images(images), "test_sha256": hash_images(test_images),
+        "name": args.name,
+        "classes": classes,
+        "epochs": args.epochs,
+        "batch": args.batch,
+        "seed": args.seed,
+        "peak_learning_rate": args.learning_rate,
+        "train_loss": round(loss, 5),
+        "test_accuracy": accuracy,
+        "minutes": round((time.monotonic() - started) / 60, 1),
+        "num_parameters": sum(p.numel() for p in model.parameters()),
+        "train_images": len(images),
+        "train_sha256": hash_images(images),
+        "test_sha256": hash_images(test_images),
     }
     write(model, record, args.output)
     print(json.dumps(record))
@@ -85,7 +94,7 @@ def augment(x: Tensor, generator: torch.Generator) -> Tensor:
     x = torch.where(flipped[:, None, None, None], x.flip(-1), x)
     padded, size = F.pad(x, (4, 4, 4, 4), mode="reflect"), x.shape[-1]
     shifts = torch.randint(0, 9, (-(-len(x) // 32), 2), generator=generator).tolist()
-    return torch.cat([part[:, :, dy:dy + size, dx:dx + size] for part, (dy, dx) in zip(padded.split(32), shifts)])
+    return torch.cat([part[:, :, dy : dy + size, dx : dx + size] for part, (dy, dx) in zip(padded.split(32), shifts)])
 
 
 @torch.no_grad()

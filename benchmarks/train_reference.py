@@ -20,9 +20,15 @@ from torch import Tensor
 from dmquant.diffusion.image_files import hash_images, list_images, load_images
 
 SHAPE = dict(
-    sample_size=32, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(48, 96, 96),
+    sample_size=32,
+    in_channels=3,
+    out_channels=3,
+    layers_per_block=1,
+    block_out_channels=(48, 96, 96),
     down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
-    up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"), norm_num_groups=16, attention_head_dim=32,
+    up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    norm_num_groups=16,
+    attention_head_dim=32,
 )
 SNR_CAP = 5.0  # min-SNR-gamma loss weight (Hang et al., 2023)
 
@@ -34,10 +40,19 @@ def main() -> None:
     average = copy.deepcopy(model).requires_grad_(False)
     steps, loss = train(model, average, images.to(args.device), args)
     record = {
-        "minutes": args.minutes, "steps": steps, "batch": args.batch, "loss": round(loss, 5), "seed": args.seed,
-        "learning_rate": args.learning_rate, "ema_decay": args.ema_decay, "warm_start": args.warm_start_note,
-        "data_images": len(images), "data_sha256": hash_images(images), "precision": "bf16 autocast",
-        "device": args.device, "num_parameters": sum(p.numel() for p in model.parameters()),
+        "minutes": args.minutes,
+        "steps": steps,
+        "batch": args.batch,
+        "loss": round(loss, 5),
+        "seed": args.seed,
+        "learning_rate": args.learning_rate,
+        "ema_decay": args.ema_decay,
+        "warm_start": args.warm_start_note,
+        "data_images": len(images),
+        "data_sha256": hash_images(images),
+        "precision": "bf16 autocast",
+        "device": args.device,
+        "num_parameters": sum(p.numel() for p in model.parameters()),
     }
     write(average, record, args.output)
 

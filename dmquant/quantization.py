@@ -27,15 +27,22 @@ from dmquant.progress import Track, plain
 from dmquant.quantizers.timestep_clock import LINEAR, Clock
 from dmquant.training.calibration import correct_answers
 from dmquant.training.denoising_loss import Denoising, open_denoising
-from dmquant.training.objectives import Distillation, min_snr_weights
+from dmquant.training.objectives import Distillation, Objective, min_snr_weights
 from dmquant.training.profiler import Meter
 from dmquant.training.resume import Run
 from dmquant.training.run_cost import Effort
 
 
 def quantize(
-    pipeline: DiffusionPipeline, method: str | Method = "lsq", *, seed: int = 0, data: str | Path | None = None,
-    conditioning: Conditioning = Conditioning(), samples: Samples | None = None, run: Run = Run(), track: Track = plain,
+    pipeline: DiffusionPipeline,
+    method: str | Method = "lsq",
+    *,
+    seed: int = 0,
+    data: str | Path | None = None,
+    conditioning: Conditioning = Conditioning(),
+    samples: Samples | None = None,
+    run: Run = Run(),
+    track: Track = plain,
     **settings: Any,
 ) -> DiffusionPipeline:
     """Returns a pipeline with a quantized, fine-tuned and packed denoiser; the given pipeline does not change.
@@ -80,11 +87,11 @@ def quantize_measured(
         pipeline, method, seed=seed, data=data, conditioning=conditioning, samples=samples, run=run, track=track, meter=meter
     )
     packed, trained = pack_model(student), count_trained(target.denoiser, student)
-    packed.dmquant_record = describe_run(pipeline, method, seed) | trained
+    facts = describe_run(pipeline, method, seed) | trained
     if samples is None or conditioning != Conditioning():
         asked = complete(pipeline, conditioning).describe()
-        packed.dmquant_record |= {name: value for name, value in asked.items() if value is not None}
-    diffusers_quantizer.mark_as_quantized(packed)
+        facts |= {name: value for name, value in asked.items() if value is not None}
+    diffusers_quantizer.mark_as_quantized(packed, facts)
     quantized = target.with_denoiser(packed)
     seeds = recording_seeds(seed, min(method.clip_images, method.trajectories))
     plan = SamplingPlan(method.sampling_steps, method.batch, conditioning)
@@ -103,20 +110,27 @@ def make_student(
     Only trained parameters require gradients. The arguments are those of `quantize`; `meter` measures each stage.
     """
     target, meter = find_quantizable(pipeline, method, seed), meter or Meter(pipeline.device)
-    teacher, objective = target.denoiser, None if data is None else open_denoising(target, data)
-    run.open(list_facts(pipeline, method, seed, conditioning), list_tensors(teacher, objective, samples))
+    teacher, denoising = target.denoiser, None if data is None else open_denoising(target, data)
+    run.open(list_facts(pipeline, method, seed, conditioning), list_tensors(teacher, denoising, samples))
     if samples is None:
         with meter.stage("recording"):
-            samples = run.load_or_record(lambda: record(
-                pipeline, method.trajectories, steps=method.sampling_steps, eta=method.eta, seed=seed,
-                conditioning=conditioning, track=track,
-            ))
+            samples = run.load_or_record(
+                lambda: record(
+                    pipeline,
+                    method.trajectories,
+                    steps=method.sampling_steps,
+                    eta=method.eta,
+                    seed=seed,
+                    conditioning=conditioning,
+                    track=track,
+                )
+            )
     with meter.stage("calibration"):
         student = copy.deepcopy(teacher)
         timesteps = samples.timestep.unique().flip(0).to(next(teacher.parameters()).device)
         method.prepare(student, Clock(timesteps, LINEAR))
         method.calibrate(student, samples, track=track)
-    objective = objective or Distillation(samples, min_snr_weights(samples, pipeline.scheduler, method.snr_cap))
+    objective: Objective = denoising or Distillation(samples, min_snr_weights(samples, pipeline.scheduler, method.snr_cap))
     with evaluating(teacher), meter.stage("fine-tuning"):
         method.finetune(student, objective, teacher=teacher, samples=samples, seed=seed, run=run, track=track)
         if method.bias_correction:
@@ -203,8 +217,12 @@ def list_tensors(teacher: nn.Module, objective: Denoising | None, samples: Sampl
 def describe_run(pipeline: DiffusionPipeline, method: Method, seed: int) -> dict[str, Any]:
     """Returns the facts about the run that the checkpoint stores."""
     return {
-        "method": method.name, "settings": method.settings(), "seed": seed,
-        "weight_bits": method.weight_bits, "act_bits": method.act_bits, "base_model": _name_base(pipeline),
+        "method": method.name,
+        "settings": method.settings(),
+        "seed": seed,
+        "weight_bits": method.weight_bits,
+        "act_bits": method.act_bits,
+        "base_model": _name_base(pipeline),
     }
 
 

@@ -5,7 +5,7 @@ only warns about missing, extra or mistyped tensors, so the hooks here claim and
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -128,13 +128,16 @@ def register() -> None:
             raise RuntimeError(f"quant_method 'dmquant' of diffusers belongs to {owner.__module__}.{owner.__qualname__}")
 
 
-def mark_as_quantized(model: ModelMixin) -> None:
+def mark_as_quantized(model: ModelMixin, record: Mapping[str, Any] | None = None) -> None:
     """Gives a model that was packed in this process the attributes of a loaded one, and fuses its blocks.
+
+    `record` says how the model was made; without it, the record that the model has is kept. The attribute `dmquant_record` holds
+    it, since `dmquant.save` is given the pipeline alone.
 
     diffusers reads the attributes `hf_quantizer`, `is_quantized` and `quantization_method` of the model: it saves the config with
     them and refuses casts. It offers no other interface. `_dequantize` removes them.
     """
-    run = dict(getattr(model, "dmquant_record", {}))
+    run = dict(getattr(model, "dmquant_record", {}) if record is None else record)
     bits = run.pop("weight_bits", None), run.pop("act_bits", None)
     scheme = read_scheme(model, None if None in bits else bits)
     overrides = {name: [*layer[:2], *_list_kinds(layer.traits)] for name, layer in scheme.overrides.items()}

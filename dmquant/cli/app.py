@@ -35,6 +35,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
 def main() -> NoReturn:
     """Runs the command line of the process and exits with its code."""
     sys.exit(run_command())
@@ -124,9 +125,7 @@ def quantize(
         signals.resumable(folder, context.obj, resume=resume, force=force) as run,
     ):
         pipeline, track = arguments.open_model(model, device), console.Tracker()
-        quantized = quantize_measured(
-            pipeline, chosen, seed=seed, data=data, conditioning=conditioning, run=run, track=track
-        )
+        quantized = quantize_measured(pipeline, chosen, seed=seed, data=data, conditioning=conditioning, run=run, track=track)
         if distributed.is_first():
             _save(quantized, folder, force=force)
             console.print_message(f"wrote {folder}; next: dmquant eval {folder} --fid")

@@ -91,9 +91,7 @@ def compare(
         raise DmquantError("; ".join(f"{name} failed: {reason}" for name, reason in failures.items()))
 
 
-def _run_experiments(
-    options: SweepOptions, paths: list[Path], *, has_page: bool
-) -> tuple[list[Path], dict[str, str]]:
+def _run_experiments(options: SweepOptions, paths: list[Path], *, has_page: bool) -> tuple[list[Path], dict[str, str]]:
     """Runs the experiments; for an HTML file they also measure layers.
 
     Returns:
@@ -112,8 +110,14 @@ def _run_experiments(
     arguments.require_writable(options.output)
     try:
         results = sweep.run_plan(
-            chosen, options.output, model=options.model, device=options.device or pipeline.choose_device(),
-            cache=image_cache.default_folder(), begin=_resumable_run, tell=console.print_message, track=console.Tracker(),
+            chosen,
+            options.output,
+            model=options.model,
+            device=options.device or pipeline.choose_device(),
+            cache=image_cache.default_folder(),
+            begin=_resumable_run,
+            tell=console.print_message,
+            track=console.Tracker(),
         )
     except (KeyboardInterrupt, Interrupted):
         raise Interrupted("interrupted; the same command continues") from None

@@ -84,9 +84,20 @@ def evaluate(
     arguments.require_writable(file.parent)
     with _explaining_interrupts(keep):
         report = evaluator.evaluate(
-            arguments.open_model(model, device, any_tool=True), metrics=chosen, num_images=num_images, seed=seed, steps=steps,
-            sampler=sampler, batch=batch, conditioning=conditioning, extractor=extractor, inception_weights=inception_weights,
-            reference=reference, clip=clip, cache=image_cache.default_folder() if keep else None, track=console.Tracker(),
+            arguments.open_model(model, device, any_tool=True),
+            metrics=chosen,
+            num_images=num_images,
+            seed=seed,
+            steps=steps,
+            sampler=sampler,
+            batch=batch,
+            conditioning=conditioning,
+            extractor=extractor,
+            inception_weights=inception_weights,
+            reference=reference,
+            clip=clip,
+            cache=image_cache.default_folder() if keep else None,
+            track=console.Tracker(),
         )
     if distributed.is_first():
         report.save(file)

@@ -22,9 +22,7 @@ Prompts = Annotated[
 ]
 Labels = Annotated[
     str | None,
-    typer.Option(
-        "--class-labels", help="Class numbers, as in 0,7,8; successive seeds use them in turn.", show_default="all"
-    ),
+    typer.Option("--class-labels", help="Class numbers, as in 0,7,8; successive seeds use them in turn.", show_default="all"),
 ]
 Guidance = Annotated[
     float | None, typer.Option("--guidance-scale", help="Strength of guidance; default: the pipeline's.", **HIDDEN)

@@ -45,7 +45,7 @@ def find_ends(denoiser: nn.Module) -> list[Block]:
     if is_unet(denoiser):
         return [block for block in blocks if block.stride <= ENDS_STRIDE]
     budget = ENDS_SHARE * sum(parameter.numel() for parameter in denoiser.parameters())
-    inwards = [block for pair in zip(blocks, reversed(blocks)) for block in pair][:len(blocks)]
+    inwards = [block for pair in zip(blocks, reversed(blocks)) for block in pair][: len(blocks)]
     ends, used = inwards[:2], sum(_count(denoiser, block) for block in inwards[:2])
     for block in inwards[2:]:
         used += _count(denoiser, block)

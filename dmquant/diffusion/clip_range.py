@@ -29,9 +29,7 @@ def clips(scheduler: SchedulerMixin) -> bool:
     return bool(config.get("clip_sample")) and RANGE in config and not config.get("thresholding")
 
 
-def fit_clipping(
-    student: Target, teacher: Target, seeds: Sequence[int], plan: SamplingPlan, *, track: Track = plain
-) -> None:
+def fit_clipping(student: Target, teacher: Target, seeds: Sequence[int], plan: SamplingPlan, *, track: Track = plain) -> None:
     """Sets the clip range of the student's scheduler that minimizes the mean squared error of its images to the teacher's.
 
     Tries ranges from the teacher's upwards until the error grows, and takes the narrowest range within 20 % of the smallest

@@ -70,7 +70,8 @@ def _dit_inputs(config: Mapping[str, Any], zeros: _Zeros) -> dict[str, Any]:
 
 def _pixart_inputs(config: Mapping[str, Any], zeros: _Zeros) -> dict[str, Any]:
     return {
-        "hidden_states": _image(config, zeros), "timestep": zeros.integers(),
+        "hidden_states": _image(config, zeros),
+        "timestep": zeros.integers(),
         "encoder_hidden_states": zeros(300, config["caption_channels"]),
         "added_cond_kwargs": {"resolution": zeros(2), "aspect_ratio": zeros(1)},
     }
@@ -78,7 +79,8 @@ def _pixart_inputs(config: Mapping[str, Any], zeros: _Zeros) -> dict[str, Any]:
 
 def _sd3_inputs(config: Mapping[str, Any], zeros: _Zeros) -> dict[str, Any]:
     return {
-        "hidden_states": _image(config, zeros), "timestep": zeros.integers(),
+        "hidden_states": _image(config, zeros),
+        "timestep": zeros.integers(),
         "encoder_hidden_states": zeros(154, config["joint_attention_dim"]),
         "pooled_projections": zeros(config["pooled_projection_dim"]),
     }
@@ -87,9 +89,11 @@ def _sd3_inputs(config: Mapping[str, Any], zeros: _Zeros) -> dict[str, Any]:
 def _flux_inputs(config: Mapping[str, Any], zeros: _Zeros) -> dict[str, Any]:
     ids = {name: torch.zeros(count, 3, device=zeros.device) for name, count in (("img_ids", 64 * 64), ("txt_ids", 512))}
     return ids | {
-        "hidden_states": zeros(64 * 64, config["in_channels"]), "timestep": zeros(),
+        "hidden_states": zeros(64 * 64, config["in_channels"]),
+        "timestep": zeros(),
         "encoder_hidden_states": zeros(512, config["joint_attention_dim"]),
-        "pooled_projections": zeros(config["pooled_projection_dim"]), "guidance": zeros() if config["guidance_embeds"] else None,
+        "pooled_projections": zeros(config["pooled_projection_dim"]),
+        "guidance": zeros() if config["guidance_embeds"] else None,
     }
 
 

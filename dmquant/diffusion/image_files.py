@@ -20,7 +20,13 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", "
 MAX_DAMAGED = 0.01  # share of unreadable files above which a set is refused
 MAX_MEMBER_BYTES = 2**28  # an archive's member above this size is not a picture but a bomb
 UNREADABLE = (
-    UnidentifiedImageError, Image.DecompressionBombError, zipfile.BadZipFile, zlib.error, OSError, SyntaxError, ValueError,
+    UnidentifiedImageError,
+    Image.DecompressionBombError,
+    zipfile.BadZipFile,
+    zlib.error,
+    OSError,
+    SyntaxError,
+    ValueError,
     RuntimeError,  # zipfile: encrypted members
 )
 

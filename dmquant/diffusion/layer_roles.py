@@ -21,19 +21,22 @@ class Role(StrEnum):
 
 
 # First match wins. Module names of UNet2D, UNet2DCondition, DiT, PixArt, Sana, SD3 and Flux in diffusers.
-ROLES = [(role, re.compile(pattern)) for role, pattern in (
-    (Role.FIRST, r"^(conv_in|(pos_embed|patch_embed)\.proj|x_embedder|proj_in)$"),
-    (Role.LAST, r"^(conv_out|proj_out|proj_out_2)$"),
-    (Role.TIME_EMBEDDING, r"^(time_\w+|class_embedding|add_embedding|encoder_hid_proj|adaln_single)\b"),
-    (Role.TIME_EMBEDDING, r"^(caption_projection|context_embedder|proj_out_1)\b"),
-    (Role.TIME_EMBEDDING, r"\bnorm(\d|_out)?(_context)?\.(linear|emb\b.*)$"),
-    (Role.TIME_PROJECTION, r"\.time_emb_proj$"),
-    (Role.SKIP, r"\.conv_shortcut$"),
-    (Role.ATTENTION, r"\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)$|\battentions\.\d+\.proj_(in|out)$"),
-    (Role.FEED_FORWARD, r"\.(ff|ff_context|mlp)\.|\bsingle_transformer_blocks\.\d+\.proj_(mlp|out)$"),
-    (Role.RESAMPLE, r"\b(down|up)samplers\.\d+\.conv$"),
-    (Role.BODY, r""),
-)]
+ROLES = [
+    (role, re.compile(pattern))
+    for role, pattern in (
+        (Role.FIRST, r"^(conv_in|(pos_embed|patch_embed)\.proj|x_embedder|proj_in)$"),
+        (Role.LAST, r"^(conv_out|proj_out|proj_out_2)$"),
+        (Role.TIME_EMBEDDING, r"^(time_\w+|class_embedding|add_embedding|encoder_hid_proj|adaln_single)\b"),
+        (Role.TIME_EMBEDDING, r"^(caption_projection|context_embedder|proj_out_1)\b"),
+        (Role.TIME_EMBEDDING, r"\bnorm(\d|_out)?(_context)?\.(linear|emb\b.*)$"),
+        (Role.TIME_PROJECTION, r"\.time_emb_proj$"),
+        (Role.SKIP, r"\.conv_shortcut$"),
+        (Role.ATTENTION, r"\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)$|\battentions\.\d+\.proj_(in|out)$"),
+        (Role.FEED_FORWARD, r"\.(ff|ff_context|mlp)\.|\bsingle_transformer_blocks\.\d+\.proj_(mlp|out)$"),
+        (Role.RESAMPLE, r"\b(down|up)samplers\.\d+\.conv$"),
+        (Role.BODY, r""),
+    )
+]
 
 
 def is_layer(module: nn.Module) -> bool:

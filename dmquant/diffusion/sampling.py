@@ -68,7 +68,7 @@ def generate(
         raise InputError("seeds must lie between 0 and 2^63 - 1")
     conditioning = complete(pipeline, plan.conditioning)
     for start in track(range(0, len(seeds), plan.batch), "sampling"):
-        chunk = list(seeds[start:start + plan.batch])
+        chunk = list(seeds[start : start + plan.batch])
         yield _sample(pipeline, chunk, plan.steps, _write_arguments(conditioning, chunk))
 
 

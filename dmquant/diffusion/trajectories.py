@@ -68,12 +68,19 @@ class Samples:
         """Returns the denoiser's output for these samples, in the channels of the target."""
         # by name: in some denoisers the second argument is not the timestep
         arguments = dict(zip(self.names, (self.x, self.timestep))) | _nest({**self.conditioning, **self.shared})
-        return denoiser(**arguments, return_dict=False)[0][:, :self.target.shape[1]]
+        return denoiser(**arguments, return_dict=False)[0][:, : self.target.shape[1]]
 
 
 def record(
-    pipeline: DiffusionPipeline, trajectories: int, *, steps: int, seed: int, batch: int = 32, eta: float = 0.0,
-    conditioning: Conditioning = Conditioning(), track: Track = plain,
+    pipeline: DiffusionPipeline,
+    trajectories: int,
+    *,
+    steps: int,
+    seed: int,
+    batch: int = 32,
+    eta: float = 0.0,
+    conditioning: Conditioning = Conditioning(),
+    track: Track = plain,
 ) -> Samples:
     """Records every denoiser call of `trajectories` runs of the pipeline's own sampler with `steps` steps each.
 
@@ -122,7 +129,7 @@ def stepping(scheduler: SchedulerMixin, eta: float) -> Iterator[set[torch.Size]]
 def keep_used(answers: Tensor, given: set[torch.Size]) -> Tensor:
     """Returns the leading channels of outputs (N, C, ...) that the sampler was given; all channels if the shapes differ."""
     alike = {shape[0] for shape in given if shape[1:] == answers.shape[2:]}
-    return answers[:, :max(alike, default=None)].contiguous()
+    return answers[:, : max(alike, default=None)].contiguous()
 
 
 def recording_seeds(seed: int, count: int) -> range:

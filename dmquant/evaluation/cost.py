@@ -129,8 +129,12 @@ class Cost:
 
 
 def measure_cost(
-    denoiser: nn.Module, *, bits: Mapping[str, Bits] | None = None, scheme: Scheme | None = None,
-    notes: Mapping[str, str] | None = None, inputs: Mapping[str, Any] | None = None,
+    denoiser: nn.Module,
+    *,
+    bits: Mapping[str, Bits] | None = None,
+    scheme: Scheme | None = None,
+    notes: Mapping[str, str] | None = None,
+    inputs: Mapping[str, Any] | None = None,
 ) -> Cost:
     """Returns the cost of a denoiser with the layers of `scheme`, or with static uniform grids of `bits`.
 
@@ -235,9 +239,7 @@ class _TensorEntry:
 def _list_tensors(packed: nn.Module, denoiser: nn.Module) -> dict[str, _TensorEntry]:
     """Returns the tensors of the file by name; those that are not packed keep their dtype in the denoiser."""
     own = denoiser.state_dict()
-    return {
-        name: _TensorEntry(own.get(name, value).dtype, tuple(value.shape)) for name, value in packed.state_dict().items()
-    }
+    return {name: _TensorEntry(own.get(name, value).dtype, tuple(value.shape)) for name, value in packed.state_dict().items()}
 
 
 def _count_header(tensors: Mapping[str, _TensorEntry]) -> int:
@@ -253,7 +255,12 @@ def _count_header(tensors: Mapping[str, _TensorEntry]) -> int:
 
 
 def _cost_layer(
-    name: str, role: Role, scheme: LayerScheme, shape: torch.Size, counter: _LayerCounter, tensors: Mapping[str, _TensorEntry],
+    name: str,
+    role: Role,
+    scheme: LayerScheme,
+    shape: torch.Size,
+    counter: _LayerCounter,
+    tensors: Mapping[str, _TensorEntry],
     note: str,
 ) -> LayerCost:
     """Returns the cost of one layer; its bytes are those of all tensors whose names begin with that of the layer."""

@@ -68,10 +68,21 @@ class SamplingJob:
 
 @torch.no_grad()
 def evaluate(
-    pipeline: DiffusionPipeline, *, metrics: str | Sequence[str] | None = None, num_images: int = 1000, seed: int = 0,
-    steps: int = 20, sampler: str | None = None, batch: int = 50, conditioning: Conditioning = Conditioning(),
-    extractor: str = EMBEDDED, inception_weights: str | Path | None = None, reference: str | Path | None = None,
-    clip: str | Path | None = None, float_pipeline: DiffusionPipeline | None = None, cache: str | Path | None = None,
+    pipeline: DiffusionPipeline,
+    *,
+    metrics: str | Sequence[str] | None = None,
+    num_images: int = 1000,
+    seed: int = 0,
+    steps: int = 20,
+    sampler: str | None = None,
+    batch: int = 50,
+    conditioning: Conditioning = Conditioning(),
+    extractor: str = EMBEDDED,
+    inception_weights: str | Path | None = None,
+    reference: str | Path | None = None,
+    clip: str | Path | None = None,
+    float_pipeline: DiffusionPipeline | None = None,
+    cache: str | Path | None = None,
     track: Track = plain,
 ) -> Report:
     """Generates `num_images` images with seeds seed, seed + 1, ... and measures them. The pipeline is not changed.
@@ -120,7 +131,11 @@ def evaluate(
 
 @torch.no_grad()
 def add_layers(
-    report: Report, pipeline: DiffusionPipeline, base: DiffusionPipeline, *, conditioning: Conditioning | None = None,
+    report: Report,
+    pipeline: DiffusionPipeline,
+    base: DiffusionPipeline,
+    *,
+    conditioning: Conditioning | None = None,
     track: Track = plain,
 ) -> Report:
     """Returns the report with the metric "layers", measured under the report's protocol.
@@ -208,9 +223,9 @@ def iterate_batches(
     """
     plan = job.plan
     images = ImageCache(pipeline, steps=plan.steps, conditioning=plan.conditioning, folder=job.cache)
-    batches = [seeds[start:start + plan.batch] for start in range(0, len(seeds), plan.batch)]
+    batches = [seeds[start : start + plan.batch] for start in range(0, len(seeds), plan.batch)]
     for start in job.track(range(0, len(batches), distributed.count()), "sampling"):
-        own = batches[start + distributed.number():][:1]
+        own = batches[start + distributed.number() :][:1]
         drawn = [(images.load_or_generate(batch), plan.conditioning.choose(batch)) for batch in own]
         gathered = distributed.gather([(found, instruments.measure(found.images, entries)) for found, entries in drawn])
         yield from (pair for pairs in gathered for pair in pairs)
@@ -222,7 +237,7 @@ def measure(
     """Updates every metric with every batch and returns the results."""
     totals = SamplingTotals()
     for drawn, batch in iterate_batches(pipeline, job.seeds, instruments, job):
-        pairs = None if float_images is None else float_images[totals.num_images:totals.num_images + len(batch.images)]
+        pairs = None if float_images is None else float_images[totals.num_images : totals.num_images + len(batch.images)]
         totals.add(drawn)
         for meter in meters:
             meter.update(replace(batch, float_images=pairs))
@@ -269,8 +284,12 @@ def profile_layers(target: Target, base: Target, job: SamplingJob) -> tuple[Laye
 
 
 def make_report(
-    target: Target, cost: Cost, measured: Measurements, curves: dict[str, dict[str, float]],
-    layers: tuple[LayerProfile, ...], protocol: Protocol,
+    target: Target,
+    cost: Cost,
+    measured: Measurements,
+    curves: dict[str, dict[str, float]],
+    layers: tuple[LayerProfile, ...],
+    protocol: Protocol,
 ) -> Report:
     """Returns the report: all measurements with their protocol, costs, versions and the model's settings."""
     means = {name: sum(curve.values()) / len(curve) for name, curve in curves.items()}
@@ -278,12 +297,22 @@ def make_report(
     record = read_record(denoiser) or other_tools.describe(denoiser)
     size_bytes = measure_size(denoiser, Path(model) / target.name, cost) if record else cost.float_size_bytes
     return Report(
-        model=model, method=record.get("method", FLOAT_METHOD), settings=record.get("settings", {}),
-        weight_bits=record.get("weight_bits", FLOAT_BITS), act_bits=record.get("act_bits", FLOAT_BITS),
-        metrics=measured.metrics | means, curves=curves, layers=layers,
-        protocol=protocol, size_bytes=size_bytes, float_size_bytes=cost.float_size_bytes,
-        bits_per_weight=8 * size_bytes / cost.num_params, ops=cost.ops, bops=cost.bops,
-        attention_macs=cost.attention_macs, seconds_per_image=measured.seconds / protocol.num_images,
+        model=model,
+        method=record.get("method", FLOAT_METHOD),
+        settings=record.get("settings", {}),
+        weight_bits=record.get("weight_bits", FLOAT_BITS),
+        act_bits=record.get("act_bits", FLOAT_BITS),
+        metrics=measured.metrics | means,
+        curves=curves,
+        layers=layers,
+        protocol=protocol,
+        size_bytes=size_bytes,
+        float_size_bytes=cost.float_size_bytes,
+        bits_per_weight=8 * size_bytes / cost.num_params,
+        ops=cost.ops,
+        bops=cost.bops,
+        attention_macs=cost.attention_macs,
+        seconds_per_image=measured.seconds / protocol.num_images,
         peak_memory_bytes=measured.peak_bytes or None,
         versions={"dmquant": __version__, "kernels": choice(), **{package: version(package) for package in PACKAGES}},
         base_model=record.get("base_model"),

@@ -106,9 +106,14 @@ def name_folder(target: Target, steps: int, conditioning: Conditioning = Conditi
     pipeline, denoiser = target.pipeline, target.denoiser
     asked = {"kind": conditioning.kind, "entries": conditioning.sha256, "guidance": conditioning.guidance}
     facts = {
-        "pipeline": hash_pipeline(pipeline), "steps": steps, "device": denoiser.device.type, "dtype": str(denoiser.dtype),
-        "versions": [__version__, *(version(package) for package in list_packages(pipeline))], "sources": hash_sources(),
-        "kernels": choice(), "asked": asked,
+        "pipeline": hash_pipeline(pipeline),
+        "steps": steps,
+        "device": denoiser.device.type,
+        "dtype": str(denoiser.dtype),
+        "versions": [__version__, *(version(package) for package in list_packages(pipeline))],
+        "sources": hash_sources(),
+        "kernels": choice(),
+        "asked": asked,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 

@@ -82,16 +82,26 @@ def make_metadata(report: Report, name: str) -> ModelCardData:
     conditions = {"num_images": protocol.num_images, "steps": protocol.steps, "sampler": protocol.sampler, "seed": protocol.seed}
     results = [
         EvalResult(
-            task_type=TASK, dataset_type=protocol.reference or UNKNOWN, dataset_name=protocol.reference or UNKNOWN,
-            metric_type=key, metric_name=name_metric(key).title, metric_value=value, metric_config=None, dataset_args=conditions,
+            task_type=TASK,
+            dataset_type=protocol.reference or UNKNOWN,
+            dataset_name=protocol.reference or UNKNOWN,
+            metric_type=key,
+            metric_name=name_metric(key).title,
+            metric_value=value,
+            metric_config=None,
+            dataset_args=conditions,
         )
         for key, value in report.metrics.items()
     ]
     base = report.base_model if is_hub_id(report.base_model) else None
     origin: dict[str, Any] = {"base_model": base, "base_model_relation": "quantized"} if base else {}
     return ModelCardData(
-        library_name="diffusers", pipeline_tag=TASK, tags=["dmquant", report.method, f"w{report.weight_bits}a{report.act_bits}"],
-        model_name=name, eval_results=results, **origin,
+        library_name="diffusers",
+        pipeline_tag=TASK,
+        tags=["dmquant", report.method, f"w{report.weight_bits}a{report.act_bits}"],
+        model_name=name,
+        eval_results=results,
+        **origin,
     )
 
 

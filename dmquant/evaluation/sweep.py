@@ -57,9 +57,15 @@ class SweepContext:
 
 
 def run_plan(
-    plan: Plan, output: Path, *, model: str | None = None, device: str | None = None, cache: Path | None = None,
+    plan: Plan,
+    output: Path,
+    *,
+    model: str | None = None,
+    device: str | None = None,
+    cache: Path | None = None,
     begin: Callable[[Path], AbstractContextManager[Run]] = lambda folder: nullcontext(Run()),
-    tell: Callable[[str], None] = lambda text: None, track: Track = plain,
+    tell: Callable[[str], None] = lambda text: None,
+    track: Track = plain,
 ) -> Results:
     """Runs the experiments that are not done in the folder `output`, and returns the reports of all.
 
@@ -160,6 +166,7 @@ def share_recording(
     model: str | None, device: str | None, conditioning: Conditioning, track: Track
 ) -> Callable[[int, int, float, int], Samples]:
     """Returns a function of (trajectories, steps, eta, seed) that records the float model's trajectories once for each."""
+
     @cache
     def get_samples(trajectories: int, steps: int, eta: float, seed: int) -> Samples:
         pipeline = serialization.open_any(model, device=device)
@@ -171,8 +178,13 @@ def share_recording(
 def _evaluate(pipeline: DiffusionPipeline, context: SweepContext, metrics: Sequence[str]) -> Report:
     base = context.open() if MetricSelection(tuple(metrics)).needs_float_model else None
     return evaluate(
-        pipeline, metrics=metrics, conditioning=context.plan.conditioning, float_pipeline=base, cache=context.cache,
-        track=context.track, **context.plan.protocol,
+        pipeline,
+        metrics=metrics,
+        conditioning=context.plan.conditioning,
+        float_pipeline=base,
+        cache=context.cache,
+        track=context.track,
+        **context.plan.protocol,
     )
 
 

@@ -129,7 +129,5 @@ def attend_op(
 
 
 @attend_op.register_fake
-def _(
-    query: Tensor, key: Tensor, value: Tensor, scales: Tensor, zeros: Tensor, bits: int, scale: float, variant: int
-) -> Tensor:
+def _(query: Tensor, key: Tensor, value: Tensor, scales: Tensor, zeros: Tensor, bits: int, scale: float, variant: int) -> Tensor:
     return query.new_empty(query.shape[0], query.shape[2], query.shape[1] * query.shape[3])

@@ -20,9 +20,7 @@ NAME = EXACT.name
 def conv(x: Tensor, operands: Operands, geometry: ConvGeometry, fused: FusedOps = NO_OPS) -> Tensor:
     """Computes ops.quantized_conv for a weight that is blocked as for the portable C kernel."""
     if fused.has_prologue:
-        x = norm.normalize(
-            x, fused.gain, fused.offset, factor=fused.factor, activation=fused.activation, epsilon=fused.epsilon
-        )
+        x = norm.normalize(x, fused.gain, fused.offset, factor=fused.factor, activation=fused.activation, epsilon=fused.epsilon)
     act_scale, act_zero = (each.view(-1, 1, 1, 1) for each in (operands.act_scale, operands.act_zero))
     a = (quantize(x, act_scale, act_zero, operands.act_bits) - act_zero).permute(0, 3, 1, 2).double()  # (B, C, H, W)
     top, bottom, left, right = geometry.padding

@@ -152,5 +152,3 @@ class Bases(GridTrait):
 def dense(weight: PackedWeight | nn.Parameter, dtype: torch.dtype) -> Tensor:
     """Returns the values of a weight. A weight of 32 bits is a plain parameter."""
     return weight.dequantize(dtype) if isinstance(weight, PackedWeight) else weight
-
-

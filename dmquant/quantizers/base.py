@@ -140,5 +140,3 @@ def find_grid_fault(name: str, value: Tensor, bits: int) -> str | None:
     if name == "zero" and not ((value == value.round()) & (value >= 0) & (value < 1 << bits)).all():
         return f"holds a zero that is no code of {bits} bits"
     return None
-
-

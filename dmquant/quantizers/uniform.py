@@ -103,9 +103,7 @@ class _FakeQuantize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Context, x: Tensor, scale: Tensor, offset: Tensor | None, grid: Uniform, gradient_scale: float
-    ) -> Tensor:
+    def forward(ctx: Context, x: Tensor, scale: Tensor, offset: Tensor | None, grid: Uniform, gradient_scale: float) -> Tensor:
         scale, zero = grid.grid()
         y = quantize(widen(x), scale, zero, grid.bits).sub_(zero).mul_(scale).to(x.dtype)
         ctx.save_for_backward(x, y, scale, zero)

@@ -1,10 +1,10 @@
 """Contract tests for packages that add a method or a quantizer. They need pytest.
 
-    from dmquant.testing import MethodContract
-    from my_package import Mine
+from dmquant.testing import MethodContract
+from my_package import Mine
 
-    class TestMine(MethodContract):
-        method = Mine
+class TestMine(MethodContract):
+    method = Mine
 """
 
 import pytest

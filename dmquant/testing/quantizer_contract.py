@@ -12,9 +12,9 @@ from dmquant.quantizers.base import Quantizer
 class QuantizerContract:
     """Tests of one quantizer. A subclass returns it from `make`; its own name begins with Test.
 
-        class TestMine(QuantizerContract):
-            def make(self) -> Mine:
-                return Mine(4, num_channels=5)
+    class TestMine(QuantizerContract):
+        def make(self) -> Mine:
+            return Mine(4, num_channels=5)
     """
 
     def make(self) -> Quantizer:

@@ -29,9 +29,7 @@ class Denoising:
     scheduler: SchedulerMixin
     vae: AutoencoderKL | None  # encodes pixels to latents, in latent pipelines
 
-    def loss(
-        self, student: nn.Module, batch: int, *, step: int, generator: torch.Generator, device: torch.device
-    ) -> Tensor:
+    def loss(self, student: nn.Module, batch: int, *, step: int, generator: torch.Generator, device: torch.device) -> Tensor:
         images = self.images[torch.randint(len(self.images), (batch,), generator=generator)]
         flipped = torch.rand(batch, generator=generator) < 0.5
         pixels = torch.where(flipped.view(-1, 1, 1, 1), images.flip(-1), images).to(device).float() / 127.5 - 1

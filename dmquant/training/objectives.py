@@ -13,9 +13,7 @@ from dmquant.diffusion.trajectories import Samples
 class Objective(Protocol):
     """A loss that a student is trained on."""
 
-    def loss(
-        self, student: nn.Module, batch: int, *, step: int, generator: torch.Generator, device: torch.device
-    ) -> Tensor:
+    def loss(self, student: nn.Module, batch: int, *, step: int, generator: torch.Generator, device: torch.device) -> Tensor:
         """Returns the mean loss of a random batch drawn with the generator, a scalar.
 
         Whatever changes during a run depends on `step` only. An objective that is a module is saved with an interrupted run.
@@ -32,9 +30,7 @@ class Distillation:
     samples: Samples
     weight: Tensor  # (N,) weight of each sample in the loss
 
-    def loss(
-        self, student: nn.Module, batch: int, *, step: int, generator: torch.Generator, device: torch.device
-    ) -> Tensor:
+    def loss(self, student: nn.Module, batch: int, *, step: int, generator: torch.Generator, device: torch.device) -> Tensor:
         index = torch.randint(len(self.samples), (batch,), generator=generator)
         part = self.samples[index].on(device)
         error = (part.call(student).float() - part.target.float()).square().flatten(1).mean(1)

@@ -63,8 +63,14 @@ class Group:
 
 
 def fit(
-    student: nn.Module, objective: Objective, training: Training, groups: Sequence[Group] | None = None, *, seed: int,
-    run: Run = Run(), track: Track = plain,
+    student: nn.Module,
+    objective: Objective,
+    training: Training,
+    groups: Sequence[Group] | None = None,
+    *,
+    seed: int,
+    run: Run = Run(),
+    track: Track = plain,
 ) -> list[float]:
     """Trains the groups in place, by default all parameters, freezes the rest, and returns the loss of each step.
 
@@ -114,9 +120,7 @@ def start_accelerator(device: torch.device, precision: str) -> Accelerator:
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     # a layer that never runs gets no gradient, which DDP refuses unless told
     spare = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(
-        cpu=device.type == "cpu", mixed_precision=precision, device_placement=False, kwargs_handlers=[spare]
-    )
+    return Accelerator(cpu=device.type == "cpu", mixed_precision=precision, device_placement=False, kwargs_handlers=[spare])
 
 
 def start_optimizer(groups: Sequence[Group]) -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
@@ -204,9 +208,7 @@ class Guard:
             self._copy()
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "factor": self.factor, "bad_in_row": self._bad_in_row, "first_loss": self._first_loss, "snapshot": self._snapshot
-        }
+        return {"factor": self.factor, "bad_in_row": self._bad_in_row, "first_loss": self._first_loss, "snapshot": self._snapshot}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.factor, self._bad_in_row = state_dict["factor"], state_dict["bad_in_row"]

@@ -36,7 +36,12 @@ def pipeline() -> DDIMPipeline:
 def dit() -> DiTPipeline:
     torch.manual_seed(0)
     network = DiTTransformer2DModel(
-        num_layers=1, num_attention_heads=2, attention_head_dim=8, sample_size=4, out_channels=4, num_embeds_ada_norm=1000,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        sample_size=4,
+        out_channels=4,
+        num_embeds_ada_norm=1000,
     )
     nn.init.normal_(network.proj_out_1.weight)
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4, sample_size=4)

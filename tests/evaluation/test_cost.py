@@ -27,17 +27,33 @@ EDGES = (Role.FIRST, Role.LAST, Role.TIME_EMBEDDING)
 
 # The UNets of the papers, as diffusers configs
 LDM4_BEDS = dict(  # 224 channels, 1-2-3-4, attention at 32, 16 and 8 pixels
-    sample_size=64, block_out_channels=(224, 448, 672, 896), attention_head_dim=32,
-    down_block_types=("DownBlock2D", *["AttnDownBlock2D"] * 3), up_block_types=(*["AttnUpBlock2D"] * 3, "UpBlock2D"),
+    sample_size=64,
+    block_out_channels=(224, 448, 672, 896),
+    attention_head_dim=32,
+    down_block_types=("DownBlock2D", *["AttnDownBlock2D"] * 3),
+    up_block_types=(*["AttnUpBlock2D"] * 3, "UpBlock2D"),
 )
 LDM8_CHURCH = dict(  # 192 channels, 1-2-2-4-4, scale-shift norms, resampling inside residual blocks
-    sample_size=32, in_channels=4, out_channels=4, block_out_channels=(192, 384, 384, 768, 768), attention_head_dim=24,
-    down_block_types=(*["AttnDownBlock2D"] * 4, "DownBlock2D"), up_block_types=("ResnetUpsampleBlock2D", *["AttnUpBlock2D"] * 4),
-    resnet_time_scale_shift="scale_shift", downsample_type="resnet", upsample_type="resnet", attn_norm_num_groups=32,
+    sample_size=32,
+    in_channels=4,
+    out_channels=4,
+    block_out_channels=(192, 384, 384, 768, 768),
+    attention_head_dim=24,
+    down_block_types=(*["AttnDownBlock2D"] * 4, "DownBlock2D"),
+    up_block_types=("ResnetUpsampleBlock2D", *["AttnUpBlock2D"] * 4),
+    resnet_time_scale_shift="scale_shift",
+    downsample_type="resnet",
+    upsample_type="resnet",
+    attn_norm_num_groups=32,
 )
 LDM4_IMAGENET = dict(  # 192 channels, 1-2-3-5, one class token of 512 numbers
-    sample_size=64, in_channels=3, out_channels=3, block_out_channels=(192, 384, 576, 960), cross_attention_dim=512,
-    down_block_types=("DownBlock2D", *["CrossAttnDownBlock2D"] * 3), up_block_types=(*["CrossAttnUpBlock2D"] * 3, "UpBlock2D"),
+    sample_size=64,
+    in_channels=3,
+    out_channels=3,
+    block_out_channels=(192, 384, 576, 960),
+    cross_attention_dim=512,
+    down_block_types=("DownBlock2D", *["CrossAttnDownBlock2D"] * 3),
+    up_block_types=(*["CrossAttnUpBlock2D"] * 3, "UpBlock2D"),
     attention_head_dim=1,
 )
 DDPM_CIFAR = dict(  # google/ddpm-cifar10-32

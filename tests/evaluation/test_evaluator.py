@@ -29,8 +29,12 @@ SMALL = {"max_steps": 0, "trajectories": 2, "sampling_steps": 2, "init": "minmax
 def make_pipeline(seed: int = 0, size: int = 32) -> DDIMPipeline:
     torch.manual_seed(seed)
     unet = UNet2DModel(
-        sample_size=size, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
+        sample_size=size,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
     )
     return DDIMPipeline(unet.eval(), DDIMScheduler())
 
@@ -209,11 +213,24 @@ def test_the_time_counts_the_sampling_alone(pipeline, images, monkeypatch):
 
 def test_the_size_of_latent_models_counts_their_decoder():
     transformer = DiTTransformer2DModel(
-        num_attention_heads=1, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=1, norm_num_groups=1,
-        sample_size=8, patch_size=2, num_embeds_ada_norm=4, norm_type="ada_norm_zero", norm_elementwise_affine=False,
+        num_attention_heads=1,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        norm_num_groups=1,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=4,
+        norm_type="ada_norm_zero",
+        norm_elementwise_affine=False,
     )
-    vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 2,
-                        up_block_types=("UpDecoderBlock2D",) * 2)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )
     assert find_image_size(find_target(DiTPipeline(transformer, vae, DDIMScheduler()))) == 16
     assert find_image_size(find_target(make_pipeline())) == 32
 
@@ -235,8 +252,17 @@ def test_all_metrics_come_from_one_pass_and_equal_those_measured_alone(pipeline,
     everything = ("fid", "sfid", "kid", "is", "prdc", "psnr", "ssim", "cosine")
     together = evaluate(pipeline, metrics=everything, **how)
     assert set(together.metrics) == {
-        "fd-resnet-cifar10", "sfd-resnet-cifar10", "kd-resnet-cifar10", "cs-resnet-cifar10", "precision-resnet-cifar10",
-        "recall-resnet-cifar10", "density-resnet-cifar10", "coverage-resnet-cifar10", "psnr", "ssim", "cosine",
+        "fd-resnet-cifar10",
+        "sfd-resnet-cifar10",
+        "kd-resnet-cifar10",
+        "cs-resnet-cifar10",
+        "precision-resnet-cifar10",
+        "recall-resnet-cifar10",
+        "density-resnet-cifar10",
+        "coverage-resnet-cifar10",
+        "psnr",
+        "ssim",
+        "cosine",
     }
     looks_at = {"is": (), **dict.fromkeys(("psnr", "ssim", "cosine"), ("float_pipeline",))}
     alone = {}

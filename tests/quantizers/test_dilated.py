@@ -92,7 +92,7 @@ def test_factors_move_with_a_model_and_keep_their_precision():
 
 def test_calibration_shows_the_grid_what_is_left_after_division():
     layer, x = dilated("linear")
-    (leaf, part), = layer.input_quantizer.leaves(x)
+    ((leaf, part),) = layer.input_quantizer.leaves(x)
     assert leaf is layer.input_quantizer.inner and torch.equal(part, x * FACTOR.reciprocal())
 
 

@@ -32,7 +32,7 @@ def split_layer(name, *, temporal=True, factor=None):
     torch.manual_seed(0)
     make, shape = MAKES[name]
     layer, x = make(), torch.randn(shape)
-    x[:, SIZES[0]:] *= 20
+    x[:, SIZES[0] :] *= 20
     weight = LearnedStep(4, num_channels=6, ndim=layer.weight.ndim)
     grid = Split([TemporalStep(4, CLOCK) if temporal else LearnedStep(4, symmetric=False) for _ in SIZES], SIZES)
     if factor is not None:
@@ -76,9 +76,7 @@ def test_a_packed_layer_computes_the_same_and_says_where_the_second_part_begins(
 
 
 @every_layer
-@pytest.mark.parametrize(
-    "temporal, factor", [(False, None), (True, None), (True, FACTOR)], ids=["static", "temporal", "dilated"]
-)
+@pytest.mark.parametrize("temporal, factor", [(False, None), (True, None), (True, FACTOR)], ids=["static", "temporal", "dilated"])
 @torch.no_grad()
 def test_kernels_multiply_each_part_by_its_own_codes(name, temporal, factor, monkeypatch, has_compiler):
     layer, x = split_layer(name, temporal=temporal, factor=factor)

@@ -196,7 +196,8 @@ def test_a_frozen_grid_has_one_row_per_step_in_float32_and_follows_the_same_cloc
     frozen = quantizer.freeze().bfloat16()
     assert isinstance(frozen, FixedGrid) and frozen.traits == quantizer.traits == (PerTimestep(),)
     assert {name: (tuple(value.shape), value.dtype) for name, value in frozen.state_dict().items()} == {
-        "scale": ((4,), torch.float32), "zero": ((4,), torch.float32)
+        "scale": ((4,), torch.float32),
+        "zero": ((4,), torch.float32),
     }
     assert frozen.clock is quantizer.clock and not list(frozen.parameters())
 

@@ -7,7 +7,10 @@ from dmquant.quantizers.uniform import LearnedStep, Uniform
 
 CASES = [
     (kind, bits, symmetric, channels)
-    for kind in (Uniform, LearnedStep) for bits in (1, 2, 3, 4, 8) for symmetric in (True, False) for channels in (None, 5)
+    for kind in (Uniform, LearnedStep)
+    for bits in (1, 2, 3, 4, 8)
+    for symmetric in (True, False)
+    for channels in (None, 5)
 ]
 
 

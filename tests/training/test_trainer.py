@@ -147,7 +147,8 @@ def test_each_group_has_its_rate_and_decay():
     trained, optimizer = start_optimizer([Group([student.body.bias], 0.3, 0.1), Group([student.body.weight], 0.2)])
     assert trained == [student.body.bias, student.body.weight]
     assert [(group["lr"], group["peak"], group["weight_decay"]) for group in optimizer.param_groups] == [
-        (0.3, 0.3, 0.1), (0.2, 0.2, 0.0)
+        (0.3, 0.3, 0.1),
+        (0.2, 0.2, 0.0),
     ]
 
 
@@ -212,7 +213,7 @@ def test_a_rollback_never_returns_to_a_state_that_one_update_destroyed(destroyed
 
     objective = Destroying(samples, torch.ones(len(samples)))
     losses = fit(student, objective, Training(max_steps=destroyed_at + 60, ema_decay=0.5, **RATES), seed=0)
-    assert max(losses) > 1e6 and distance(student, samples) < 2 * max(losses[:destroyed_at - 1])
+    assert max(losses) > 1e6 and distance(student, samples) < 2 * max(losses[: destroyed_at - 1])
 
 
 def test_a_second_divergence_stops_with_a_diagnosis():

@@ -162,8 +162,11 @@ def block_17(inputs: int, width: int) -> Mixed:
         in_sequence(Layer("branch1x1", 192, 1)),
         in_sequence(Layer("branch7x7_1", width, 1), Layer("branch7x7_2", width, (1, 7)), Layer("branch7x7_3", 192, (7, 1))),
         in_sequence(
-            Layer("branch7x7dbl_1", width, 1), Layer("branch7x7dbl_2", width, (7, 1)), Layer("branch7x7dbl_3", width, (1, 7)),
-            Layer("branch7x7dbl_4", width, (7, 1)), Layer("branch7x7dbl_5", 192, (1, 7)),
+            Layer("branch7x7dbl_1", width, 1),
+            Layer("branch7x7dbl_2", width, (7, 1)),
+            Layer("branch7x7dbl_3", width, (1, 7)),
+            Layer("branch7x7dbl_4", width, (7, 1)),
+            Layer("branch7x7dbl_5", 192, (1, 7)),
         ),
     ]
     return Mixed(inputs, paths, average_pool(), 192)
@@ -174,7 +177,9 @@ def reduction_8(inputs: int) -> Mixed:
     paths = [
         in_sequence(Layer("branch3x3_1", 192, 1), Layer("branch3x3_2", 320, 3, 2)),
         in_sequence(
-            Layer("branch7x7x3_1", 192, 1), Layer("branch7x7x3_2", 192, (1, 7)), Layer("branch7x7x3_3", 192, (7, 1)),
+            Layer("branch7x7x3_1", 192, 1),
+            Layer("branch7x7x3_2", 192, (1, 7)),
+            Layer("branch7x7x3_3", 192, (7, 1)),
             Layer("branch7x7x3_4", 192, 3, 2),
         ),
     ]

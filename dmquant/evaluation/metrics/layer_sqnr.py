@@ -94,9 +94,7 @@ class LayerComparison:
         if self._is_calling:
             self._outputs[name].append(output.clone())  # models change outputs of layers in place
 
-    def _compare(
-        self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-    ) -> None:
+    def _compare(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         if self._is_calling:
             return
         x = args[0] if args else next(iter(kwargs.values()))

@@ -79,7 +79,7 @@ def ssim(images: Tensor, others: Tensor) -> Tensor:
 
 def blur(x: Tensor) -> Tensor:
     """Returns the Gaussian-weighted means (B, C, H - 10, W - 10) of all windows inside x (B, C, H, W)."""
-    line = torch.exp(-(torch.arange(WINDOW, dtype=x.dtype, device=x.device) - WINDOW // 2) ** 2 / (2 * SIGMA**2))
+    line = torch.exp(-((torch.arange(WINDOW, dtype=x.dtype, device=x.device) - WINDOW // 2) ** 2) / (2 * SIGMA**2))
     line, channels = line / line.sum(), x.shape[1]
     for shape in ((1, 1, -1, 1), (1, 1, 1, -1)):
         x = conv2d(x, line.view(shape).expand(channels, -1, -1, -1), groups=channels)

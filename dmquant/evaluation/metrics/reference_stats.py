@@ -109,8 +109,14 @@ def _known(extractor: Extractor) -> str:
 
 @torch.no_grad()
 def compute_reference(
-    files: Sequence[ImageFile], extractor: Extractor, *, name: str, size: int | None = None, batch: int = 100,
-    kept: int = NUM_KEPT, track: Track = plain,
+    files: Sequence[ImageFile],
+    extractor: Extractor,
+    *,
+    name: str,
+    size: int | None = None,
+    batch: int = 100,
+    kept: int = NUM_KEPT,
+    track: Track = plain,
 ) -> Reference:
     """Computes the statistics of image files, read in batches. With `size`, images are resized to size x size first."""
     digest, pooled, spatial, features = hashlib.sha256(), RunningMoments(), RunningMoments(), list[Tensor]()
@@ -149,8 +155,11 @@ def save_reference(
 ) -> None:
     """Writes the given parts, n and a JSON meta string to an npz. Other tools can read its `mu` and `sigma`."""
     meta = {
-        "extractor": extractor.name, "extractor_sha256": extractor.sha256, "source": reference.name,
-        "source_sha256": reference.sha256, "resize": f"bicubic to {size}, centre crop" if size else "none",
+        "extractor": extractor.name,
+        "extractor_sha256": extractor.sha256,
+        "source": reference.name,
+        "source_sha256": reference.sha256,
+        "resize": f"bicubic to {size}, centre crop" if size else "none",
     }
     arrays = {"mu": reference.mu, "sigma": reference.sigma} if "mu" in parts else {}
     if "spatial" in parts and reference.spatial is not None:

@@ -27,9 +27,7 @@ class BasisSchedule:
     switch: int
     weight: float
 
-    def loss(
-        self, student: nn.Module, batch: int, *, step: int, generator: torch.Generator, device: torch.device
-    ) -> Tensor:
+    def loss(self, student: nn.Module, batch: int, *, step: int, generator: torch.Generator, device: torch.device) -> Tensor:
         set_num_bases(self.quantizers, 2 if step < self.switch else 1)
         loss = self.objective.loss(student, batch, step=step, generator=generator, device=device)
         if step >= self.switch:
@@ -51,10 +49,8 @@ class BinarizationWarmup:
     groups: Sequence[Sequence[QuantLayer]]
     period: int
 
-    def loss(
-        self, student: nn.Module, batch: int, *, step: int, generator: torch.Generator, device: torch.device
-    ) -> Tensor:
-        with unquantized_weights([layer for group in self.groups[step // self.period + 1:] for layer in group]):
+    def loss(self, student: nn.Module, batch: int, *, step: int, generator: torch.Generator, device: torch.device) -> Tensor:
+        with unquantized_weights([layer for group in self.groups[step // self.period + 1 :] for layer in group]):
             return self.objective.loss(student, batch, step=step, generator=generator, device=device)
 
 

@@ -42,9 +42,7 @@ class LowRankMimicking:
         self._objective, self._subspaces, self._weight = objective, subspaces, weight
         self._blocks, self._student, self._teacher = blocks, student, teacher
 
-    def loss(
-        self, student: nn.Module, batch: int, *, step: int, generator: torch.Generator, device: torch.device
-    ) -> Tensor:
+    def loss(self, student: nn.Module, batch: int, *, step: int, generator: torch.Generator, device: torch.device) -> Tensor:
         # `student` may be wrapped for distributed training; hooks are set on the network itself
         with capture_features(self._student, self._blocks) as ours, capture_call(self._student) as call:
             loss = self._objective.loss(student, batch, step=step, generator=generator, device=device)

@@ -149,9 +149,7 @@ class ReconstructionObjective:
     def __init__(self, data: UnitData, max_steps: int):
         self._data, self._max_steps = data, max_steps
 
-    def loss(
-        self, student: nn.Module, batch: int, *, step: int, generator: torch.Generator, device: torch.device
-    ) -> Tensor:
+    def loss(self, student: nn.Module, batch: int, *, step: int, generator: torch.Generator, device: torch.device) -> Tensor:
         data = self._data
         data.load_round(step * data.num_rounds // self._max_steps)
         index = torch.randint(len(data.weight), (batch,), generator=generator)

@@ -52,9 +52,7 @@ class DilateQuant(Method):
     split: Literal["skip", "all", "none"] = setting(
         "skip", "convolutions in up blocks with a grid for each part of a concatenated input: 1x1 shortcuts, all, or none"
     )
-    scope: Literal["block", "model"] = setting(
-        "block", "train one block after the other (BKD), or the whole model at once"
-    )
+    scope: Literal["block", "model"] = setting("block", "train one block after the other (BKD), or the whole model at once")
     max_steps: int = setting(400, "optimiser steps per block, or of the model with scope=model; 0 only calibrates")
     batch: int = setting(8, "samples per optimiser step")
     learning_rate: float = setting(2e-4, "AdamW rate of weights, biases and norms, decaying to zero along a cosine")
@@ -128,7 +126,7 @@ class DilateQuant(Method):
             return
         if not isinstance(objective, Distillation):
             raise InputError("scope=block trains on recorded samples of the teacher; leave --data out, or set scope=model")
-        few = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))[:self.block_samples]
+        few = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))[: self.block_samples]
         reconstruct(
             student, teacher, objective.samples[few], objective.weight[few], self.training(),
             cache_bytes=int(self.cache_gib * GIB), seed=seed, run=run, track=track,

@@ -27,9 +27,7 @@ class GuidedDistillation:
     coefficients: tuple[float, ...]  # (k,) of the samples in the combination
     sequence: tuple[Tensor, ...] = ()  # indices of the calls at each sampling step, in order; empty: drawn at random
 
-    def loss(
-        self, student: nn.Module, batch: int, *, step: int, generator: torch.Generator, device: torch.device
-    ) -> Tensor:
+    def loss(self, student: nn.Module, batch: int, *, step: int, generator: torch.Generator, device: torch.device) -> Tensor:
         rows = self.calls[self.choose_calls(max(1, batch // len(self.coefficients)), step, generator)]
         part = self.samples[rows.flatten()].on(device)
         error = (part.call(student).float() - part.target.float()).unflatten(0, rows.shape)  # (B, k, ...)

@@ -204,9 +204,7 @@ def is_same_for_all(*layers: nn.Module) -> bool:
     return all(type(layer.input) is FixedGrid for layer in layers) and not torch.compiler.is_compiling()
 
 
-def add_feed_forward_per_token(
-    first: nn.Linear, last: nn.Module, activation: int, x: Tensor, before: FusedOps
-) -> Tensor:
+def add_feed_forward_per_token(first: nn.Linear, last: nn.Module, activation: int, x: Tensor, before: FusedOps) -> Tensor:
     """Computes `add_feed_forward` where the result of a token does not depend on its image: groups are slices of all tokens."""
     out, count = buffer_pool.empty(x.shape), count_at_a_time(first.out_features)
     hidden = buffer_pool.empty((min(count, x.shape[:-1].numel()), first.out_features))

@@ -74,9 +74,7 @@ class FusedAttention(Fused, Attention):
     def forward_fused(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
         tokens = images(hidden_states.contiguous(memory_format=LAST)).flatten(1, 2)  # (B, N, C)
         gain, offset = moments_of(self.group_norm, tokens)
-        query, key, value = (
-            run_fused(layer, tokens, FusedOps(gain, offset)) for layer in (self.to_q, self.to_k, self.to_v)
-        )
+        query, key, value = (run_fused(layer, tokens, FusedOps(gain, offset)) for layer in (self.to_q, self.to_k, self.to_v))
         answer = attend_heads(self, query, key, value)
         answer = run_fused(self.to_out[0], answer, FusedOps(residual=tokens if self.residual_connection else None))
         answer = answer if self.rescale_output_factor == 1 else answer / self.rescale_output_factor

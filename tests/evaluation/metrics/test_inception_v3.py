@@ -48,12 +48,19 @@ def test_it_has_the_parameters_of_torchvision_without_auxiliary_classifier_at_10
 @pytest.mark.parametrize(
     "name, shape",
     [
-        ("Conv2d_1a_3x3.conv.weight", (32, 3, 3, 3)), ("Conv2d_4a_3x3.bn.running_var", (192,)),
-        ("Mixed_5b.branch1x1.conv.weight", (64, 192, 1, 1)), ("Mixed_5b.branch5x5_2.conv.weight", (64, 48, 5, 5)),
-        ("Mixed_5d.branch_pool.conv.weight", (64, 288, 1, 1)), ("Mixed_6a.branch3x3dbl_3.conv.weight", (96, 96, 3, 3)),
-        ("Mixed_6c.branch7x7dbl_4.conv.weight", (160, 160, 7, 1)), ("Mixed_6e.branch7x7_2.conv.weight", (192, 192, 1, 7)),
-        ("Mixed_7a.branch7x7x3_4.conv.weight", (192, 192, 3, 3)), ("Mixed_7b.branch3x3dbl_3b.conv.weight", (384, 384, 3, 1)),
-        ("Mixed_7c.branch3x3_2a.bn.weight", (384,)), ("fc.weight", (1008, 2048)), ("fc.bias", (1008,)),
+        ("Conv2d_1a_3x3.conv.weight", (32, 3, 3, 3)),
+        ("Conv2d_4a_3x3.bn.running_var", (192,)),
+        ("Mixed_5b.branch1x1.conv.weight", (64, 192, 1, 1)),
+        ("Mixed_5b.branch5x5_2.conv.weight", (64, 48, 5, 5)),
+        ("Mixed_5d.branch_pool.conv.weight", (64, 288, 1, 1)),
+        ("Mixed_6a.branch3x3dbl_3.conv.weight", (96, 96, 3, 3)),
+        ("Mixed_6c.branch7x7dbl_4.conv.weight", (160, 160, 7, 1)),
+        ("Mixed_6e.branch7x7_2.conv.weight", (192, 192, 1, 7)),
+        ("Mixed_7a.branch7x7x3_4.conv.weight", (192, 192, 3, 3)),
+        ("Mixed_7b.branch3x3dbl_3b.conv.weight", (384, 384, 3, 1)),
+        ("Mixed_7c.branch3x3_2a.bn.weight", (384,)),
+        ("fc.weight", (1008, 2048)),
+        ("fc.bias", (1008,)),
     ],
 )
 def test_its_tensors_are_named_and_shaped_as_in_the_pytorch_fid_file(shapes, name, shape):

@@ -29,6 +29,7 @@ def measure(real: torch.Tensor, fake: torch.Tensor, *, name: str = "test", batch
 
 def discrepancy(real: torch.Tensor, fake: torch.Tensor) -> float:
     """Oracle: the unbiased estimate of the squared MMD, Gretton et al. (2012), eq. 3, computed pair by pair."""
+
     def kernel(x, y):
         return (sum(a * b for a, b in zip(x, y)) / len(x) + 1) ** 3
 

@@ -70,7 +70,7 @@ def test_a_scaled_layer_has_the_error_of_the_factor_and_only_later_layers_have_a
     place = list(found).index(CHANGED)
     assert all(is_rounding(layer.local_db) for name, layer in found.items() if name != CHANGED)
     assert all(is_rounding(layer.total_db) for layer in list(found.values())[:place])
-    after = list(found.values())[place + 1:]
+    after = list(found.values())[place + 1 :]
     assert all(is_rounding(layer.total_db) == (layer.role == "time_projection") for layer in after)
 
 
@@ -112,9 +112,7 @@ def test_the_total_error_of_the_last_layer_is_that_of_the_model_outputs(pipeline
 
 
 @pytest.mark.parametrize("choice", ["auto", "torch"])
-def test_packed_layers_are_measured_at_the_right_timestep(
-    packed, pipeline, monkeypatch, choice
-):
+def test_packed_layers_are_measured_at_the_right_timestep(packed, pipeline, monkeypatch, choice):
     monkeypatch.setenv("DMQUANT_KERNELS", choice)
     other = serialization.load(packed)
     found = measure(other, pipeline)

@@ -16,6 +16,7 @@ def draw(count: int, width: int = 4, *, seed: int = 0, shift: float = 0.0) -> to
 
 def naive(real: torch.Tensor, fake: torch.Tensor, k: int) -> dict[str, float]:
     """Oracle: Kynkaanniemi et al. (2019), eq. 1-2, and Naeem et al. (2020), eq. 4 and 6, with loops."""
+
     def distance(x, y):
         return (x - y).square().sum().sqrt().item()
 

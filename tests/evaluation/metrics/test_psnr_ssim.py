@@ -62,7 +62,7 @@ def ssim_by_definition(image: torch.Tensor, other: torch.Tensor) -> float:
     for x, y in zip(image.double(), other.double()):
         for row in range(x.shape[0] - 10):
             for column in range(x.shape[1] - 10):
-                a, b = (part[row:row + 11, column:column + 11] for part in (x, y))
+                a, b = (part[row : row + 11, column : column + 11] for part in (x, y))
                 mean_a, mean_b = (window * a).sum(), (window * b).sum()
                 covariance = (window * (a - mean_a) * (b - mean_b)).sum()
                 spread = (window * (a - mean_a) ** 2).sum() + (window * (b - mean_b) ** 2).sum()

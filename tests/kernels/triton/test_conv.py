@@ -145,5 +145,3 @@ def test_the_operator_tells_its_shape_and_dtype_without_computing():
     operands = dispatch.operands_of(layer, layer.weight.blocked, x)
     arguments = ops.flatten(operands, dispatch.geometry_of(layer), NO_OPS)
     torch.library.opcheck(ops.conv_op, (x, *arguments), test_utils=("test_schema", "test_faketensor"))
-
-

@@ -38,9 +38,7 @@ def content(tensors):
     return [tensor[torch.arange(len(tensor))] for tensor in tensors]
 
 
-def test_inputs_are_taken_behind_the_quantized_student_and_targets_behind_the_teacher(
-    student, pipeline, samples, tmp_path
-):
+def test_inputs_are_taken_behind_the_quantized_student_and_targets_behind_the_teacher(student, pipeline, samples, tmp_path):
     teacher, unit, runner, data = make_data(student, pipeline, samples, tmp_path, 5)
     data.load_round(0)
     ours, theirs = trace_unit(student, unit, samples), trace_unit(teacher, unit, samples)

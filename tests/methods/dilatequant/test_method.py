@@ -84,9 +84,7 @@ def test_a_dry_run_shows_the_dilated_channels(tiny_folder, capsys):
     assert shown.count("channels dilated") > 20 and "channels dilated, folded" in shown and "first: kept at 8/8; 0 of 3" in shown
 
 
-@pytest.mark.parametrize(
-    "split, leaves", [("skip", {"conv_shortcut"}), ("all", {"conv1", "conv_shortcut"}), ("none", set())]
-)
+@pytest.mark.parametrize("split, leaves", [("skip", {"conv_shortcut"}), ("all", {"conv1", "conv_shortcut"}), ("none", set())])
 def test_split_selects_the_layers_whose_concatenated_inputs_have_two_grids(pipeline, split, leaves):
     student = prepared(pipeline, split=split)
     found = [name for name, module in student.named_modules() if isinstance(module, Split)]

@@ -58,7 +58,12 @@ def seen(objective, step, batch=2):
 def test_in_sequence_each_optimiser_step_is_the_next_denoising_step_of_the_same_trajectories():
     objective = make_guided_distillation(recorded(), torch.ones(12), in_sequence=True)
     assert [seen(objective, step) for step in range(6)] == [
-        [(0, 0), (1, 0)], [(0, 1), (1, 1)], [(0, 2), (1, 2)], [(2, 0), (3, 0)], [(2, 1), (3, 1)], [(2, 2), (3, 2)]
+        [(0, 0), (1, 0)],
+        [(0, 1), (1, 1)],
+        [(0, 2), (1, 2)],
+        [(2, 0), (3, 0)],
+        [(2, 1), (3, 1)],
+        [(2, 2), (3, 2)],
     ]
     assert seen(objective, 6) == [(0, 0), (1, 0)] and seen(objective, 1, batch=3) == [(0, 1), (1, 1), (2, 1)]
 
