@@ -79,7 +79,7 @@ def check(cases: int, seed: int) -> None:
 
 def check_fused(layer, x, draw: random.Random) -> None:
     """Checks a layer with norm, activation, factors, a bias for each image, a residual and upsampling against the same
-    operations one by one.
+    operations one by one, and on a slice of channels against a copy of it.
     """
     from dataclasses import replace
 
@@ -101,6 +101,11 @@ def check_fused(layer, x, draw: random.Random) -> None:
     residual = torch.randn_like(wanted)
     found = dispatch.launch(layer, layer.weight.blocked, x, replace(fused, residual=residual), bias=bias)
     assert torch.equal(found, wanted + residual), (layer, tuple(x.shape), upsample)
+    whole = torch.cat([torch.randn_like(x), x], 1).contiguous(memory_format=torch.channels_last)
+    part = whole[:, x.shape[1] :]  # its last pixel ends where the memory ends
+    for ops in (fused, FusedOps()):
+        found, wanted = (dispatch.launch(layer, layer.weight.blocked, image, ops) for image in (part, x))
+        assert torch.equal(found, wanted), (layer, tuple(x.shape))
     token = {"gain": gain, "offset": offset, "factor": factor, "epsilon": 1e-5}
     made = norm.normalize(last, **token).permute(0, 3, 1, 2)
     found = dispatch.launch(layer, layer.weight.blocked, x, FusedOps(**token))
