@@ -61,7 +61,7 @@ def test_small_tensors_come_from_the_allocator():
 
 def test_with_a_limit_of_0_all_tensors_come_from_the_allocator(monkeypatch):
     monkeypatch.setattr(buffer_pool, "LIMIT", 0)
-    monkeypatch.delattr(buffer_pool, "take")
+    monkeypatch.delattr(buffer_pool, "acquire")
     for order in (torch.contiguous_format, torch.channels_last):
         x = buffer_pool.empty((3, 10, 100, 200), order)
         assert x.shape == (3, 10, 100, 200) and x.is_contiguous(memory_format=order)
