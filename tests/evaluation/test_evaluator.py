@@ -341,10 +341,10 @@ def test_an_interrupted_evaluation_continues_to_equal_results(pipeline, images, 
     expected = evaluate(pipeline, metrics=["fid", "kid", "prdc"], reference=images, **QUICK)
     real = image_cache.generate
 
-    def stop(pipeline, seeds, **how):
+    def stop(pipeline, seeds, plan):
         if seeds[0] == 4:
             raise KeyboardInterrupt
-        return real(pipeline, seeds, **how)
+        return real(pipeline, seeds, plan)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(image_cache, "generate", stop)
