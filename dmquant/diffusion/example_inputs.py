@@ -1,4 +1,4 @@
-"""The arguments of one denoiser call, made of zeros in the sizes that the denoiser's config says."""
+"""Example arguments of one denoiser call: zeros in the sizes of the denoiser's config."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ from dmquant.errors import InputError
 
 
 def example_inputs(denoiser: ModelMixin, *, batch: int = 1, device: str = "meta") -> dict[str, Any]:
-    """Keyword arguments of one denoiser call with the sizes of its config, zeros throughout.
+    """Returns keyword arguments of one denoiser call: zeros in the sizes of its config. Raises InputError for an unknown class.
 
-    Text is 77 tokens for UNets, 300 for PixArt, 154 for SD3 and 512 for Flux; Flux images are 1024 x 1024.
+    Text has 77 tokens for UNets, 300 for PixArt, 154 for SD3 and 512 for Flux; Flux images have 1024 x 1024 pixels.
     """
     kind = type(denoiser).__name__
     if kind not in INPUTS:

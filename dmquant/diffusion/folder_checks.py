@@ -1,6 +1,6 @@
-"""A pipeline folder before anything in it is loaded: what its JSON says, and what dmquant never opens.
+"""Checks of a pipeline folder before anything in it is loaded.
 
-Weights come from safetensors only and a pipeline never brings its own code: the rest is refused by name.
+Weights are read from safetensors only, and no code of a folder is run: pickles and foreign code are refused by name.
 """
 
 import json
@@ -17,7 +17,7 @@ from dmquant.errors import DamagedFile, InputError
 
 
 def find_quantizer(folder: Path, components: Iterable[str]) -> str | None:
-    """quant_method of the first of the components that has one; None of a float pipeline."""
+    """Returns quant_method of the first component that has one, None for a float pipeline."""
     index = _read_json(folder / "model_index.json")
     configs = (folder / name / "config.json" for name in components if name in index)
     for path in filter(Path.is_file, configs):
@@ -30,7 +30,7 @@ def find_quantizer(folder: Path, components: Iterable[str]) -> str | None:
 
 
 def list_components(folder: Path) -> list[PurePath]:
-    """Files of the components that model_index.json names, relative to the folder."""
+    """Returns the files of the components that model_index.json names, relative to the folder."""
     index = _read_json(folder / "model_index.json")
     public = {name: entry for name, entry in index.items() if not name.startswith("_")}
     names = [name for name, entry in public.items() if isinstance(entry, list) or (folder / name).is_dir()]
@@ -44,7 +44,7 @@ def list_components(folder: Path) -> list[PurePath]:
 
 
 def refuse_foreign_code(folder: Path, files: Iterable[PurePath]) -> None:
-    """Only pipeline classes of diffusers, and no Python file beside a component, for which diffusers would want trust."""
+    """Raises InputError if the pipeline class is not one of diffusers, or a Python file lies beside a component."""
     name = _read_json(folder / "model_index.json").get("_class_name")
     scripts = [file.as_posix() for file in files if file.suffix == ".py"]
     if isinstance(name, list) or scripts:  # [file, class]
@@ -58,7 +58,7 @@ def refuse_foreign_code(folder: Path, files: Iterable[PurePath]) -> None:
 
 
 def refuse_pickles(files: Iterable[PurePath]) -> None:
-    """Refuses component folders whose weights exist as pickle only."""
+    """Raises InputError if a component has pickle weights (.bin) and no safetensors."""
     suffixes = defaultdict(set)
     for file in files:
         suffixes[file.parent].add(file.suffix)
@@ -79,7 +79,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _is_class_entry(entry: object) -> bool:
-    """Whether an entry of model_index.json is [library, class], or [null, null] for a component left out."""
+    """Returns whether an entry of model_index.json is [library, class], or [null, null] for a component left out."""
     if not isinstance(entry, list) or len(entry) != 2:
         return False
     return all(isinstance(part, str) for part in entry) or entry == [None, None]

@@ -1,4 +1,4 @@
-"""Images on disk: a folder or a zip of picture files, read as uint8 RGB tensors."""
+"""Reads images from folders and zip archives as uint8 RGB tensors."""
 
 import hashlib
 import io
@@ -18,7 +18,7 @@ from dmquant.errors import InputError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
 MAX_DAMAGED = 0.01  # share of unreadable files above which a set is refused
-MAX_MEMBER_BYTES = 2**28  # an archive's member above this size is not a picture but a bomb
+MAX_MEMBER_BYTES = 2**28  # a larger member of an archive is refused as a decompression bomb
 UNREADABLE = (
     UnidentifiedImageError,
     Image.DecompressionBombError,
@@ -33,7 +33,7 @@ UNREADABLE = (
 
 @dataclass(frozen=True)
 class ImageFile:
-    """One picture: its name inside the set and how to get its bytes."""
+    """An image file: its name in the set, and the path or archive member that holds its bytes."""
 
     name: str
     path: Path
@@ -41,12 +41,12 @@ class ImageFile:
 
     @property
     def label(self) -> str:
-        """Name of the folder that holds the picture: its class in a class-per-folder set."""
+        """Name of the folder that holds the image: its class in a set with a folder per class."""
         return PurePosixPath(self.name).parent.name
 
 
 def list_images(*paths: str | Path) -> list[ImageFile]:
-    """Picture files of the folders and zips named, sorted by name. Raises InputError where there are none."""
+    """Returns the image files of folders and zips, sorted by name. Raises InputError if there are none."""
     if "" in paths:
         raise InputError("an empty text names no images; give a folder or a zip")
     files = [file for path in paths for file in _list_one(Path(path))]
@@ -56,9 +56,9 @@ def list_images(*paths: str | Path) -> list[ImageFile]:
 
 
 def read_images(files: Sequence[ImageFile], *, size: int | None = None) -> Iterator[tuple[ImageFile, Tensor]]:
-    """Each file with its pixels, uint8 (3, H, W); `size` resizes the short side (bicubic) and crops the centre.
+    """Yields each file with its pixels, uint8 (3, H, W). `size` resizes the short side (bicubic) and crops the centre.
 
-    Files that no decoder reads are skipped with a warning; more than 1 % of them raises InputError.
+    Unreadable files are skipped with a warning. Raises InputError if they are more than 1 %.
     """
     damaged = []
     with _Archives() as archives:
@@ -77,7 +77,7 @@ def read_images(files: Sequence[ImageFile], *, size: int | None = None) -> Itera
 
 
 def load_images(files: Sequence[ImageFile], *, size: int | None = None) -> tuple[Tensor, list[ImageFile]]:
-    """All pixels at once, uint8 (N, 3, H, W), and the files they came from. Sizes must agree unless `size` is given."""
+    """Returns all pixels, uint8 (N, 3, H, W), and their files. Raises InputError if sizes differ and no `size` is given."""
     pairs = list(read_images(files, size=size))
     shapes = {tuple(pixels.shape) for _, pixels in pairs}
     if len(shapes) != 1:
@@ -86,7 +86,7 @@ def load_images(files: Sequence[ImageFile], *, size: int | None = None) -> tuple
 
 
 def hash_images(pixels: Tensor) -> str:
-    """SHA-256 over uint8 pixels (N, 3, H, W): names a data set independently of how it was packed."""
+    """Returns the SHA-256 of uint8 pixels (N, 3, H, W), which does not depend on files or archives."""
     return hashlib.sha256(pixels.contiguous().numpy().tobytes()).hexdigest()
 
 
@@ -104,7 +104,7 @@ def _list_one(path: Path) -> list[ImageFile]:
 
 
 def _is_picture(name: str) -> bool:
-    # "._name.png" is what macOS puts beside a picture: its attributes, not an image
+    # macOS writes "._name.png" beside an image: attributes, not an image
     return PurePosixPath(name).suffix.lower() in SUFFIXES and not name.startswith("._")
 
 
@@ -130,7 +130,7 @@ def _fit(image: Image.Image, size: int) -> Image.Image:
 
 
 class _Archives:
-    """Zips kept open while a set is read: opening one per picture re-reads its directory each time."""
+    """Keeps zip archives open while a set is read, since opening one reads its directory."""
 
     def __enter__(self) -> "_Archives":
         self._open: dict[Path, zipfile.ZipFile] = {}

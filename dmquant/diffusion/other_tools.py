@@ -1,7 +1,7 @@
-"""Denoisers that another tool has quantized: at which bits their layers run, and what they weigh as they are stored.
+"""Bits and stored bytes of denoisers that other tools quantized.
 
-optimum-quanto puts layers of its own in place of torch's, torchao tensors of its own into torch's layers, bitsandbytes both.
-None of them is imported: they are known by the modules that their classes come from, and read by what these say of themselves.
+optimum-quanto replaces torch's layers, torchao replaces the weight tensors of layers, bitsandbytes does both. None of these
+packages is imported: classes are recognised by their module names, and read through their public attributes.
 """
 
 import re
@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from dmquant.diffusion.layer_roles import named_layers
 
 FLOAT_BITS = 32
-TOOLS = {"optimum.quanto": "quanto", "torchao": "torchao", "bitsandbytes": "bitsandbytes"}  # packages -> names in a table
-DYNAMIC_BITS = 8  # of activations that torchao and bitsandbytes quantize while running; no other width is on offer
+TOOLS = {"optimum.quanto": "quanto", "torchao": "torchao", "bitsandbytes": "bitsandbytes"}  # package -> name in reports
+DYNAMIC_BITS = 8  # of activations that torchao and bitsandbytes quantize at run time; they have no other width
 
 
 def find_tool(denoiser: nn.Module) -> str | None:
-    """The tool that quantized some of the layers; None where none of the tools known here did."""
+    """Returns the name of the tool that quantized some of the layers, None for no known tool."""
     return next((tool for layer in named_layers(denoiser).values() if (tool := _find_maker(layer))), None)
 
 
 def layer_bits(layer: Any) -> tuple[int, int] | None:
-    """Weight and activation bits of a layer that another tool quantized; None of any other."""
+    """Returns weight and activation bits of a layer that another tool quantized, None for any other layer."""
     tool = _find_maker(layer)
     if tool == "quanto":
         return _read_qtype(layer, "weight_qtype"), _read_qtype(layer, "activation_qtype")
@@ -32,7 +32,7 @@ def layer_bits(layer: Any) -> tuple[int, int] | None:
         return None
     weight = layer.weight
     codes = max(stored_tensors(weight), key=lambda tensor: tensor.nbytes)
-    # a target_dtype names a grid narrower than the integers that hold it: torch.int4 in an int8 tensor
+    # target_dtype names the grid, which may be narrower than its storage: torch.int4 in an int8 tensor
     named = re.search(r"int(\d)$", str(getattr(weight, "target_dtype", "")))
     stored = 8 * codes.nbytes // (layer.in_features * layer.out_features)
     is_dynamic = any(getattr(weight, name, None) is not None for name in ("act_quant_kwargs", "activation_quantization"))
@@ -41,7 +41,7 @@ def layer_bits(layer: Any) -> tuple[int, int] | None:
 
 
 def describe(denoiser: nn.Module) -> dict[str, Any]:
-    """The fields of a report that say what another tool made: its name, and the bits of most weights that it quantized."""
+    """Returns the fields of a report for another tool: its name, and the bits of most weights that it quantized."""
     tool = find_tool(denoiser)
     if tool is None:
         return {}
@@ -59,12 +59,12 @@ def _count_weights(layer: Any) -> int:
 
 
 def count_bytes(denoiser: nn.Module) -> int:
-    """Bytes of everything in the state dict, codes as they are packed; names and shapes of a file's header are not in it."""
+    """Returns the bytes of all tensors of the state dict, codes as they are packed, without the header of a file."""
     return sum(tensor.nbytes for value in denoiser.state_dict().values() for tensor in stored_tensors(value))
 
 
 def stored_tensors(value: Any) -> Iterator[Tensor]:
-    """The plain tensors that a tensor is made of; itself, where it is one. What is no tensor has none."""
+    """Yields the plain tensors that a tensor consists of: itself if it is plain, none for other values."""
     if not isinstance(value, Tensor):
         return
     if type(value) in (Tensor, nn.Parameter) or not hasattr(value, "__tensor_flatten__"):
@@ -75,7 +75,7 @@ def stored_tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _find_maker(layer: nn.Module) -> str | None:
-    """The tool that a layer or its weight comes from."""
+    """Returns the tool whose package defines the class of a layer or of its weight."""
     homes = [kind.__module__ for part in (layer, layer.weight) for kind in type(part).__mro__]
     return next((tool for package, tool in TOOLS.items() for home in homes if f"{home}.".startswith(f"{package}.")), None)
 

@@ -1,4 +1,4 @@
-"""Files of prompts: plain lines, tables and JSON, as captions are published."""
+"""Reads files of prompts: plain lines, tables and JSON."""
 
 import csv
 import json
@@ -8,17 +8,17 @@ from typing import Any
 
 from dmquant.errors import InputError
 
-TEXT_KEYS = ("prompt", "caption", "text")  # what the text is called, in any case, in the order they are looked for
-LIST_KEYS = ("annotations", "captions", "prompts")  # where a JSON object keeps its list
-IMAGE_KEY = "image_id"  # COCO has five captions of an image: the first stands for it
+TEXT_KEYS = ("prompt", "caption", "text")  # names of the text, in upper or lower case, first match wins
+LIST_KEYS = ("annotations", "captions", "prompts")  # names of the list in a JSON object
+IMAGE_KEY = "image_id"  # COCO has five captions of an image: the first is taken
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 def read_prompts(file: str | Path) -> tuple[str, ...]:
-    """The prompts of a file in their order; one that is not there, unreadable or empty is an InputError.
+    """Returns the prompts of a file in their order. Raises InputError if the file is missing, unreadable or empty.
 
-    `.json` holds a list of texts or of objects, or COCO's captions (of each image the first); `.jsonl` an object per line;
-    `.csv` and `.tsv` a table with a column prompt, caption or text; any other file one prompt per line, blank lines left out.
+    `.json` holds a list of texts or objects, or COCO's captions (the first of each image); `.jsonl` one object per line;
+    `.csv` and `.tsv` a table with a column prompt, caption or text; any other file one prompt per line, without blank lines.
     """
     file = Path(file)
     try:
@@ -52,7 +52,7 @@ def _find_list(document: Any) -> list[Any]:
 
 
 def _pick(entries: Iterable[Any]) -> tuple[str, ...]:
-    """The text of each entry; of several with one image the first."""
+    """Returns the text of each entry; of several entries with one image, that of the first."""
     prompts: list[str] = []
     seen: set[Any] = set()
     for number, entry in enumerate(entries, 1):

@@ -1,4 +1,4 @@
-"""Sets what quantized layers start from: grids of weights from themselves, grids of inputs and biases from recorded samples."""
+"""Calibration: sets the grids of weights from the weights, and the grids of inputs and the biases from recorded samples."""
 
 import copy
 from collections import defaultdict
@@ -15,20 +15,21 @@ from dmquant.nn.fake_quant_layers import QuantLayer, bypassed, quantized_inputs,
 from dmquant.progress import Track, plain
 from dmquant.quantizers.base import Quantizer
 
-VALUES_PER_SAMPLE = 2048  # drawn at random from each layer's input, beside its extremes
+VALUES_PER_SAMPLE = 2048  # values drawn at random from each sample of a layer's input; its extremes are added
 
 
 @torch.no_grad()
 def observe_weights(student: nn.Module) -> None:
+    """Sets the grid of every quantized weight from its values."""
     for layer in quantized_layers(student).values():
         if isinstance(layer.weight_quantizer, Quantizer):
             layer.weight_quantizer.observe(layer.weight)
 
 
 def observe_inputs(student: nn.Module, samples: Samples, *, batch: int, track: Track = plain) -> None:
-    """Shows every input quantizer what its layer or product reads when the student runs in float.
+    """Sets the grid of every input quantizer from the inputs that its layer or product has when the student runs in float.
 
-    Meanwhile the student's clock, if it has one, is at the timesteps of the samples: a temporal quantizer sets its rows.
+    The student's clock, if it has one, is set to the timesteps of the samples, so that a grid per timestep sets its rows.
     """
     collectors: list[Collector] = []
     with ExitStack() as hooks:
@@ -40,16 +41,16 @@ def observe_inputs(student: nn.Module, samples: Samples, *, batch: int, track: T
     clock = getattr(student, "clock", None)
     with nullcontext() if clock is None else clock.at(samples.timestep, len(samples)):
         for collector in collectors:
-            for quantizer, rows in collector.rows.items():  # none of a layer that never runs: it needs no grid
+            for quantizer, rows in collector.rows.items():  # a layer that never runs has no rows and needs no grid
                 quantizer.observe(torch.cat(rows))
 
 
 @torch.no_grad()
 def correct_biases(student: nn.Module, samples: Samples, *, batch: int, track: Track = plain) -> None:
-    """Gives back in every bias what rounding takes from the mean of an output channel. Nagel et al., 2019, sec. 4.2.
+    """Adds to every bias the mean that rounding takes from its output channel. Nagel et al., 2019, sec. 4.2.
 
-    Layer by layer, each on the inputs that it has in the float model. The mean of what a denoiser's last layer answers is
-    worth it: an error that is the same in all calls adds up over the steps of sampling, one that is noise does not.
+    Each layer is measured on the inputs that it has in the float model. A constant error of the denoiser's output adds up over
+    the sampling steps; an error with zero mean does not.
     """
     meters = [(layer, Shortfall(layer)) for layer in quantized_layers(student).values() if layer.bias is not None]
     with ExitStack() as hooks:
@@ -64,9 +65,10 @@ def correct_biases(student: nn.Module, samples: Samples, *, batch: int, track: T
 def correct_answers(
     student: nn.Module, teacher: nn.Module, samples: Samples, weight: Tensor, *, batch: int, track: Track = plain
 ) -> None:
-    """Takes from the bias of each last layer what its answers are off the teacher's on average, by `weight` (N,) of the samples.
+    """Subtracts from the bias of each last layer the mean difference of its output from the teacher's.
 
-    Training leaves a little of it, and in an image it is a cast of colour: no step of sampling takes it away again.
+    The mean is weighted by `weight` (N,), one value per sample. Training leaves a small difference, which shows in images as a
+    colour cast.
     """
     names = [name for name, role in find_roles(student).items() if role == Role.LAST]
     pairs = [(student.get_submodule(name), teacher.get_submodule(name)) for name in names]
@@ -87,7 +89,7 @@ def correct_answers(
 
 @torch.no_grad()
 def run_float(student: nn.Module, parts: Iterable[Samples]) -> None:
-    """The student in float on batches of samples: hooks see what its layers read and answer."""
+    """Runs the student in float on batches of samples, so that hooks get the inputs and outputs of its layers."""
     device = next(student.parameters()).device
     with bypassed(student):
         for part in parts:
@@ -95,10 +97,10 @@ def run_float(student: nn.Module, parts: Iterable[Samples]) -> None:
 
 
 class Collector:
-    """Keeps a random part of each sample's values, and its extremes, as rows (N, k): for each grid of a quantizer."""
+    """A forward pre-hook that collects, for each grid of a quantizer, random values and the extremes of each sample: (N, k)."""
 
     def __init__(self, seed: int, quantizer: Quantizer):
-        self._quantizer = quantizer  # the reader's own steps aside while the student runs in float
+        self._quantizer = quantizer  # the layer's own one is bypassed while the student runs in float
         self._generator = torch.Generator().manual_seed(seed)
         self.rows: dict[Quantizer, list[Tensor]] = defaultdict(list)
 
@@ -111,7 +113,7 @@ class Collector:
 
 
 class Mean:
-    """What a layer answers on average over samples, as they count, and over everything but channels: (C,)."""
+    """A forward hook that computes the weighted mean of a layer's output over samples and positions: (C,)."""
 
     def __init__(self, layer: nn.Module):
         self.layer, self.weight, bias = layer, torch.ones(0), layer.get_parameter("bias")
@@ -128,19 +130,19 @@ class Mean:
 
 
 class Shortfall:
-    """By how much a layer's float output exceeds its quantized one, on average over everything but channels: (C,)."""
+    """A forward hook that computes the mean of float output minus quantized output over samples and positions: (C,)."""
 
     def __init__(self, layer: QuantLayer):
         self._layer, bias = copy.copy(layer), layer.get_parameter("bias")
-        self._layer.__dict__["_modules"] = dict(layer._modules)  # its quantizers stay while the layer's step aside
+        self._layer.__dict__["_modules"] = dict(layer._modules)  # the copy keeps its quantizers; those of the layer are bypassed
         self._sum, self._count = torch.zeros(len(bias), dtype=torch.float64, device=bias.device), 0
 
     def note(self, layer: QuantLayer, args: tuple[Any, ...], output: Tensor) -> None:
-        forward: Callable[..., Tensor] = type(layer).forward  # not a call: the twin shares the layer's hooks
+        forward: Callable[..., Tensor] = type(layer).forward  # not a call: the copy shares the layer's hooks
         lost = output - forward(self._layer, *args)
         rows = lost.flatten(0, -2) if isinstance(layer, nn.Linear) else lost.movedim(1, -1).flatten(0, -2)
         self._sum += rows.sum(0, dtype=torch.float64)
         self._count += len(rows)
 
     def mean(self) -> Tensor:
-        return self._sum / max(1, self._count)  # a layer that never ran lost nothing
+        return self._sum / max(1, self._count)  # 0 for a layer that never ran

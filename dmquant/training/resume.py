@@ -1,12 +1,12 @@
-"""A run that survives: the state of fine-tuning, in a folder of its own until the result is published.
+"""Saves and continues interrupted runs. The state lies in a folder of its own until the result is published.
 
-    FOLDER/start/   what the run is made of (facts.json) and its recorded samples: written once
-    FOLDER/state/   one step: everything with a state_dict, as safetensors and JSON, never pickle
-    FOLDER/store/   what a method keeps beside its state because it is too large for memory; a folder for each rank
+    FOLDER/start/   settings and hashes of the run (facts.json) and its recorded samples; written once
+    FOLDER/state/   the state_dicts of one step, as safetensors and JSON, never pickle
+    FOLDER/store/   data of a method that is too large for memory; a folder per rank
 
-The first two are published whole, so a process may die at any moment: the state is the old one or the new one. Random numbers
-are a function of seed, step and rank, so none are saved, and a continued run ends with the weights of one that never stopped.
-Continuing on another device, with another number of ranks or another version would end elsewhere: it is refused.
+The first two are published atomically: if the process is killed, the state is the old one or the new one. Random numbers are a
+function of seed, step and rank, so no generator is saved, and a continued run gives the bytes of one that was not interrupted.
+A run is not continued on another device, with another number of ranks or by another version: the result would differ.
 """
 
 import hashlib
@@ -33,13 +33,13 @@ from dmquant.diffusion.trajectories import Samples
 from dmquant.errors import DamagedFile, DmquantError, InputError, Interrupted
 from dmquant.training import distributed
 
-PERIOD_S = 120.0  # between two saves
-SHARE = 0.01  # of the time at most goes into saving: a large state is saved less often
+PERIOD_S = 120.0  # least time between two saves
+SHARE = 0.01  # largest share of the time that goes into saving: a large state is saved less often
 START, STATE, STORE = "start", "state", "store"
 
 
 class Part(Protocol):
-    """What a run consists of, as torch's own modules and optimizers write it down."""
+    """A part of the state of a run, with the methods of torch's modules and optimizers."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -57,37 +57,37 @@ Step = TypeVar("Step", bound=Turn)
 
 
 class Run:
-    """A run that leaves nothing behind."""
+    """A run that is not saved."""
 
-    is_continued = False  # whether an earlier process did part of it
+    is_continued = False  # whether an earlier process computed some of its steps
 
     def open(self, facts: Mapping[str, Any], tensors: Mapping[str, Iterable[Tensor]]) -> None:
-        """What the run is made of: settings and such, and the tensors that it starts from."""
+        """Begins the run. `facts` are its settings, `tensors` are those that it starts from."""
 
     def load_or_record(self, record: Callable[[], Samples]) -> Samples:
-        """The samples of this run, recorded if they were not."""
+        """Returns the samples of this run: the saved ones, or those that `record` makes."""
         return record()
 
     def restore(self, parts: Mapping[str, Part], device: torch.device) -> int:
-        """Brings the parts to where they were when saved; returns the number of the next step."""
+        """Loads the saved state into the parts; returns the number of the next step."""
         return 0
 
     def keep(self, steps: Iterable[Step], parts: Mapping[str, Part]) -> Iterator[Step]:
-        """The steps, one by one; between two of them the parts may be saved, or the run stopped."""
+        """Yields the steps. Between two steps it saves the parts when due, and raises Interrupted when asked to stop."""
         yield from steps
 
     @contextmanager
     def storeroom(self) -> Iterator[Path]:
-        """A folder for what is too large for memory. It is gone afterwards, unless the run is to be continued."""
+        """Yields a folder for data too large for memory. It is removed at the end, unless the run can be continued."""
         with TemporaryDirectory(prefix="dmquant-") as folder:
             yield Path(folder)
 
 
 class SavedRun(Run):
-    """The same, except that it saves itself now and then, and continues what it finds in its folder.
+    """A run that is saved periodically, and that continues the run in its folder.
 
-    `should_stop` is asked before each step: once it is true on any rank, the state is saved and Interrupted raised. Only
-    rank 0 writes.
+    `should_stop` is called before each step: once it returns True on any rank, the state is saved and Interrupted is raised.
+    Only rank 0 writes.
     """
 
     def __init__(self, folder: str | Path, *, should_stop: Callable[[], bool] = lambda: False, period_s: float = PERIOD_S):
@@ -98,15 +98,15 @@ class SavedRun(Run):
         self._is_writer, self._is_removed, self._has_begun = distributed.is_first(), False, False
 
     def is_there(self) -> bool:
-        """True if there is something to continue."""
+        """Returns whether the folder holds a state to continue from."""
         if self._is_writer and self.folder.is_dir():
             with atomic_folder.lock(self._state):
                 atomic_folder.repair(self._state)
         return self._state.exists() and not self._is_removed
 
     def remove(self) -> None:
-        """Removes the saved run, and nothing that dmquant did not write."""
-        # another rank may look before the writer has removed it
+        """Removes the saved run. Files that dmquant did not write stay."""
+        # another rank may call is_there before rank 0 has removed the state
         self._is_removed = not self._is_writer
         if self._is_writer and self.folder.is_dir():
             atomic_folder.discard(self._state)
@@ -117,10 +117,10 @@ class SavedRun(Run):
                 self.folder.rmdir()
 
     def open(self, facts: Mapping[str, Any], tensors: Mapping[str, Iterable[Tensor]]) -> None:
-        """Raises InputError if the folder holds a run of other facts, DamagedFile if what it holds is not what was written."""
+        """Raises InputError if the folder holds a run with other facts, DamagedFile if a saved file was changed."""
         here = {"dmquant": __version__, "ranks": int(os.environ.get("WORLD_SIZE", "1"))}
         hashes = {name: _hash(values) for name, values in tensors.items()}
-        # through JSON: a tuple comes back as a list
+        # through JSON, which turns tuples into lists, as in the saved facts
         self._facts = json.loads(json.dumps({**facts, **hashes, **here}))
         self._has_begun = self.is_continued = self.is_there()
         if self._has_begun:
@@ -145,7 +145,7 @@ class SavedRun(Run):
         for step in steps:
             if any(gather_object([self._should_stop()])):
                 self._save(step.number, parts)
-                # a rank that exits takes the others with it: not before the state is on the disk
+                # a rank that exits ends the others: wait until the state is on the disk
                 PartialState().wait_for_everyone()
                 raise Interrupted(f"stopped before step {step.number}; the run is saved in {self.folder}")
             if time.monotonic() >= due:
@@ -193,7 +193,7 @@ class SavedRun(Run):
 
     def _refuse_others(self) -> None:
         saved, facts = json.loads((self._start / "facts.json").read_text(encoding="utf-8")), self._facts
-        # a setting that came after the run was saved, and is off, changes nothing
+        # a setting of a newer version that is off changes nothing
         names = [name for name in sorted(saved.keys() | facts.keys()) if (saved.get(name) or 0) != (facts.get(name) or 0)]
         if names:
             changes = "; ".join(f"{name} was {saved.get(name)}, now {facts.get(name)}" for name in names)
@@ -201,9 +201,9 @@ class SavedRun(Run):
 
 
 def _remove_store(folder: Path) -> None:
-    """Removes a rank's storeroom, and the folders around it if they are empty then."""
+    """Removes the store of a rank, and its parent folders if they are empty."""
     shutil.rmtree(folder, ignore_errors=True)
-    with suppress(OSError):  # another rank's is there, or a state
+    with suppress(OSError):  # not empty: the store of another rank, or a state
         folder.parent.rmdir()
         folder.parent.parent.rmdir()
 
@@ -216,7 +216,7 @@ def _hash(tensors: Iterable[Tensor]) -> str:
 
 
 def _write(folder: Path, name: str, tree: dict[str, Any]) -> None:
-    """A state_dict as two files: its tensors, and its shape with everything that is no tensor."""
+    """Writes a state_dict as two files: its tensors, and its structure with all other values."""
     tensors: dict[str, Tensor] = {}
     _write_json(folder / f"{name}.json", _split(tree, tensors))
     try:
@@ -235,7 +235,7 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def _split(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """The value as JSON; its tensors go into the dict and leave their names behind. Keys of dicts may be numbers."""
+    """Returns the value as JSON. Tensors are moved into `tensors` and replaced by their names. Keys of dicts may be numbers."""
     if isinstance(value, Tensor):
         name = str(len(tensors))
         tensors[name] = value.detach().cpu().contiguous()
@@ -248,7 +248,7 @@ def _split(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same without shared memory, as tied weights have it: safetensors refuses that. Only what is shared is copied."""
+    """Returns the tensors without shared memory, which safetensors refuses (tied weights). Only shared tensors are copied."""
     apart, places = {}, set()
     for name, tensor in tensors.items():
         place = tensor.untyped_storage().data_ptr()
