@@ -1,4 +1,4 @@
-"""What other tools make of a pipeline at the same bits, under the same protocol: reports that `dmquant compare` puts beside ours.
+"""Quantizes a pipeline by other tools at the same bits and evaluates it by our protocol; `dmquant compare` shows both.
 
     python benchmarks/peers/run.py quanto:8/32 quanto:8/8 quanto:4/32 quanto:2/32 torchao:8/32 -o runs/peers -n 200
     dmquant compare runs/peers runs/ours

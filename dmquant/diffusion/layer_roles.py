@@ -7,7 +7,7 @@ from torch import nn
 
 
 class Role(StrEnum):
-    """What a layer does in the denoiser: methods choose bits by it."""
+    """Roles of a layer in the denoiser. Methods choose bits by role."""
 
     FIRST = "first"
     LAST = "last"
@@ -40,7 +40,7 @@ ROLES = [
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether a module is, or stands for, a Conv1d, Conv2d or Linear: float, fake-quantized or packed."""
+    """Returns whether a module is or replaces a Conv1d, Conv2d or Linear: float, fake-quantized or packed."""
     if getattr(module, "weight", None) is None:
         return False
     kernel_size = getattr(module, "kernel_size", None)
@@ -49,12 +49,12 @@ def is_layer(module: nn.Module) -> bool:
 
 
 def named_layers(denoiser: nn.Module) -> dict[str, nn.Module]:
-    """Every Conv1d, Conv2d and Linear (or what stands for one) by module name, in module order."""
+    """Returns every layer for which `is_layer` holds, by module name, in module order."""
     return {name: module for name, module in denoiser.named_modules() if is_layer(module)}
 
 
 def find_roles(denoiser: nn.Module) -> dict[str, Role]:
-    """Role of every layer by module name. Where no name says first or last, module order does."""
+    """Returns the role of every layer by module name. Where no name matches FIRST or LAST, the first or last layer gets it."""
     roles = {name: next(role for role, pattern in ROLES if pattern.search(name)) for name in named_layers(denoiser)}
     for role, name in ((Role.FIRST, next(iter(roles))), (Role.LAST, next(reversed(roles)))):
         if role not in roles.values():

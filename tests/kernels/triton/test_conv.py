@@ -126,7 +126,7 @@ def test_a_block_in_half_precision_is_fused_on_a_gpu(monkeypatch):
     monkeypatch.setitem(dispatch.DTYPES, "cpu", dispatch.DTYPES["cuda"])
     monkeypatch.setattr(unet, "is_free", lambda *norms: True)
 
-    def moments_of(norm, x, beside=None):
+    def moments_of(norm, x):
         return moments(x.permute(0, 2, 3, 1), norm.weight, norm.bias, norm.num_groups, norm.eps)
 
     monkeypatch.setattr(unet, "moments_of", moments_of)
