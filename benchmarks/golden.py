@@ -1,6 +1,6 @@
 """Shows that a change of the code changes no result: makes golden artefacts through the command line and compares two sets.
 
-    python benchmarks/golden.py make runs/before      # about three minutes on two cores
+    python benchmarks/golden.py make runs/before      # about four minutes on two cores
     python benchmarks/golden.py make runs/after       # after the change
     python benchmarks/golden.py compare runs/before runs/after
 

@@ -167,7 +167,7 @@ def _compute_on_images(
 ) -> Tensor:  # fmt: skip
     """Computes a layer on views (B, H, W, C) of the tensors, which graphs and all kernels support."""
     if fused.residual is not None:
-        fused = replace(fused, residual=as_images(layer, fused.residual))
+        fused = replace(fused, residual=as_images(layer, fused.residual, images))
     conv = ops.graph_conv if torch.compiler.is_compiling() else ops.quantized_conv
     out = conv(as_images(layer, x, images), operands, geometry, fused)
     if isinstance(layer, nn.Linear):

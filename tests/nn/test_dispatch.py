@@ -171,6 +171,22 @@ def test_each_sample_takes_the_grid_of_its_timestep(shape, steps, has_compiler):
 
 
 @pytest.mark.needs_compiler
+@pytest.mark.parametrize("kernel", [name for name in USABLE if registry.BY_NAME[name].fits(1, 4, POINTWISE)])
+@pytest.mark.parametrize("steps", [(1, 1), (0, 2)])
+def test_the_residual_of_tokens_is_added_where_samples_are_at_one_timestep_and_at_several(kernel, steps):
+    layer, clock = make_layer((40, 70), 1, 4), Clock(torch.tensor([0.0, 10.0, 20.0]))
+    layer.input = TemporalGrid(4, clock)
+    layer.input.scale.copy_(torch.tensor([0.3, 0.5, 0.9]))
+    layer.input.zero.copy_(torch.tensor([7.0, 8.0, 5.0]))
+    x, residual = torch.randn(2, 7, 70), torch.randn(2, 7, 40)
+    layer.weight.block(kernel)
+    with clock.at(torch.tensor(steps) * 10.0, 2), torch.no_grad():
+        plain = dispatch.launch(layer, layer.weight.blocked, x)
+        found = dispatch.launch(layer, layer.weight.blocked, x, FusedOps(residual=residual))
+    assert torch.equal(found, plain + residual)
+
+
+@pytest.mark.needs_compiler
 @pytest.mark.parametrize("factor", [1 + 1e-7, torch.nan])
 def test_a_kernel_that_is_wrong_is_disabled_with_a_warning(monkeypatch, factor):
     self_check.check.cache_clear()
