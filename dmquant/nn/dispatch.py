@@ -128,10 +128,9 @@ def launch(
 ) -> Tensor:  # fmt: skip
     """Computes a layer by the kernel that its weight is blocked for. Arguments as for `run_fused`."""
     operands, geometry = operands_of(layer, blocked, x, bias), geometry or geometry_of(layer)
-    if isinstance(layer, nn.Linear):
-        images, fused = share_images(operands, fused)
+    images, fused = share_images(operands, fused) if isinstance(layer, nn.Linear) else (1, fused)
     if blocked.kernel in NOT_C or isinstance(layer, nn.Conv1d) or torch.compiler.is_compiling():
-        made = _compute_on_images(layer, x, images if isinstance(layer, nn.Linear) else 1, operands, geometry, fused)
+        made = _compute_on_images(layer, x, images, operands, geometry, fused)
         return made if out is None else out.copy_(made)
     residual, outputs, pixel_stride = fused.residual, blocked.weight_sums.shape[1], None
     if isinstance(layer, nn.Linear):

@@ -10,10 +10,11 @@ from dmquant.checkpoint import serialization
 from dmquant.diffusion.pipeline import find_target, open_pipeline
 from dmquant.diffusion.sampling import SamplingPlan, generate
 from dmquant.errors import DmquantError, InputError
-from dmquant.evaluation import evaluator, image_cache
+from dmquant.evaluation import image_cache, measurements
 from dmquant.evaluation.cost import measure_cost
-from dmquant.evaluation.evaluator import SamplingTotals, add_layers, evaluate, find_image_size
+from dmquant.evaluation.evaluator import add_layers, evaluate, find_image_size
 from dmquant.evaluation.image_cache import ImageBatch
+from dmquant.evaluation.measurements import SamplingTotals
 from dmquant.evaluation.metrics.base import Batch
 from dmquant.evaluation.metrics.feature_extractor import load_extractor
 from dmquant.evaluation.metrics.fid import Frechet
@@ -92,7 +93,7 @@ def test_the_built_in_reference_is_the_default(pipeline):
 
 
 def test_psnr_pairs_the_first_seeds_with_the_same_seeds_of_the_float_model(pipeline, monkeypatch):
-    monkeypatch.setattr(evaluator, "MAX_PAIRS", 5)
+    monkeypatch.setattr(measurements, "MAX_PAIRS", 5)
     other = make_pipeline(seed=1)
     report = evaluate(pipeline, metrics=["psnr"], float_pipeline=other, **QUICK)
     assert report.metrics == {"psnr": pytest.approx(psnr(draw(pipeline, range(5)), draw(other, range(5))).mean().item())}
